@@ -3,8 +3,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 torch.set_num_threads(1)  # two workers share two cores
+
+# The first example pays for imports and warm-up: wall-clock deadlines would fail at random.
+settings.register_profile("no-deadline", deadline=None)
+settings.load_profile("no-deadline")
 
 
 @pytest.fixture(scope="session")
@@ -14,9 +19,7 @@ def reference_dir() -> Path:
 
 
 def reference_folder() -> Path:
-    return Path(
-        os.environ.get("YOLOV7_REFERENCE") or Path(__file__).parent / "reference" / "data"
-    )
+    return Path(os.environ.get("YOLOV7_REFERENCE") or Path(__file__).parent / "reference" / "data")
 
 
 @pytest.fixture(scope="session")
