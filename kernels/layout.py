@@ -114,8 +114,8 @@ class PitchedLayout:
         """Raise ``ValueError`` unless ``matrix`` is ``[rows, c]`` with contiguous channels."""
         if matrix.ndim != 2 or matrix.shape[0] != self.rows:
             raise ValueError(
-                f"{name} {tuple(matrix.shape)} is not [{self.rows}, channels], the pitched map of {self.n} x "
-                f"{self.h} x {self.w} pixels with pitches {self.row_pitch} x {self.pitch}"
+                f"{name} {tuple(matrix.shape)} is not [{self.rows}, channels], the pitched map of "
+                f"{self.n} x {self.h} x {self.w} pixels, pitches {self.row_pitch} x {self.pitch}"
             )
         if matrix.shape[1] > 1 and matrix.stride(1) != 1:
             raise ValueError(f"{name} with strides {matrix.stride()} has no contiguous channels")

@@ -1,0 +1,245 @@
+"""What every kernel file shares: registering an operation, choosing a config, launching.
+
+An operation has one name and three bodies: on CUDA the Triton kernel, on a CPU the plain PyTorch
+reference, on a CPU under ``TRITON_INTERPRET=1`` the Triton kernel in the interpreter
+(`triton_op`). Its launcher gets an explicit config, allocates nothing, and starts its kernel
+through `launch`. That is also how a kernel is compiled for a GPU that is not there: inside
+`recording`, `launch` notes what it would compile instead of running it, so a launcher called with
+tensors of ``device="meta"`` yields exactly the specialisation that the GPU would be given. Each
+kernel file offers ``compile_cases`` for `yolov7.kernels.aot`; see `CompileSpec`.
+
+Configs live in ``configs/DEVICE/OP.json``, written by the tuner and looked up by `find_config`.
+"""
+
+import functools
+import inspect
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import CustomOpDef
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
+"""Whether this process runs kernels in Triton's interpreter (read when kernels are decorated)."""
+
+CONFIGS = Path(__file__).parent / "configs"
+
+Config = Mapping[str, int]
+"""Constexprs of a kernel (``BLOCK_M`` ...) and compile options (``num_warps`` ...), by name."""
+
+COMPILE_OPTIONS = ("num_warps", "num_stages", "maxnreg", "launch_pdl", "enable_fp_fusion")
+
+
+def triton_op(
+    name: str,
+    triton_body: Callable[..., Any],
+    reference: Callable[..., Any],
+    fake: Callable[..., Any],
+    *,
+    mutates_args: Sequence[str] = (),
+) -> CustomOpDef:
+    """Register ``torch.ops.yolov7.NAME`` with its bodies and return it.
+
+    Args:
+        name: the operation's name.
+        triton_body: allocates, looks the config up and launches; its annotations are the schema.
+        reference: the same result in plain PyTorch, for the CPU.
+        fake: allocates the outputs only (``torch.compile``, export).
+        mutates_args: names of the tensors that the operation writes.
+    """
+    op = torch.library.custom_op(
+        f"yolov7::{name}", triton_body, mutates_args=tuple(mutates_args), device_types="cuda"
+    )
+    op.register_kernel("cpu")(triton_body if INTERPRET else reference)
+    op.register_fake(fake)
+    return op
+
+
+@dataclass(frozen=True)
+class CompileSpec:
+    """One specialisation of a kernel, as `triton.compile` takes it.
+
+    A kernel file tells the ahead-of-time compiler what to compile by a function
+    ``compile_cases(...) -> Iterator[tuple[str, Callable[[], None]]]``: pairs of a readable shape
+    ("64x80x80 -> 128, 3x3") and a call of its launcher with tensors on ``device="meta"``.
+    """
+
+    fn: Any
+    """The ``@triton.jit`` function."""
+    signature: dict[str, str]
+    """Argument -> type: ``*fp16``, ``i32``, ``tensordesc<fp16[128, 64]>``, ``constexpr``."""
+    constexprs: dict[str, Any]
+    """Argument -> value, integers that are 1 included."""
+    attrs: dict[tuple[int, ...], list[list[Any]]]
+    """Argument index -> ``[["tt.divisibility", 16]]`` where that holds."""
+    options: dict[str, Any]
+    """num_warps, num_stages, ..."""
+    config: dict[str, Any] = field(default_factory=dict)
+    """What the launcher was given, for the table."""
+
+
+@dataclass
+class _Recorder:
+    capability: tuple[int, int]
+    device: str | None
+    specs: list[CompileSpec]
+
+
+_recorder: _Recorder | None = None
+
+
+@contextmanager
+def recording(
+    capability: tuple[int, int], device: str | None = None
+) -> Iterator[list[CompileSpec]]:
+    """Note what `launch` would compile for a GPU instead of running it.
+
+    Args:
+        capability: the GPU's compute capability, (9, 0) for instance.
+        device: folder of ``configs`` whose shipped configs are used; None for the defaults.
+    """
+    global _recorder
+    previous, _recorder = _recorder, _Recorder(capability, device, [])
+    try:
+        yield _recorder.specs
+    finally:
+        _recorder = previous
+
+
+def capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability of ``device``; the interpreter plays the oldest GPU supported, (8, 0)."""
+    if _recorder is not None:
+        return _recorder.capability
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 0)
+
+
+def processors(device: torch.device) -> int:
+    """Streaming multiprocessors of ``device``; of a typical GPU of its capability if absent."""
+    if _recorder is None and device.type == "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return {(8, 0): 108, (8, 9): 128, (9, 0): 132, (10, 0): 148}.get(capability(device), 108)
+
+
+def device_folder(device: torch.device) -> str | None:
+    """Name of the folder of ``configs`` for ``device``, None without a GPU."""
+    if _recorder is not None:
+        return _recorder.device
+    if device.type != "cuda":
+        return None
+    return torch.cuda.get_device_name(device).replace(" ", "_")
+
+
+@functools.cache
+def _config_entries(folder: str, op: str) -> tuple[dict[str, Any], ...]:
+    path = CONFIGS / folder / f"{op}.json"
+    return tuple(json.loads(path.read_text())["entries"]) if path.exists() else ()
+
+
+def find_config(
+    op: str, kind: str, size: Sequence[int], default: Config, device: torch.device
+) -> Config:
+    """The tuned config of the nearest size, or ``default``.
+
+    Args:
+        op: name of the JSON file, ``conv`` for ``configs/DEVICE/conv.json``:
+            ``{"entries": [{"kind": ..., "size": [...], "config": {...}, ...}]}``.
+        kind: what must match exactly: ``3x3s1-fp16`` for instance.
+        size: positive numbers, compared by distance in log space.
+        default: the conservative config where nothing was tuned.
+        device: where the operation will run.
+    """
+    folder = device_folder(device)
+    if folder is None:
+        return default
+    entries = [e for e in _config_entries(folder, op) if e["kind"] == kind]
+    if not entries:
+        return default
+
+    def distance(entry: Mapping[str, Any]) -> float:
+        pairs = zip(entry["size"], size, strict=True)
+        return sum(math.log(max(a, 1) / max(b, 1)) ** 2 for a, b in pairs)
+
+    config: Config = min(entries, key=distance)["config"]
+    return config
+
+
+def launch(kernel: Any, grid: tuple[int, ...], args: Mapping[str, Any], config: Config) -> None:
+    """Run ``kernel[grid](**args, **config)``, or note it inside `recording`.
+
+    Args:
+        kernel: a ``@triton.jit`` function.
+        grid: programs along each axis; nothing is launched when one is 0.
+        args: tensors, tensor descriptors, numbers and constexprs by name.
+        config: constexprs and compile options.
+    """
+    if _recorder is not None:
+        _recorder.specs.append(_specialise(kernel, args, config))
+    elif math.prod(grid) > 0:
+        kernel[grid](**args, **config)
+
+
+_TYPES = {
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.float32: "fp32",
+    torch.float64: "fp64",
+    torch.float8_e4m3fn: "fp8e4nv",
+    torch.uint8: "u8",
+    torch.int8: "i8",
+    torch.int16: "i16",
+    torch.int32: "i32",
+    torch.int64: "i64",
+    torch.bool: "i1",
+}
+
+
+def _specialise(kernel: Any, args: Mapping[str, Any], config: Config) -> CompileSpec:
+    """The specialisation that Triton's launcher would compile for these arguments."""
+    options = {k: v for k, v in config.items() if k in COMPILE_OPTIONS}
+    values = {**args, **{k: v for k, v in config.items() if k not in COMPILE_OPTIONS}}
+    unknown = values.keys() - set(kernel.arg_names)
+    if unknown:
+        raise ValueError(f"{kernel.__name__} has no arguments {sorted(unknown)}")
+    signature: dict[str, str] = {}
+    constexprs: dict[str, Any] = {}
+    attrs: dict[tuple[int, ...], list[list[Any]]] = {}
+    for index, parameter in enumerate(kernel.params):
+        name = parameter.name
+        value = values.get(name, parameter.default)
+        if value is inspect.Parameter.empty:
+            raise ValueError(f"{kernel.__name__} lacks its argument {name}")
+        kind, aligned = _argument_type(value)
+        if parameter.is_constexpr or kind == "constexpr":
+            kind = "constexpr"
+            constexprs[name] = value
+        elif aligned:
+            attrs[(index,)] = [["tt.divisibility", 16]]
+        signature[name] = kind
+    return CompileSpec(kernel, signature, constexprs, attrs, options, dict(config))
+
+
+def _argument_type(value: Any) -> tuple[str, bool]:
+    """(Triton type, whether it is known to be divisible by 16) of a launch argument."""
+    if isinstance(value, TensorDescriptor):
+        block = ",".join(map(str, value.block_shape))
+        return f"tensordesc<{_TYPES[value.base.dtype]}[{block}]>", False
+    if isinstance(value, Tensor):
+        # A tensor on "meta" counts its address from 0; a slice of it is as aligned as on a GPU.
+        meta = value.device.type == "meta"
+        address = int(value.storage_offset()) * value.element_size() if meta else value.data_ptr()
+        return f"*{_TYPES[value.dtype]}", address % 16 == 0
+    if isinstance(value, bool):
+        return "i1", False
+    if isinstance(value, int) and value != 1:
+        return ("i32" if -(2**31) <= value < 2**31 else "i64"), value % 16 == 0
+    if isinstance(value, float):
+        return "fp32", False
+    return "constexpr", False

@@ -1,0 +1,25 @@
+import pytest
+import torch
+
+from yolov7.kernels.runtime import INTERPRET
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Interpreter and compile tests need two processes: Triton decides when it decorates."""
+    cuda = torch.cuda.is_available()
+    no_interpreter = pytest.mark.skip(reason="needs TRITON_INTERPRET=1 (or a CUDA device)")
+    no_compiler = pytest.mark.skip(reason="compiles nothing under TRITON_INTERPRET=1")
+    no_gpu = pytest.mark.skip(reason="needs a CUDA device")
+    for item in items:
+        if item.get_closest_marker("interpreter") and not (INTERPRET or cuda):
+            item.add_marker(no_interpreter)
+        if item.get_closest_marker("aot") and INTERPRET:
+            item.add_marker(no_compiler)
+        if item.get_closest_marker("gpu") and (INTERPRET or not cuda):
+            item.add_marker(no_gpu)
+
+
+@pytest.fixture
+def kernel_device() -> torch.device:
+    """Where a Triton kernel runs in this process: the GPU, or the CPU in the interpreter."""
+    return torch.device("cuda" if torch.cuda.is_available() and not INTERPRET else "cpu")

@@ -1,0 +1,94 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from yolov7.kernels import runtime
+
+
+@triton.jit
+def _copy_kernel(x_ptr, out_ptr, x_desc, count, scale, one, BLOCK: tl.constexpr):
+    pass
+
+
+def _record(count: int, x: Tensor) -> runtime.CompileSpec:
+    with runtime.recording((9, 0)) as specs:
+        args = {
+            "x_ptr": x,
+            "out_ptr": x[1:],
+            "x_desc": TensorDescriptor.from_tensor(x.view(-1, 64), [16, 64]),
+            "count": count,
+            "scale": 0.5,
+            "one": 1,
+        }
+        runtime.launch(_copy_kernel, (4,), args, {"BLOCK": 64, "num_warps": 2})
+    return specs[0]
+
+
+@pytest.mark.skipif(runtime.INTERPRET, reason="nothing compiles in the interpreter")
+def test_recording_specialises_as_a_launch_would() -> None:
+    spec = _record(48, torch.empty(4096, dtype=torch.float16, device="meta"))
+    assert spec.signature == {
+        "x_ptr": "*fp16",
+        "out_ptr": "*fp16",
+        "x_desc": "tensordesc<fp16[16,64]>",
+        "count": "i32",
+        "scale": "fp32",
+        "one": "constexpr",
+        "BLOCK": "constexpr",
+    }
+    assert spec.constexprs == {"one": 1, "BLOCK": 64}
+    assert set(spec.attrs) == {(0,), (3,)}  # out_ptr starts 2 bytes late
+    assert spec.options == {"num_warps": 2}
+    assert (3,) not in _record(49, torch.empty(4096, device="meta")).attrs
+    assert _record(2**31, torch.empty(4096, device="meta")).signature["count"] == "i64"
+
+
+@pytest.mark.skipif(runtime.INTERPRET, reason="nothing compiles in the interpreter")
+def test_recording_names_wrong_arguments() -> None:
+    with runtime.recording((9, 0)), pytest.raises(ValueError, match=r"no arguments \['width'\]"):
+        runtime.launch(_copy_kernel, (1,), {"width": 1}, {})
+    with runtime.recording((9, 0)), pytest.raises(ValueError, match="lacks its argument x_ptr"):
+        runtime.launch(_copy_kernel, (1,), {}, {})
+
+
+def test_empty_grid_launches_nothing() -> None:
+    runtime.launch(None, (0, 3), {}, {})
+
+
+def test_nearest_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    entries = [
+        {"kind": "3x3", "size": [100, 64], "config": {"BLOCK_M": 64}},
+        {"kind": "3x3", "size": [6400, 64], "config": {"BLOCK_M": 128}},
+        {"kind": "1x1", "size": [1000, 64], "config": {"BLOCK_M": 256}},
+    ]
+    (tmp_path / "SOME_GPU").mkdir()
+    (tmp_path / "SOME_GPU" / "conv.json").write_text(json.dumps({"entries": entries}))
+    monkeypatch.setattr(runtime, "CONFIGS", tmp_path)
+    default, device = {"BLOCK_M": 32}, torch.device("cpu")
+    assert runtime.find_config("conv", "3x3", (100, 64), default, device) == default
+    with runtime.recording((9, 0), "SOME_GPU"):
+        find = runtime.find_config
+        assert find("conv", "3x3", (700, 64), default, device) == {"BLOCK_M": 64}
+        assert find("conv", "3x3", (900, 64), default, device) == {"BLOCK_M": 128}
+        assert find("conv", "5x5", (900, 64), default, device) == default
+        assert find("pool", "3x3", (900, 64), default, device) == default
+
+
+def test_one_name_has_three_bodies() -> None:
+    def triton_body(x: Tensor) -> Tensor:
+        return x + 1
+
+    def reference(x: Tensor) -> Tensor:
+        return x - 1
+
+    op = runtime.triton_op("runtime_test", triton_body, reference, torch.empty_like)
+    x = torch.zeros(3)
+    assert torch.equal(op(x), x + 1 if runtime.INTERPRET else x - 1)
+    assert torch.ops.yolov7.runtime_test(x.to("meta")).device.type == "meta"
+    torch.library.opcheck(op, (x,))
