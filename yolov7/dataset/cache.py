@@ -1,0 +1,148 @@
+"""The label cache: a parsed split, kept in the user's cache folder and never stale.
+
+An entry is used only while its key holds: the path, size and modification time of every image
+and label file, the class names, and the version of this format. Folders of data are never written.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from yolov7.dataset.sample import Dataset, Sample
+
+VERSION = 1  # raise it whenever the same files would be read differently
+
+
+def cache_folder() -> Path:
+    """Where entries lie: `$XDG_CACHE_HOME/yolov7/labels`, `~/.cache/yolov7/labels` without it."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "yolov7" / "labels"
+
+
+def load(place: str, names: list[str] | None, files: list[Path] | None) -> Dataset | None:
+    """The cached split, None where there is none, it is stale or damaged.
+
+    Args:
+        place: What the split was asked by: data set and split; one entry is kept for each.
+        names: Class names that the user stated.
+        files: Every file that the split is read from; None: those of the entry, whose first says
+            which the others are.
+    """
+    try:
+        with np.load(_entry(place), allow_pickle=False) as arrays:
+            kept = [Path(file) for file in _text(arrays["files"])]
+            if files is not None and files != kept:
+                return None
+            if arrays["key"].tobytes().decode() != _key(names, kept):
+                return None
+            return _unpack({name: arrays[name] for name in arrays.files})
+    except (OSError, ValueError, KeyError, IndexError, EOFError, zipfile.BadZipFile):
+        return None
+
+
+def store(place: str, names: list[str] | None, files: list[Path], dataset: Dataset) -> None:
+    """Keep a split, in one step; a folder that cannot be written is not an error."""
+    entry = _entry(place)
+    arrays = _pack(dataset)
+    arrays["key"] = _bytes(_key(names, files))
+    arrays["files"] = _bytes(json.dumps([str(file) for file in files]))
+    try:
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=entry.parent, suffix=".npz")
+    except OSError:
+        return
+    try:
+        with os.fdopen(handle, "wb") as file:
+            np.savez(file, allow_pickle=False, **arrays)
+        Path(temporary).replace(entry)
+    except OSError:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def _key(names: list[str] | None, files: list[Path]) -> str:
+    """Digest of what the samples are made of; a missing file counts as missing."""
+    digest = hashlib.sha256(json.dumps([VERSION, names]).encode())
+    for file in files:
+        try:
+            status = file.stat()
+            state = f"{status.st_size} {status.st_mtime_ns}"
+        except OSError:
+            state = "missing"
+        digest.update(f"{file}\0{state}\0".encode(errors="surrogateescape"))
+    return digest.hexdigest()
+
+
+def _entry(place: str) -> Path:
+    name = hashlib.sha256(place.encode(errors="surrogateescape")).hexdigest()[:32]
+    return cache_folder() / f"{name}.npz"
+
+
+def _bytes(text: str) -> NDArray[np.uint8]:
+    return np.frombuffer(text.encode(errors="surrogateescape"), np.uint8)
+
+
+def _text(array: NDArray[np.uint8]) -> Any:
+    return json.loads(array.tobytes().decode(errors="surrogateescape"))
+
+
+def _concat(arrays: list[Any], dtype: Any, width: int = 0) -> NDArray[Any]:
+    empty = np.zeros((0, width) if width else 0, dtype)
+    return np.concatenate([empty, *arrays])
+
+
+def _pack(dataset: Dataset) -> dict[str, NDArray[Any]]:
+    """The split as a few flat arrays: values of all samples after one another, and counts."""
+    samples = dataset.samples
+    outlines = [outline for sample in samples for outline in sample.polygons]
+    parts = [part for outline in outlines for part in outline]
+    text = {
+        "names": dataset.names,
+        "skipped": dataset.skipped,
+        "paths": [str(sample.path) for sample in samples],
+    }
+    return {
+        "text": _bytes(json.dumps(text)),
+        "category_ids": np.array(dataset.category_ids, np.int64),
+        "images": np.array(
+            [(s.height, s.width, s.image_id, len(s.classes)) for s in samples], np.int64
+        ).reshape(-1, 4),
+        "classes": _concat([s.classes for s in samples], np.int64),
+        "boxes": _concat([s.boxes for s in samples], np.float32, 4),
+        "crowd": _concat([s.crowd for s in samples], np.bool_),
+        "areas": _concat([s.areas for s in samples], np.float64),
+        "outlines": np.array([len(outline) for outline in outlines], np.int64),
+        "parts": np.array([len(part) for part in parts], np.int64),
+        "points": _concat(parts, np.float32, 2),
+    }
+
+
+def _unpack(arrays: dict[str, NDArray[Any]]) -> Dataset:
+    text = _text(arrays["text"])
+    images = arrays["images"]
+    ends = np.cumsum(images[:, 3])[:-1]
+    split = {name: np.split(arrays[name], ends) for name in ("classes", "boxes", "crowd", "areas")}
+    parts = np.split(arrays["points"], np.cumsum(arrays["parts"])[:-1])
+    last = np.cumsum(arrays["outlines"])
+    polygons = [
+        parts[end - count : end] for end, count in zip(last, arrays["outlines"], strict=True)
+    ]
+    samples, first = [], 0
+    for position, (height, width, image_id, count) in enumerate(images.tolist()):
+        samples.append(
+            Sample(
+                path=Path(text["paths"][position]),
+                height=height,
+                width=width,
+                image_id=image_id,
+                polygons=tuple(polygons[first : first + count]),
+                **{name: values[position] for name, values in split.items()},
+            )
+        )
+        first += count
+    return Dataset(samples, text["names"], arrays["category_ids"].tolist(), text["skipped"])
