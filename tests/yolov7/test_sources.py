@@ -1,0 +1,407 @@
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from yolov7 import sources
+from yolov7.errors import UserError
+from yolov7.letterbox import Image
+from yolov7.sources import Source, decode_image, read_image
+
+
+def picture(height: int = 12, width: int = 20) -> Image:
+    """Blue rises to the right, green downwards; red is 200."""
+    image = np.full((height, width, 3), 200, np.uint8)
+    image[:, :, 0] = np.linspace(0, 255, width, dtype=np.uint8)
+    image[:, :, 1] = np.linspace(0, 255, height, dtype=np.uint8)[:, None]
+    return image
+
+
+def png(image: np.ndarray) -> bytes:
+    return cv2.imencode(".png", image)[1].tobytes()
+
+
+def write_video(path: Path, frames: int, fourcc: str = "MJPG") -> Path:
+    """Frame i is uniformly grey, 20 i."""
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*fourcc), 10.0, (64, 48))
+    for index in range(frames):
+        writer.write(np.full((48, 64, 3), 20 * index % 256, np.uint8))
+    writer.release()
+    return path
+
+
+def greys(source: Source) -> list[int]:
+    return [round(float(frame.image.mean()) / 20) for frame in source]
+
+
+# Images
+
+
+def test_reads_colour_and_grey_and_drops_alpha(tmp_path: Path) -> None:
+    image = picture()
+    grey = image[:, :, 1]
+    for name, pixels, expected in [
+        ("colour", image, image),
+        ("grey", grey, np.dstack([grey] * 3)),
+        ("alpha", np.dstack([image, grey]), image),
+    ]:
+        (tmp_path / f"{name}.png").write_bytes(png(pixels))
+        read = read_image(tmp_path / f"{name}.png")
+        np.testing.assert_array_equal(read, expected)
+        assert read.dtype == np.uint8
+        assert read.flags.c_contiguous
+
+
+def test_sixteen_bits_are_scaled_to_eight() -> None:
+    wide = np.array([[0, 257, 128 * 257, 65535]], np.uint16)
+    assert decode_image(png(wide), "wide")[0, :, 0].tolist() == [0, 1, 128, 255]
+    assert decode_image(png(np.dstack([wide] * 4)), "wide")[0, :, 2].tolist() == [0, 1, 128, 255]
+
+
+def test_turns_upright_by_exif(tmp_path: Path) -> None:
+    jpeg = cv2.imencode(".jpg", np.full((8, 16, 3), 90, np.uint8))[1].tobytes()
+    orientation = b"MM\0\x2a\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0"
+    exif = b"Exif\0\0" + orientation
+    segment = b"\xff\xe1" + (len(exif) + 2).to_bytes(2) + exif
+    assert decode_image(jpeg[:2] + segment + jpeg[2:], "turned").shape == (16, 8, 3)
+
+
+def test_one_pixel_and_very_large_images() -> None:
+    assert decode_image(png(picture(1, 1)), "dot").shape == (1, 1, 3)
+    huge = cv2.imencode(".png", np.zeros((9000, 12000), np.uint8), [cv2.IMWRITE_PNG_COMPRESSION, 1])
+    assert decode_image(huge[1].tobytes(), "huge").shape == (9000, 12000, 3)
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp", ".bmp"])
+def test_truncated_files_are_refused(
+    tmp_path: Path, suffix: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    data = cv2.imencode(suffix, picture(64, 64))[1].tobytes()
+    path = tmp_path / f"cut{suffix}"
+    path.write_bytes(data[: len(data) * 2 // 3])
+    with pytest.raises(UserError, match=f"cut{suffix}: truncated, or not an image"):
+        read_image(path)
+
+
+@pytest.mark.parametrize("data", [b"", b"hello", b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"])
+def test_other_files_are_refused(data: bytes) -> None:
+    with pytest.raises(UserError, match=r"notes\.txt: truncated, or not an image"):
+        decode_image(data, "notes.txt")
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg"])
+def test_the_pixel_limit_is_checked_before_decoding(
+    monkeypatch: pytest.MonkeyPatch, suffix: str
+) -> None:
+    data = cv2.imencode(suffix, picture(40, 30))[1].tobytes()
+    monkeypatch.setattr(sources, "MAX_PIXELS", 1199)
+    monkeypatch.setattr(cv2, "imdecode", lambda *_: pytest.fail("decoded"))
+    with pytest.raises(UserError, match=r"big: .*over the limit"):
+        decode_image(data, "big")
+    monkeypatch.undo()
+    monkeypatch.setattr(sources, "MAX_PIXELS", 1200)
+    assert decode_image(data, "big").shape == (40, 30, 3)
+
+
+def test_missing_and_unreadable_files(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"nothing.jpg: no such file: check the path"):
+        read_image(tmp_path / "nothing.jpg")
+    with pytest.raises(UserError, match="cannot be read"):
+        read_image(tmp_path)
+
+
+# Sources of images
+
+
+def test_folders_globs_and_lists(tmp_path: Path) -> None:
+    for name in ("b.png", "a.PNG", "sub/c.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(png(picture()))
+    (tmp_path / "notes.txt").write_text("no image")
+
+    def names(source: object) -> list[str]:
+        return [str(Path(frame.path).relative_to(tmp_path)) for frame in Source(source)]
+
+    assert names(tmp_path) == ["a.PNG", "b.png"]
+    assert names(str(tmp_path / "**" / "*")) == ["a.PNG", "b.png", "sub/c.png"]
+    assert names([tmp_path / "b.png", str(tmp_path / "sub")]) == ["b.png", "sub/c.png"]
+    frames = list(Source(tmp_path))
+    assert [(f.item, f.items, f.number, f.kind) for f in frames] == [
+        (1, 2, 1, "image"),
+        (2, 2, 1, "image"),
+    ]
+
+
+def test_many_images_stay_in_order(tmp_path: Path) -> None:
+    for index in range(20):
+        (tmp_path / f"{index:02}.png").write_bytes(png(np.full((4, 4), index * 10, np.uint8)))
+    assert [int(frame.image[0, 0, 0]) for frame in Source(tmp_path)] == list(range(0, 200, 10))
+
+
+def test_images_are_read_a_few_ahead_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    reads: list[str] = []
+
+    def read(path: Path) -> Image:
+        reads.append(str(path))
+        return picture()
+
+    monkeypatch.setattr(sources, "read_image", read)
+    frames = iter(Source([f"{index}.jpg" for index in range(100)]))
+    next(frames)
+    assert len(reads) < 10
+
+
+def test_the_others_are_done_when_some_cannot_be_read(tmp_path: Path) -> None:
+    (tmp_path / "good.png").write_bytes(png(picture()))
+    (tmp_path / "bad.png").write_bytes(b"bad")
+    (tmp_path / "empty").mkdir()
+    errors: list[UserError] = []
+    source = [tmp_path / "absent.png", tmp_path, tmp_path / "empty", str(tmp_path / "*.jpg")]
+    frames = list(Source(source, on_error=errors.append))
+    assert [Path(frame.path).name for frame in frames] == ["good.png"]
+    messages = "\n".join(map(str, errors))
+    assert len(errors) == 4
+    for part in ("absent.png: no such file", "bad.png: trunc", "without images", "matches no"):
+        assert part in messages
+
+
+def test_without_a_handler_the_error_is_raised(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="a folder without images or videos"):
+        list(Source(tmp_path))
+
+
+def test_arrays() -> None:
+    image = picture()
+    frame = next(iter(Source(image)))
+    np.testing.assert_array_equal(frame.image, image)
+    assert frame.path == "array 0"
+    assert len(list(Source(np.stack([image, image])))) == 2
+    assert next(iter(Source(np.full((5, 6), 65535, np.uint16)))).image.min() == 255
+
+
+@pytest.mark.parametrize(
+    ("array", "match"),
+    [
+        (np.zeros((4, 4, 2), np.uint8), "4x4x2 is not an image"),
+        (np.zeros((0, 4, 3), np.uint8), "0x4x3 is not an image"),
+        (np.zeros((4, 4, 3), np.float32), "pixels are float32"),
+    ],
+)
+def test_arrays_that_are_no_images(array: np.ndarray, match: str) -> None:
+    with pytest.raises(UserError, match=match):
+        list(Source(array))
+
+
+def test_tensors_are_rgb() -> None:
+    image = picture()
+    whole = torch.from_numpy(image).flip(2).permute(2, 0, 1)
+    for tensor in (whole, whole.float() / 255, (whole.double() / 255)[None]):
+        np.testing.assert_array_equal(next(iter(Source(tensor))).image, image)
+    broken = torch.full((3, 2, 2), float("nan"))
+    assert next(iter(Source(broken))).image.max() == 0
+
+
+@pytest.mark.parametrize("source", [None, True, 1.5, {"a": 1}])
+def test_other_kinds_are_refused(source: object) -> None:
+    with pytest.raises(UserError, match="a source cannot be a"):
+        Source(source)
+
+
+def test_an_empty_list_is_refused() -> None:
+    with pytest.raises(UserError, match="list of sources is empty"):
+        Source([])
+
+
+# Videos
+
+
+def test_video_frames_with_their_numbers(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "v.avi", 6)
+    frames = list(Source(path))
+    assert [frame.number for frame in frames] == [1, 2, 3, 4, 5, 6]
+    assert {(f.kind, f.total, f.fps, f.image.shape) for f in frames} == {
+        ("video", 6, 10.0, (48, 64, 3))
+    }
+    assert greys(Source(path)) == [0, 1, 2, 3, 4, 5]
+
+
+def test_video_stride(tmp_path: Path) -> None:
+    source = Source(write_video(tmp_path / "v.avi", 7), vid_stride=3)
+    assert greys(source) == [0, 3, 6]
+    assert [frame.number for frame in source] == [1, 4, 7]
+    with pytest.raises(UserError, match="vid_stride is 0"):
+        Source(0, vid_stride=0)
+
+
+def test_a_header_that_promises_too_much_ends_cleanly(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "v.avi", 40)
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) * 9 // 10])
+    frames = list(Source(path))
+    assert 0 < len(frames) < 40
+    assert frames[0].total > len(frames)
+
+
+def test_broken_videos_are_reported_and_the_next_source_follows(tmp_path: Path) -> None:
+    (tmp_path / "a.mp4").write_bytes(b"no video at all")
+    write_video(tmp_path / "b.avi", 2)
+    errors: list[UserError] = []
+    assert greys(Source(tmp_path, on_error=errors.append)) == [0, 1]
+    assert "a.mp4: not a video that can be read" in str(errors[0])
+
+
+def test_leaving_a_video_early_closes_it(tmp_path: Path) -> None:
+    before = threading.active_count()
+    frames = iter(Source(write_video(tmp_path / "v.avi", 50)))
+    next(frames)
+    frames.close()  # type: ignore[attr-defined]  # a generator
+    assert threading.active_count() == before
+
+
+# Network, cameras
+
+
+@pytest.fixture
+def server() -> Iterator[Callable[[dict[str, tuple[str, bytes]]], str]]:
+    """Starts an HTTP server of path -> (content type, body); gives its address."""
+    pages: dict[str, tuple[str, bytes]] = {}
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            if self.path not in pages:
+                self.send_error(404)
+                return
+            kind, body = pages[self.path]
+            self.send_response(200)
+            self.send_header("Content-Type", kind)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, format: str, *args: object) -> None:  # noqa: A002  # its name there
+            pass
+
+    httpd = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=httpd.serve_forever, daemon=True).start()
+
+    def start(new: dict[str, tuple[str, bytes]]) -> str:
+        pages.update(new)
+        return f"http://127.0.0.1:{httpd.server_port}"
+
+    yield start
+    httpd.shutdown()
+    httpd.server_close()
+
+
+def test_urls(server: Callable[..., str], tmp_path: Path) -> None:
+    image = picture()
+    video = write_video(tmp_path / "v.avi", 3).read_bytes()
+    url = server(
+        {
+            "/a.png?size=1": ("image/png", png(image)),
+            "/photo": ("image/png", png(image)),
+            "/v.avi": ("video/x-msvideo", video),
+        }
+    )
+    for address in (f"{url}/a.png?size=1", f"{url}/photo"):
+        np.testing.assert_array_equal(next(iter(Source(address))).image, image)
+    assert greys(Source(f"{url}/v.avi")) == [0, 1, 2]
+
+
+def test_urls_that_fail(server: Callable[..., str]) -> None:
+    url = server({"/page.png": ("text/html", b"<html>")})
+    for address, match in [
+        (f"{url}/absent.png", "absent.png: Not Found: check the address"),
+        (f"{url}/absent", "absent: Not Found: check the address"),
+        (f"{url}/page.png", "truncated, or not an image"),
+        ("http://127.0.0.1:9/a.png", "refused: check the address and the connection"),
+        ("ftp://example.org/a.png", "give one of http"),
+    ]:
+        with pytest.raises(UserError, match=match):
+            list(Source(address))
+
+
+class Camera:
+    """Gives grey frames 0, 1, 2, ... as fast as they are asked for, every 10 ms."""
+
+    def __init__(self, _: object) -> None:
+        self.count = 0
+        self.released = False
+
+    def isOpened(self) -> bool:  # noqa: N802  # OpenCV's name
+        return True
+
+    def get(self, _: int) -> float:
+        return float("nan")
+
+    def grab(self) -> bool:
+        self.count += 1
+        return True
+
+    def read(self) -> tuple[bool, Image | None]:
+        time.sleep(0.01)
+        if self.count >= 40:
+            return False, None
+        self.count += 1
+        return True, np.full((2, 2, 3), self.count, np.uint8)
+
+    def release(self) -> None:
+        self.released = True
+
+
+def test_the_newest_frame_wins_and_drops_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cv2, "VideoCapture", Camera)
+    source = Source(0)
+    numbers = []
+    for frame in source:
+        assert (frame.path, frame.kind, frame.fps) == ("camera 0", "live", 0.0)
+        assert frame.image[0, 0, 0] == frame.number
+        numbers.append(frame.number)
+        time.sleep(0.05)
+    assert source.live
+    assert numbers == sorted(set(numbers))
+    assert 3 < len(numbers) < 20
+    assert source.dropped == 40 - len(numbers)
+
+
+def test_several_cameras_run_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cv2, "VideoCapture", Camera)
+    seen = [frame.path for frame in Source(["0", 1])]
+    first = seen[: len(seen) // 2]
+    assert {"camera 0", "camera 1"} == set(first)
+
+
+def test_leaving_a_camera_early_releases_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    cameras: list[Camera] = []
+
+    def opened(target: object) -> Camera:
+        cameras.append(Camera(target))
+        return cameras[-1]
+
+    monkeypatch.setattr(cv2, "VideoCapture", opened)
+    frames = iter(Source(0))
+    next(frames)
+    frames.close()  # type: ignore[attr-defined]  # a generator
+    assert cameras[0].released
+
+
+def test_a_camera_that_is_not_there() -> None:
+    with pytest.raises(UserError, match="camera 63: cannot be opened"):
+        list(Source(63))
+
+
+def test_http_streams_are_live(server: Callable[..., str]) -> None:
+    jpeg = cv2.imencode(".jpg", picture(48, 64))[1].tobytes()
+    part = b"--frame\r\nContent-Type: image/jpeg\r\nContent-Length: %d\r\n\r\n" % len(jpeg)
+    body = (part + jpeg + b"\r\n") * 8 + b"--frame--\r\n"
+    url = server({"/cam": ("multipart/x-mixed-replace; boundary=frame", body)})
+    source = Source(f"{url}/cam")
+    frames = list(source)
+    assert source.live
+    assert frames
+    assert {frame.image.shape for frame in frames} == {(48, 64, 3)}

@@ -1,0 +1,387 @@
+"""Where images come from: files, folders, globs, URLs, videos, cameras, streams, arrays, tensors.
+
+``Source`` turns any of these, or a list of them, into frames, in constant memory. Files are decoded
+by threads a few images ahead of the reader. Cameras and streams are read all the time, and the
+newest frame wins: a slow reader sees the present, and the frames that it missed are counted.
+"""
+
+import glob
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from functools import partial
+from itertools import groupby, repeat
+from pathlib import Path
+from threading import Condition
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+import cv2
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from yolov7.capture import Newest, ahead, frame_rate, next_frame, open_capture
+from yolov7.errors import UserError
+from yolov7.letterbox import Image
+
+IMAGE_SUFFIXES = frozenset(
+    {".avif", ".bmp", ".dib", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".mpo", ".pbm", ".pgm"}
+    | {".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"}
+)
+VIDEO_SUFFIXES = frozenset(
+    {".3gp", ".asf", ".avi", ".flv", ".gif", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg"}
+    | {".ogv", ".ts", ".webm", ".wmv"}
+)
+STREAM_SCHEMES = frozenset({"rtsp", "rtsps", "rtmp", "rtp", "udp", "tcp", "srt"})
+
+MAX_PIXELS = 2**28  # 268 million: 0.8 GB once decoded
+MAX_DOWNLOAD = 2**28  # bytes of one image from a URL
+TIMEOUT_S = 10.0  # until a server has to answer
+WORKERS = 2  # threads that decode images
+
+OnError = Callable[[UserError], None]
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One image and where it comes from.
+
+    Attributes:
+        image: [H, W, 3] uint8, BGR.
+        path: File, URL, "camera 0", "array 0" and the like.
+        item: Which of the source's items this is, from 1.
+        items: How many items the source has.
+        kind: "image"; "video" for a frame of a file; "live" for one of a camera or stream.
+        number: Frame of the video or stream, from 1; 1 for an image.
+        total: Frames that a video's header promises; 0 where it says nothing.
+        fps: Frames per second of a video or stream; 0 where it says nothing.
+    """
+
+    image: Image
+    path: str
+    item: int
+    items: int
+    kind: Literal["image", "video", "live"] = "image"
+    number: int = 1
+    total: int = 0
+    fps: float = 0.0
+
+
+@dataclass(frozen=True)
+class _Item:
+    name: str
+    kind: Literal["image", "video", "live"]
+    load: Callable[[], Image] | None = None  # images
+    target: str | int = ""  # what OpenCV opens: videos, cameras, streams
+
+
+class Source:
+    """Frames of one source, or of a list of sources, one after the other.
+
+    Cameras and streams come last, all at the same time.
+
+    Args:
+        source: Path, folder, glob, URL, video, camera number, stream address, array ([H, W],
+            [H, W, 1 | 3 | 4] or a batch of these; BGR; 8 or 16 bit), tensor ([C, H, W] or a batch;
+            RGB; uint8, or floating in 0..1), or a list of these.
+        vid_stride: Take every n-th frame of a video or stream.
+        on_error: Called with the error of an item that cannot be read; the others follow. Without
+            it the error is raised.
+
+    Raises:
+        UserError: An item cannot be read, and there is no ``on_error``.
+    """
+
+    def __init__(
+        self, source: object, *, vid_stride: int = 1, on_error: OnError | None = None
+    ) -> None:
+        if vid_stride < 1:
+            raise UserError(f"vid_stride is {vid_stride}: give 1 or more")
+        self.items = list(_items(source))
+        self.vid_stride = vid_stride
+        self.on_error = on_error
+        self._readers: list[tuple[int, _Item, Newest]] = []
+        if not self.items:
+            raise UserError("the list of sources is empty: give at least one")
+
+    def __len__(self) -> int:
+        """Number of items: images, videos, cameras, streams."""
+        return len(self.items)
+
+    @property
+    def dropped(self) -> int:
+        """Frames of cameras and streams that came and went while the reader was busy."""
+        return sum(reader.dropped for *_, reader in self._readers)
+
+    @property
+    def live(self) -> bool:
+        """Whether any item is a camera or stream."""
+        return any(item.kind == "live" for item in self.items)
+
+    def __iter__(self) -> Iterator[Frame]:
+        """Frames in order, as far as they can be read."""
+        numbered = list(enumerate(self.items, 1))
+        finite = [(number, item) for number, item in numbered if item.kind != "live"]
+        for kind, group in groupby(finite, key=lambda pair: pair[1].kind):
+            if kind == "image":
+                yield from self._images(list(group))
+            else:
+                for number, item in group:
+                    yield from self._video(number, item)
+        live = [(number, item) for number, item in numbered if item.kind == "live"]
+        if live:
+            yield from self._live(live)
+
+    def _images(self, group: list[tuple[int, _Item]]) -> Iterator[Frame]:
+        loads = (partial(_attempt, item.load) for _, item in group if item.load)
+        for (number, item), image in zip(group, ahead(loads, WORKERS), strict=True):
+            if isinstance(image, UserError):
+                self._report(image)
+            else:
+                yield Frame(image, item.name, number, len(self))
+
+    def _video(self, number: int, item: _Item) -> Iterator[Frame]:
+        capture = open_capture(item.target)
+        if capture is None:
+            self._report(UserError(f"{item.name}: not a video that can be read: check the file"))
+            return
+        total, fps = max(int(capture.get(cv2.CAP_PROP_FRAME_COUNT)), 0), frame_rate(capture)
+        position = 1
+        reads = ahead(repeat(partial(next_frame, capture, self.vid_stride)), workers=1)
+        # The header's count is a promise only: the end is where no frame comes any more.
+        with closing(reads):
+            while (image := next(reads)) is not None:
+                yield Frame(image, item.name, number, len(self), "video", position, total, fps)
+                position += self.vid_stride
+        capture.release()
+        if position == 1:
+            self._report(UserError(f"{item.name}: holds no frame that can be read: check the file"))
+
+    def _live(self, group: list[tuple[int, _Item]]) -> Iterator[Frame]:
+        changed = Condition()
+        self._readers = []
+        for number, item in group:
+            capture = open_capture(item.target)
+            if capture is None:
+                self._report(UserError(f"{item.name}: cannot be opened: check that it is there"))
+            else:
+                self._readers.append((number, item, Newest(capture, self.vid_stride, changed)))
+        readers = [reader for *_, reader in self._readers]
+        try:
+            while True:
+                with changed:
+                    changed.wait_for(
+                        lambda: all(r.ended for r in readers) or any(r.frame for r in readers)
+                    )
+                    taken = [reader.take() for reader in readers]
+                if not any(taken):
+                    return
+                for (number, item, reader), frame in zip(self._readers, taken, strict=True):
+                    if frame:
+                        image, count = frame
+                        yield Frame(
+                            image, item.name, number, len(self), "live", count, 0, reader.fps
+                        )
+        finally:
+            for reader in readers:
+                reader.stop()
+
+    def _report(self, error: UserError) -> None:
+        if self.on_error is None:
+            raise error
+        self.on_error(error)
+
+
+def read_image(path: str | Path) -> Image:
+    """Decode an image file: upright by its EXIF record, alpha dropped, 16 bits scaled to 8.
+
+    Returns:
+        [H, W, 3] uint8, BGR.
+
+    Raises:
+        UserError: The file is missing, truncated, no image, or over ``MAX_PIXELS``.
+    """
+    try:
+        data = Path(path).read_bytes()
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file: check the path") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    return decode_image(data, str(path))
+
+
+def decode_image(data: bytes, name: str) -> Image:
+    """``read_image`` for the bytes of a file; ``name`` stands in the error messages."""
+    _check_pixels(_header_pixels(data), name)
+    broken = UserError(f"{name}: truncated, or not an image: replace the file or leave it out")
+    if not data or (data.startswith(PNG) and b"IEND" not in data[-64:]):
+        raise broken
+    try:
+        flags = cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH  # upright, three channels, 8 or 16 bits
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
+    except cv2.error:  # also for what OpenCV's own limits refuse
+        raise broken from None
+    if image is None:
+        raise broken
+    return to_bgr(image, name)
+
+
+def to_bgr(array: NDArray[Any], name: str) -> Image:
+    """An 8- or 16-bit array as [H, W, 3] uint8 BGR; grey is repeated, alpha dropped.
+
+    Args:
+        array: [H, W] or [H, W, C], C = 1, 3 (BGR) or 4 (BGRA); uint8 or uint16.
+        name: Stands in the error messages.
+
+    Raises:
+        UserError: Another shape or dtype, no pixels, or over ``MAX_PIXELS``.
+    """
+    if array.ndim == 2:
+        array = array[:, :, None]
+    if array.ndim != 3 or array.shape[2] not in (1, 3, 4) or array.size == 0:
+        shape = "x".join(map(str, array.shape))
+        raise UserError(f"{name}: shape {shape} is not an image: give H x W x 1, 3 or 4")
+    _check_pixels(array.shape[0] * array.shape[1], name)
+    if array.dtype == np.uint16:
+        array = (array[:, :, :3] * np.float32(255 / 65535) + np.float32(0.5)).astype(np.uint8)
+    if array.dtype != np.uint8:
+        raise UserError(f"{name}: pixels are {array.dtype}: give 8 or 16 bits without sign")
+    if array.shape[2] == 1:
+        array = np.broadcast_to(array, (*array.shape[:2], 3))
+    return np.ascontiguousarray(array[:, :, :3])
+
+
+def _check_pixels(pixels: int, name: str) -> None:
+    if pixels > MAX_PIXELS:
+        raise UserError(
+            f"{name}: {pixels / 1e6:.0f} million pixels, over the limit of "
+            f"{MAX_PIXELS / 1e6:.0f} million: make it smaller or cut it up"
+        )
+
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def _header_pixels(data: bytes) -> int:
+    """Pixels that a PNG's or JPEG's header claims: known before any memory is taken for them."""
+    if data.startswith(PNG):
+        return int.from_bytes(data[16:20]) * int.from_bytes(data[20:24])
+    at = 2
+    while data.startswith(b"\xff\xd8") and at + 9 <= len(data) and data[at] == 0xFF:
+        marker = data[at + 1]
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # start of frame
+            return int.from_bytes(data[at + 5 : at + 7]) * int.from_bytes(data[at + 7 : at + 9])
+        # A filler byte has no length; every other segment says how long it is.
+        at += 1 if marker == 0xFF else 2 + int.from_bytes(data[at + 2 : at + 4])
+    return 0
+
+
+def _items(source: object) -> Iterator[_Item]:
+    """The items that a source, or a list of them, stands for."""
+    if isinstance(source, (list, tuple)):
+        for member in source:
+            yield from _items(member)
+    elif isinstance(source, np.ndarray):
+        batch = source if source.ndim == 4 else [source]
+        for index, array in enumerate(batch):
+            name = f"array {index}"
+            yield _Item(name, "image", partial(to_bgr, array, name))
+    elif isinstance(source, Tensor):
+        for index, tensor in enumerate(source if source.ndim == 4 else [source]):
+            name = f"tensor {index}"
+            yield _Item(name, "image", partial(_from_tensor, tensor, name))
+    elif isinstance(source, bool) or not isinstance(source, (int, str, Path)):
+        kind = type(source).__name__  # PIL images, too: RGB or BGR would be a guess
+        raise UserError(f"a source cannot be a {kind}: give a path, URL, array, tensor or a list")
+    elif isinstance(source, int) or (isinstance(source, str) and source.isdecimal()):
+        yield _Item(f"camera {source}", "live", target=int(source))
+    elif "://" in str(source):
+        yield _from_url(str(source))
+    else:
+        yield from _from_path(Path(source))
+
+
+def _from_tensor(tensor: Tensor, name: str) -> Image:
+    pixels = tensor.detach().cpu()
+    if pixels.is_floating_point():
+        pixels = pixels.float().nan_to_num().clamp(0, 1).mul(255).round().to(torch.uint8)
+    if pixels.ndim == 3:
+        pixels = pixels.movedim(0, 2)
+        if pixels.shape[2] in (3, 4):
+            pixels = pixels[:, :, [2, 1, 0]]
+    return to_bgr(pixels.numpy(), name)
+
+
+def _from_path(path: Path) -> Iterator[_Item]:
+    name = str(path)
+    if path.is_dir():
+        found = sorted(p for p in path.iterdir() if p.suffix.lower() in _SUFFIXES)
+        missing = f"{path}: a folder without images or videos: give another, or one of its parts"
+    elif not path.exists() and any(letter in name for letter in "*?["):
+        matches = (Path(match) for match in glob.glob(name, recursive=True))
+        found = sorted(p for p in matches if p.suffix.lower() in _SUFFIXES)
+        missing = f"{path}: matches no image or video: check the pattern"
+    else:
+        found, missing = [path], ""
+    for file in found:
+        if file.suffix.lower() in VIDEO_SUFFIXES and file.exists():
+            yield _Item(str(file), "video", target=str(file))
+        else:
+            yield _Item(str(file), "image", partial(read_image, file))
+    if not found:
+        yield _Item(name, "image", partial(_fail, UserError(missing)))
+
+
+_SUFFIXES = IMAGE_SUFFIXES | VIDEO_SUFFIXES
+
+
+def _from_url(url: str) -> _Item:
+    parts = urlsplit(url)
+    suffix = Path(parts.path).suffix.lower()
+    if parts.scheme in STREAM_SCHEMES:
+        return _Item(url, "live", target=url)
+    if parts.scheme not in ("http", "https"):
+        known = ", ".join(sorted(STREAM_SCHEMES | {"http", "https"}))
+        return _Item(url, "image", partial(_fail, UserError(f"{url}: give one of {known}")))
+    if suffix in VIDEO_SUFFIXES:
+        return _Item(url, "video", target=url)
+    if suffix in IMAGE_SUFFIXES:
+        return _Item(url, "image", partial(_download_image, url))
+    try:  # the name does not tell: the server does
+        with urllib.request.urlopen(url, timeout=TIMEOUT_S) as answer:
+            kind = answer.headers.get_content_maintype()
+    except (OSError, ValueError) as error:
+        return _Item(url, "image", partial(_fail, _unreachable(url, error)))
+    if kind == "image":
+        return _Item(url, "image", partial(_download_image, url))
+    return _Item(url, "video" if kind == "video" else "live", target=url)
+
+
+def _download_image(url: str) -> Image:
+    try:
+        with urllib.request.urlopen(url, timeout=TIMEOUT_S) as answer:
+            data = answer.read(MAX_DOWNLOAD + 1)
+    except (OSError, ValueError) as error:
+        raise _unreachable(url, error) from None
+    if len(data) > MAX_DOWNLOAD:
+        raise UserError(f"{url}: over the limit of {MAX_DOWNLOAD >> 20} MB: download it yourself")
+    return decode_image(data, url)
+
+
+def _unreachable(url: str, error: Exception) -> UserError:
+    reason = getattr(error, "reason", None) or error
+    return UserError(f"{url}: {reason}: check the address and the connection")
+
+
+def _fail(error: UserError) -> Image:
+    raise error
+
+
+def _attempt(load: Callable[[], Image]) -> Image | UserError:
+    try:
+        return load()
+    except UserError as error:
+        return error
