@@ -53,8 +53,9 @@ class Variant:
     head: Literal["conv", "repconv"] = "conv"
     auxiliary: float | None = None  # width of the auxiliary heads over the lead's
     activation: Literal["silu", "leaky_relu"] = "silu"
-    depth: float = 1.0  # scale of this spec over its base
+    depth: float = 1.0  # scales of this spec over the preset of its name, see `scaled`
     width: float = 1.0
+    downsample: Downsample | None = None
 
     @property
     def strides(self) -> tuple[int, ...]:
@@ -104,6 +105,7 @@ def scaled(
         neck_down=downsample or variant.neck_down,
         depth=variant.depth * depth,
         width=variant.width * width,
+        downsample=downsample or variant.downsample,
     )
 
 
@@ -193,7 +195,8 @@ E6 = replace(scaled(W6, depth=1.5, width=1.25, downsample="downc"), name="yolov7
 D6 = replace(scaled(W6, depth=2.0, width=1.5, downsample="downc"), name="yolov7-d6", auxiliary=1.0)
 E6E = replace(E6, name="yolov7-e6e", parallel=2)
 
-# The named presets are the unit of their own scales.
+# Each preset is the unit of its own scales.
 VARIANTS: dict[str, Variant] = {
-    v.name: replace(v, depth=1.0, width=1.0) for v in (TINY, TINY_SILU, V7, X, W6, E6, D6, E6E)
+    v.name: replace(v, depth=1.0, width=1.0, downsample=None)
+    for v in (TINY, TINY_SILU, V7, X, W6, E6, D6, E6E)
 }

@@ -1,0 +1,268 @@
+"""Weights in and out: the authors' pickles, state dicts under their names, our safetensors.
+
+The authors' tensors are matched to ours by position: both list their layers in registration order.
+"""
+
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from yolov7 import __version__
+from yolov7.download import PUBLISHED, published_weights
+from yolov7.errors import UserError
+from yolov7.model import Form, YOLOv7
+from yolov7.unpickle import Record, StoredTensor, TorchFile, module_tensors
+from yolov7.variants import VARIANTS, Variant, scaled
+
+DEMO_WEIGHTS = "blood-cells-tiny.safetensors"  # embedded; used when no weights are named
+_FORMAT = "yolov7-triton/1"
+
+
+def load_model(weights: str | Path | None = None, *, variant: str | None = None) -> YOLOv7:
+    """A model with trained weights, in fp32 and evaluation mode, not fused.
+
+    Args:
+        weights: our .safetensors, the authors' .pt, a state dict under their names, or the name of
+            a published file ("yolov7.pt"), which is downloaded on first use. None: the embedded
+            demo weights.
+        variant: a key of `VARIANTS`; None recognises it from the tensors. Needed only for
+            a state dict of `yolov7-tiny-silu`, whose tensors are those of `yolov7-tiny`.
+
+    Raises:
+        UserError: the file is missing, damaged, hostile, or of another architecture.
+    """
+    if variant is not None and variant not in VARIANTS:
+        raise UserError(f"unknown variant {variant!r}: choose from {', '.join(VARIANTS)}")
+    if weights is None:
+        with as_file(files("yolov7.assets") / DEMO_WEIGHTS) as path:
+            return _load_safetensors(path)
+    path = Path(weights)
+    if not path.exists() and str(weights) in PUBLISHED:
+        name = str(weights)
+        path, variant = published_weights(name), variant or PUBLISHED[name]
+    if not path.is_file():
+        raise UserError(f"{path}: no such weights file; published names are {', '.join(PUBLISHED)}")
+    if path.suffix == ".safetensors":
+        return _load_safetensors(path)
+    return _load_torch(path, variant)
+
+
+def save_model(model: YOLOv7, path: str | Path, **metadata: Any) -> None:
+    """Write `model` in our format, replacing `path` only when everything is on the disk.
+
+    Args:
+        model: in any form and floating-point type.
+        path: of the .safetensors file.
+        metadata: JSON values to keep beside the tensors, such as the training arguments.
+    """
+    path = Path(path)
+    v = model.variant
+    header = {
+        "format": _FORMAT,
+        "variant": v.name,
+        "depth": v.depth,
+        "width": v.width,
+        "downsample": v.downsample,
+        "form": model.form,
+        "names": model.names,
+        "imgsz": model.imgsz,
+        "version": __version__,
+        **metadata,
+    }
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tensors = {k: t.contiguous() for k, t in model.state_dict().items()}
+        with temporary.open("wb") as file:
+            file.write(save(tensors, metadata={"yolov7": json.dumps(header)}))
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_metadata(path: str | Path) -> dict[str, Any]:
+    """The metadata that `save_model` wrote.
+
+    Raises:
+        UserError: the file is damaged or not in our format.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            header = (file.metadata() or {}).get("yolov7", "")
+        metadata = json.loads(header)
+        if metadata["format"] != _FORMAT:
+            raise UserError(f"{path}: of format {metadata['format']}; this version reads {_FORMAT}")
+        return dict(metadata)
+    except SafetensorError as error:
+        raise UserError(f"{path}: truncated or not a safetensors file ({error})") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
+    except (json.JSONDecodeError, KeyError, TypeError):
+        raise UserError(
+            f"{path}: no yolov7 metadata; write it with `yolov7 convert` or `save_model`"
+        ) from None
+
+
+def _load_safetensors(path: Path) -> YOLOv7:
+    metadata = read_metadata(path)
+    with safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no dict
+    try:
+        spec = scaled(
+            VARIANTS[metadata["variant"]],
+            metadata["depth"],
+            metadata["width"],
+            metadata["downsample"],
+        )
+        form: Form = metadata["form"]
+        model = _empty(spec, len(metadata["names"]), form)
+        model.load_state_dict(tensors, assign=True)
+        model.names = [str(n) for n in metadata["names"]]
+        model.imgsz = int(metadata["imgsz"])
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise UserError(f"{path}: its tensors do not fit its metadata ({error})") from None
+    return model.float().eval()
+
+
+def _empty(spec: Variant, num_classes: int, form: Form) -> YOLOv7:
+    """A model without memory, to be given its tensors."""
+    with torch.device("meta"):
+        model = YOLOv7(spec, num_classes, "deploy" if form == "fused" else form)
+        return model.fuse() if form == "fused" else model
+
+
+@dataclass(frozen=True)
+class _Official:
+    """What an authors' file holds."""
+
+    tensors: dict[str, StoredTensor]
+    activations: frozenset[str] = frozenset()  # class names of the pickled activations
+    names: list[str] = field(default_factory=list)
+
+
+def _load_torch(path: Path, variant: str | None) -> YOLOv7:
+    with TorchFile(path) as file:
+        try:
+            official = _official(file.root)
+            return _build(official, variant)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
+        except Exception as error:  # a storage cut short, a state that is no state
+            what = f"{type(error).__name__}: {error}"
+            raise UserError(f"{path}: damaged ({what[:120]})") from None
+
+
+def _official(root: Any) -> _Official:
+    """Find the model: `ema` before `model`, a bare module, or a state dict."""
+    if isinstance(root, Record):
+        module: Any = root
+    else:
+        if not isinstance(root, dict):
+            raise UserError(f"holds a {type(root).__name__}, not a model")
+        module = next((root[k] for k in ("ema", "model") if root.get(k) is not None), root)
+    if isinstance(module, Record):
+        tensors, modules = module_tensors(module)
+        names = module.get("names")
+        if isinstance(names, dict):
+            names = list(names.values())
+        return _Official(
+            tensors,
+            frozenset(m.origin.rpartition(".")[2] for m in modules),
+            [str(n) for n in names] if isinstance(names, list) else [],
+        )
+    state = module.get("state_dict", module)
+    tensors = {k: t for k, t in state.items() if isinstance(t, StoredTensor)}
+    return _Official(tensors)
+
+
+# The order of the parts of an authors' layer.
+_PARTS = (
+    *("rbr_dense", "rbr_1x1", "cv1", "cv2", "cv3", "cv4", "cv5", "cv6", "cv7", "conv", "bn"),
+    *("m", "m2", "ia", "im"),
+    *("weight", "bias", "running_mean", "running_var", "num_batches_tracked", "implicit"),
+)
+_RANK = {part: rank for rank, part in enumerate(_PARTS)}
+
+
+def _registration_order(name: str) -> tuple[int, ...]:
+    """Sort key that puts official names, model.LAYER.PART..., in registration order."""
+    if not re.fullmatch(r"(module\.)?model\.\d+\.[\w.]+", name):
+        raise UserError(f"tensor {name!r} is not named as the authors name theirs (model.0...)")
+    parts = name.removeprefix("module.").split(".")[1:]
+    return tuple(int(p) if p.isdigit() else _RANK.get(p, len(_RANK)) for p in parts)
+
+
+def _build(official: _Official, variant: str | None) -> YOLOv7:
+    order = sorted(official.tensors, key=_registration_order)
+    weights = [official.tensors[n] for n in order if "anchor" not in n]
+    if not weights:
+        raise UserError("holds no tensors of a model")
+    outputs = [official.tensors[n].shape[0] for n in order if re.search(r"\.m\.0\.bias$", n)]
+    num_classes = outputs[0] // 3 - 5 if outputs else 0
+    if num_classes < 1 or outputs[0] % 3:
+        raise UserError("its last layer is not the detection head of a YOLOv7")
+    model = _recognise(weights, num_classes, variant, official.activations)
+    state = model.state_dict()
+    names = [n for n in state if n != "head.anchors"]
+    loaded = {n: t.load() for n, t in zip(names, weights, strict=True)}
+    loaded["head.anchors"] = _anchors(official.tensors, model)
+    for name, tensor in loaded.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise UserError(f"tensor {name} holds NaN or infinity")
+    model.load_state_dict(loaded, assign=True)
+    if len(official.names) == num_classes:
+        model.names = official.names
+    return model.float().eval()
+
+
+def _recognise(
+    weights: Sequence[StoredTensor],
+    num_classes: int,
+    variant: str | None,
+    activations: frozenset[str],
+) -> YOLOv7:
+    """The empty model whose tensors have exactly these shapes."""
+    shapes = [t.shape for t in weights]
+    candidates = [VARIANTS[variant]] if variant else list(VARIANTS.values())
+    forms: tuple[Form, ...] = ("training", "deploy")
+    for spec in candidates:
+        if shapes[0][0] != spec.stem[0][0]:
+            continue
+        for form in forms:
+            model = _empty(spec, num_classes, form)
+            ours = [tuple(t.shape) for n, t in model.state_dict().items() if n != "head.anchors"]
+            if ours == shapes:
+                silu_tiny = spec.name == "yolov7-tiny" and not variant and "SiLU" in activations
+                if silu_tiny and "LeakyReLU" not in activations:
+                    return _empty(VARIANTS["yolov7-tiny-silu"], num_classes, form)
+                return model
+    wanted = variant or "any YOLOv7 variant"
+    raise UserError(
+        f"its {len(shapes)} tensors (first: {list(shapes[0])}) are not those of {wanted}; "
+        "weights of another architecture cannot be used"
+    )
+
+
+def _anchors(tensors: Mapping[str, StoredTensor], model: YOLOv7) -> Tensor:
+    """Anchors in pixels, [levels, anchors, 2]: the file's, else the variant's."""
+    strides = torch.tensor(model.head.strides, dtype=torch.float32).view(-1, 1, 1)
+    stored = {name.rpartition(".")[2]: tensor for name, tensor in tensors.items()}
+    if "anchor_grid" in stored:
+        return stored["anchor_grid"].load().float().view(len(strides), -1, 2)
+    if "anchors" in stored:
+        return stored["anchors"].load().float().view(len(strides), -1, 2) * strides
+    return torch.tensor(model.variant.anchors, dtype=torch.float32).view(len(strides), -1, 2)
