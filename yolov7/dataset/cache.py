@@ -15,14 +15,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from yolov7.cache import cache_folder
 from yolov7.dataset.sample import Dataset, Sample
 
 VERSION = 1  # raise it whenever the same files would be read differently
-
-
-def cache_folder() -> Path:
-    """Where entries lie: `$XDG_CACHE_HOME/yolov7/labels`, `~/.cache/yolov7/labels` without it."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "yolov7" / "labels"
 
 
 def load(place: str, names: list[str] | None, files: list[Path] | None) -> Dataset | None:
@@ -80,7 +76,7 @@ def _key(names: list[str] | None, files: list[Path]) -> str:
 
 def _entry(place: str) -> Path:
     name = hashlib.sha256(place.encode(errors="surrogateescape")).hexdigest()[:32]
-    return cache_folder() / f"{name}.npz"
+    return cache_folder("labels") / f"{name}.npz"
 
 
 def _bytes(text: str) -> NDArray[np.uint8]:

@@ -1,0 +1,23 @@
+"""The one evaluator, for the command `val` and for training: pycocotools on any data set.
+
+    evaluation = evaluate(model, load_data("data.yaml", "val"), Settings(imgsz=640))
+    evaluation.stats["AP"]
+
+Its two halves serve alone as well: `predict` runs a network over the images of a data set,
+`measure` compares detections with the labels.
+"""
+
+from yolov7.evaluate.metric import ClassScore, Curves, Evaluation, measure, to_coco
+from yolov7.evaluate.run import Predictions, Settings, evaluate, predict
+
+__all__ = [
+    "ClassScore",
+    "Curves",
+    "Evaluation",
+    "Predictions",
+    "Settings",
+    "evaluate",
+    "measure",
+    "predict",
+    "to_coco",
+]
