@@ -1,0 +1,234 @@
+"""The YOLOv7 loss: box (CIoU), objectness and class terms over the matches of an assigner."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from yolov7.train.assigner import (
+    AnchorAssigner,
+    Anchors,
+    SimOTAAssigner,
+    Slots,
+    gather_boxes,
+    gather_cells,
+    scale_boxes,
+    to_device,
+)
+
+OBJECTNESS_BALANCE = {3: (4.0, 1.0, 0.4), 4: (4.0, 1.0, 0.25, 0.06)}  # by number of levels
+AUXILIARY_SHARE = 0.25
+
+
+@dataclass(frozen=True)
+class LossWeights:
+    """What the unweighted terms count for in the sum.
+
+    Args:
+        box, objectness, classes: the gains.
+        auxiliary: share of the auxiliary head's terms.
+    """
+
+    box: float
+    objectness: float
+    classes: float
+    auxiliary: float = AUXILIARY_SHARE
+
+    @classmethod
+    def scaled(
+        cls, box: float, objectness: float, classes: float, *, levels: int, nc: int, size: float
+    ) -> "LossWeights":
+        """The gains of a preset for a head of so many levels and classes and an image side."""
+        share = 3 / levels
+        return cls(
+            box=box * share,
+            objectness=objectness * (size / 640) ** 2 * share,
+            classes=classes * nc / 80 * share,
+        )
+
+    def weigh(self, terms: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Weighted box, objectness and class loss, auxiliary terms added to the lead's."""
+        gains = {"box": self.box, "objectness": self.objectness, "classes": self.classes}
+        return {
+            name: gain * (terms[name] + self.auxiliary * terms.get(f"auxiliary_{name}", 0))
+            for name, gain in gains.items()
+        }
+
+
+class Loss(nn.Module):
+    """Unweighted loss terms of a batch.
+
+    Which cells are positive is the assigner's decision. Under `torch.distributed` the means are
+    over the matches of all ranks, so that the average of the ranks' gradients is the gradient of
+    the whole batch.
+
+    Args:
+        anchors: the head's geometry.
+        nc: number of classes.
+        assigner: gives the lead head's matches.
+        auxiliary_assigner: gives the auxiliary head's matches, from the lead's predictions; None
+            for heads without one.
+        label_smoothing: positives are 1 - e/2, negatives e/2.
+        class_positive_weight, objectness_positive_weight: weight of positives in the BCE.
+    """
+
+    def __init__(
+        self,
+        anchors: Anchors,
+        nc: int,
+        assigner: AnchorAssigner,
+        *,
+        auxiliary_assigner: AnchorAssigner | None = None,
+        label_smoothing: float = 0.0,
+        class_positive_weight: float = 1.0,
+        objectness_positive_weight: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.anchors = anchors
+        self.nc = nc
+        self.assigner = assigner
+        self.auxiliary_assigner = auxiliary_assigner
+        self.label_smoothing = label_smoothing
+        self.class_positive_weight = class_positive_weight
+        self.objectness_positive_weight = objectness_positive_weight
+        self.balance = OBJECTNESS_BALANCE[len(anchors.strides)]
+
+    def forward(self, raw: list[Tensor], labels: Tensor) -> dict[str, Tensor]:
+        """Compute the terms, in fp32.
+
+        Args:
+            raw: outputs `[B, na, ny, nx, 5 + nc]` of the lead levels, then the auxiliary levels.
+            labels: `[B, M, 5]` with M >= 1, see `yolov7.train.assigner`; best left on the CPU,
+                where the number of candidates is known.
+
+        Returns:
+            box: mean of 1 - CIoU over the matches of a level, summed over levels.
+            objectness: mean BCE over a level's cells times the level's balance, summed.
+            classes: mean BCE over matches and classes, summed; 0 with one class.
+            auxiliary_box, auxiliary_objectness, auxiliary_classes: the same of the auxiliary head.
+            matches, overflow: for reports: matches in all, candidates that found no slot.
+
+        Raises:
+            ValueError: outputs and labels do not fit this head.
+        """
+        levels = len(self.anchors.strides)
+        heads = 1 if self.auxiliary_assigner is None else 2
+        if len(raw) != levels * heads or any(x.shape[-1] != 5 + self.nc for x in raw):
+            raise ValueError(
+                f"expected {levels * heads} outputs of {5 + self.nc} channels, got shapes "
+                f"{[tuple(x.shape) for x in raw]}"
+            )
+        if labels.ndim != 3 or labels.shape[2] != 5 or 0 in labels.shape[:2]:
+            raise ValueError(f"expected labels [B, M >= 1, 5], got {tuple(labels.shape)}")
+        lead = [x.detach() for x in raw[:levels]]
+        slots = self.assigner(lead, labels)
+        truth = to_device(labels, raw[0].device)
+        terms = self._head_terms(raw[:levels], truth, slots)
+        overflow = slots.overflow
+        if self.auxiliary_assigner is not None:
+            coarse = self.auxiliary_assigner(lead, labels)
+            auxiliary = self._head_terms(raw[levels:], truth, coarse)
+            terms |= {f"auxiliary_{name}": term for name, term in auxiliary.items()}
+            overflow = overflow + coarse.overflow
+        return {**terms, "matches": slots.mask.sum(), "overflow": overflow.sum()}
+
+    def _head_terms(self, raw: list[Tensor], labels: Tensor, slots: Slots) -> dict[str, Tensor]:
+        """Box, objectness and class terms of one head."""
+        parts = slots.levels()
+        positives = torch.stack([part.mask.sum() for part in parts]).float()
+        if dist.is_initialized():
+            dist.all_reduce(positives)
+            positives /= dist.get_world_size()
+        anchors = self.anchors.on(labels.device)
+        box, objectness, classes = [], [], []
+        for level, (x, part, stride) in enumerate(
+            zip(raw, parts, self.anchors.strides, strict=True)
+        ):
+            rows = gather_cells(x, part).float()
+            target = gather_boxes(labels, part)
+            wanted = scale_boxes(target, x.shape[3], x.shape[2])
+            wanted[..., :2] -= torch.stack([part.column, part.row], -1)
+            decoded = _decode(rows, anchors[level][part.anchor] / stride)
+            iou = complete_iou(decoded, wanted)
+            count = positives[level].clamp(min=1)
+            box.append(torch.where(part.mask, 1 - iou, 0).sum() / count)
+            classes.append(self._class_term(rows[..., 5:], target[..., 0], part.mask) / count)
+            objectness.append(self._objectness_term(x, part, iou.detach()) * self.balance[level])
+        return {
+            "box": torch.stack(box).sum(),
+            "objectness": torch.stack(objectness).sum(),
+            "classes": torch.stack(classes).sum(),
+        }
+
+    def _class_term(self, logits: Tensor, classes: Tensor, mask: Tensor) -> Tensor:
+        """Sum over matches of the classes' mean BCE; logits `[B, C, nc]`."""
+        if self.nc == 1:
+            return logits.sum() * 0
+        negative = self.label_smoothing / 2
+        target = torch.full_like(logits, negative)
+        target.scatter_(2, classes.long().clamp(min=0)[..., None], 1 - negative)
+        weight = torch.full((), self.class_positive_weight, device=logits.device)
+        loss = F.binary_cross_entropy_with_logits(
+            logits, target, pos_weight=weight, reduction="none"
+        )
+        return torch.where(mask[..., None], loss, 0).sum() / self.nc
+
+    def _objectness_term(self, raw: Tensor, slots: Slots, iou: Tensor) -> Tensor:
+        """Mean BCE over all cells; a cell's target is the CIoU of its last match, else 0."""
+        b, na, ny, nx, _ = raw.shape
+        cell = (slots.anchor * ny + slots.row) * nx + slots.column  # [B, C]
+        order = torch.arange(cell.shape[1], device=cell.device)
+        last = cell.new_full((b, na * ny * nx), -1)
+        last.scatter_reduce_(1, cell, torch.where(slots.mask, order, -1), "amax")
+        target = torch.where(last < 0, 0, iou.clamp(min=0).gather(1, last.clamp(min=0)))
+        logits = raw[..., 4].float()
+        weight = torch.full((), self.objectness_positive_weight, device=logits.device)
+        return F.binary_cross_entropy_with_logits(logits, target.view_as(logits), pos_weight=weight)
+
+
+def _decode(rows: Tensor, anchors: Tensor) -> Tensor:
+    """Raw rows `[..., 4+]` to centre relative to the cell and size, in cells (`anchors` too)."""
+    unit = rows[..., :4].sigmoid() * 2
+    return torch.cat([unit[..., :2] - 0.5, unit[..., 2:] ** 2 * anchors], -1)
+
+
+def complete_iou(a: Tensor, b: Tensor, eps: float = 1e-7) -> Tensor:
+    """CIoU (arXiv 1911.08287) of boxes `[..., 4]`, centre and size, pair by pair: `[...]`."""
+    low = torch.maximum(a[..., :2] - a[..., 2:] / 2, b[..., :2] - b[..., 2:] / 2)
+    high = torch.minimum(a[..., :2] + a[..., 2:] / 2, b[..., :2] + b[..., 2:] / 2)
+    inter = (high - low).clamp(min=0).prod(-1)
+    iou = inter / (a[..., 2:].prod(-1) + b[..., 2:].prod(-1) - inter + eps)
+    hull_low = torch.minimum(a[..., :2] - a[..., 2:] / 2, b[..., :2] - b[..., 2:] / 2)
+    hull_high = torch.maximum(a[..., :2] + a[..., 2:] / 2, b[..., :2] + b[..., 2:] / 2)
+    diagonal = (hull_high - hull_low).square().sum(-1) + eps
+    distance = (a[..., :2] - b[..., :2]).square().sum(-1)
+    angle = torch.atan(b[..., 2] / (b[..., 3] + eps)) - torch.atan(a[..., 2] / (a[..., 3] + eps))
+    aspect = 4 / math.pi**2 * angle.square()
+    with torch.no_grad():
+        alpha = aspect / (aspect - iou + 1 + eps)
+    return iou - distance / diagonal - alpha * aspect
+
+
+def build_loss(
+    anchors: Anchors,
+    nc: int,
+    *,
+    auxiliary: bool,
+    ota: bool = True,
+    label_smoothing: float = 0.0,
+    capacity: int | None = None,
+) -> Loss:
+    """The loss of a head: auxiliary OTA where it has auxiliary outputs, else OTA or plain."""
+    if auxiliary:
+        return Loss(
+            anchors,
+            nc,
+            SimOTAAssigner(anchors, top=20, capacity=capacity),
+            auxiliary_assigner=SimOTAAssigner(anchors, reach=1.0, top=20, capacity=capacity),
+            label_smoothing=label_smoothing,
+        )
+    kind = SimOTAAssigner if ota else AnchorAssigner
+    return Loss(anchors, nc, kind(anchors, capacity=capacity), label_smoothing=label_smoothing)
