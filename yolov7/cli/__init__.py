@@ -1,0 +1,64 @@
+"""The command line: one typed dataclass per verb, parsed by tyro."""
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+import tyro
+
+from yolov7.errors import UserError
+
+# Verb -> what it does. Each lives in the module of its name here: a dataclass named like it and
+# a function `run(options) -> exit code`. A verb's module is imported when it is asked for.
+VERBS = {
+    "predict": "Detect objects in images, videos, cameras and streams.",
+    "val": "Measure a model's accuracy on a data set.",
+    "info": "Show what a model is made of.",
+    "convert": "Write weights in this project's safetensors format.",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run `yolov7 VERB ...`.
+
+    Returns:
+        0: done; 1: an error that the user can mend, said in one line. Wrong usage exits with 2.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in ("-h", "--help"):
+        print(_usage())
+        return 0 if words else 2
+    verb, *rest = words
+    if verb == "--version":
+        from yolov7 import __version__
+
+        print(__version__)
+        return 0
+    if verb not in VERBS:
+        from difflib import get_close_matches
+
+        near = get_close_matches(verb, VERBS, 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        print(f"error: no verb {verb!r}{hint} (verbs: {', '.join(VERBS)})", file=sys.stderr)
+        return 2
+    module = import_module(f"yolov7.cli.{verb}")
+    options = tyro.cli(
+        getattr(module, verb.capitalize()),
+        prog=f"yolov7 {verb}",
+        description=VERBS[verb],
+        args=rest,
+        config=(tyro.conf.FlagCreatePairsOff,),
+    )
+    try:
+        return int(module.run(options))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def _usage() -> str:
+    rows = "\n".join(f"  {verb:<9}{text}" for verb, text in VERBS.items())
+    return f"usage: yolov7 VERB [options]   (yolov7 VERB --help lists them)\n\n{rows}"
