@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from rich.progress import track
 
 from yolov7.dataset import cache, coco, yolo
 from yolov7.dataset.image_size import image_size
 from yolov7.dataset.sample import Dataset, Labels, Sample
 from yolov7.errors import UserError
+from yolov7.progress import progress
 
 COCO_YAML = Path(__file__).parents[1] / "assets" / "coco.yaml"
 COCO_HELP = (
@@ -189,7 +189,7 @@ def _collect(
     dataset = Dataset([], names, category_ids)
     with ThreadPoolExecutor(READERS) as pool:
         sizes = pool.map(_measure, rows)
-        shown = track(sizes, "reading images", len(rows), transient=True, disable=len(rows) < 2000)
+        shown = progress(sizes, "reading images", len(rows))
         for position, (row, size) in enumerate(zip(rows, shown, strict=True)):
             if isinstance(size, str):
                 dataset.skipped.append(size)

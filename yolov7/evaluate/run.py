@@ -20,7 +20,6 @@ import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from rich.progress import track
 from torch import Tensor
 
 from yolov7.boxes import unletterbox
@@ -29,6 +28,7 @@ from yolov7.errors import UserError
 from yolov7.evaluate.metric import Detections, Evaluation, measure
 from yolov7.kernels.nms import batched_nms
 from yolov7.letterbox import Image, letterbox, letterbox_geometry
+from yolov7.progress import progress
 from yolov7.sources import read_image
 
 Network = Callable[[Tensor], Tensor]
@@ -121,14 +121,10 @@ def predict(
     clock = dict.fromkeys(("read", "pre", "network", "nms"), 0.0)
     found: list[Detections | None] = [None] * len(samples)
     skipped = list(dataset.skipped)
-    shown = track(_load(samples, batches, settings), "evaluating", len(batches), transient=True)
-    for indices, loaded in shown:
-        ready: list[tuple[int, _Prepared]] = []
-        for index, item in zip(indices, loaded, strict=True):
-            if isinstance(item, UserError):
-                skipped.append(str(item))
-            else:
-                ready.append((index, item))
+    loaded = progress(_load(samples, batches, settings), "evaluating", len(batches))
+    for indices, items in loaded:
+        skipped += [str(item) for item in items if isinstance(item, UserError)]
+        ready = [(i, it) for i, it in zip(indices, items, strict=True) if isinstance(it, _Prepared)]
         if not ready:
             continue
         started = time.perf_counter()
@@ -137,22 +133,9 @@ def predict(
         started = _lap(clock, "pre", started, device)
         prediction = network(images)
         started = _lap(clock, "network", started, device)
-        if prediction.shape[2] - 5 != len(dataset.names):
-            raise UserError(
-                f"the network knows {prediction.shape[2] - 5} classes, the data set has "
-                f"{len(dataset.names)}: give weights that were trained on it"
-            )
-        kept = batched_nms(
-            prediction,
-            conf=settings.conf,
-            iou=settings.iou,
-            multi_label=True,
-            max_det=settings.max_det,
-        )
-        for (index, item), boxes, count in zip(
-            ready, kept.boxes.cpu(), kept.counts.tolist(), strict=True
-        ):
-            found[index] = _to_image(boxes[:count], item, samples[index])
+        kept = _suppress(prediction, settings, len(dataset.names))
+        for (index, item), boxes in zip(ready, kept, strict=True):
+            found[index] = _to_image(boxes, item, samples[index])
             clock["read"] += item.read
             clock["pre"] += item.pre
         _lap(clock, "nms", started, device)
@@ -164,6 +147,25 @@ def predict(
     return Predictions(
         Dataset(read, dataset.names, dataset.category_ids, skipped), detections, speed
     )
+
+
+def _suppress(prediction: Tensor, settings: Settings, classes: int) -> list[Tensor]:
+    """The boxes [n, 6] of every image, on the CPU."""
+    known = prediction.shape[2] - 5
+    if known != classes:
+        raise UserError(
+            f"the network knows {known} classes, the data set has {classes}: "
+            "give weights that were trained on it"
+        )
+    kept = batched_nms(
+        prediction,
+        conf=settings.conf,
+        iou=settings.iou,
+        multi_label=True,
+        max_det=settings.max_det,
+    )
+    boxes = kept.boxes.cpu()
+    return [boxes[image, :count] for image, count in enumerate(kept.counts.tolist())]
 
 
 def plan_batches(

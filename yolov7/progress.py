@@ -1,0 +1,18 @@
+"""A progress bar on the terminal, and nothing where standard error is no terminal."""
+
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import track
+
+T = TypeVar("T")
+
+
+def progress(items: Iterable[T], title: str, total: int) -> Iterator[T]:
+    """Pass the items on, showing how far of `total` they are; the bar goes away at the end."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield from items
+        return
+    yield from track(items, title, total, console=console, transient=True)
