@@ -1,0 +1,534 @@
+import json
+import os
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import yaml
+
+from yolov7.dataset import Dataset, load_data, reader
+from yolov7.dataset import image_size as image_size_module
+from yolov7.dataset.image_size import image_size
+from yolov7.errors import UserError
+from yolov7.sources import read_image
+
+WIDTH, HEIGHT = 80, 40
+BOX = "0 0.5 0.5 0.25 0.5"  # 30 10 50 30 in pixels
+
+
+@pytest.fixture(autouse=True)
+def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("YOLOV7_CACHE", str(folder))
+    monkeypatch.delenv("YOLOV7_DATASETS", raising=False)
+    return folder
+
+
+def write_image(path: Path, height: int = HEIGHT, width: int = WIDTH) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    noise = np.random.default_rng(0).integers(0, 255, (height, width, 3), dtype=np.uint8)
+    assert cv2.imwrite(str(path), noise)
+    return path
+
+
+def write_label(path: Path, *lines: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(f"{line}\n" for line in lines))
+    return path
+
+
+def yolo_data(root: Path, description: str = "names: [cell, dot]\nval: images/val\n") -> Path:
+    """Three images: a box and a polygon, a background with a file, one without."""
+    for name in ("a", "b", "c"):
+        write_image(root / f"images/val/{name}.jpg")
+    polygon = "1 0.1 0.1 0.5 0.1 0.5 0.9 0.1 0.9"
+    write_label(root / "labels/val/a.txt", BOX, "", polygon)
+    write_label(root / "labels/val/b.txt")
+    path = root / "data.yaml"
+    path.write_text(description)
+    return path
+
+
+def coco_content() -> dict[str, Any]:
+    part = [10.0, 10.0, 30.0, 10.0, 30.0, 20.0, 10.0, 20.0]
+    return {
+        "images": [
+            {"id": 7, "file_name": "7.jpg", "height": HEIGHT, "width": WIDTH},
+            {"id": 3, "file_name": "3.jpg", "height": HEIGHT, "width": WIDTH},
+        ],
+        "annotations": [
+            {"id": 1, "image_id": 7, "category_id": 18, "bbox": [10, 10, 60, 10], "area": 250.0,
+             "iscrowd": 0, "segmentation": [part, [x + 40 for x in part]]},
+            {"id": 2, "image_id": 7, "category_id": 90, "bbox": [0, 0, 80, 40], "area": 900.0,
+             "iscrowd": 1, "segmentation": {"counts": [1, 2], "size": [HEIGHT, WIDTH]}},
+        ],
+        "categories": [{"id": 90, "name": "toothbrush"}, {"id": 18, "name": "dog"}],
+    }  # fmt: skip
+
+
+def coco_data(root: Path, content: dict[str, Any] | None = None) -> Path:
+    for name in ("7", "3"):
+        write_image(root / f"val2017/{name}.jpg")
+    path = root / "annotations/instances_val2017.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content or coco_content()))
+    return path
+
+
+def assert_same(a: Dataset, b: Dataset) -> None:
+    assert (a.names, a.category_ids, a.skipped) == (b.names, b.category_ids, b.skipped)
+    assert len(a.samples) == len(b.samples)
+    for x, y in zip(a.samples, b.samples, strict=True):
+        assert (x.path, x.height, x.width, x.image_id) == (y.path, y.height, y.width, y.image_id)
+        for field in ("classes", "boxes", "crowd", "areas"):
+            first, second = getattr(x, field), getattr(y, field)
+            np.testing.assert_array_equal(first, second)
+            assert first.dtype == second.dtype
+        assert [len(parts) for parts in x.polygons] == [len(parts) for parts in y.polygons]
+        for first, second in zip(chain(*x.polygons), chain(*y.polygons), strict=True):
+            np.testing.assert_array_equal(first, second)
+
+
+# YOLO form
+
+
+def test_boxes_polygons_and_backgrounds_of_a_yolo_split(tmp_path: Path) -> None:
+    dataset = load_data(yolo_data(tmp_path), "val")
+    assert [sample.path.name for sample in dataset.samples] == ["a.jpg", "b.jpg", "c.jpg"]
+    assert (dataset.names, dataset.category_ids, dataset.skipped) == (["cell", "dot"], [0, 1], [])
+    first = dataset.samples[0]
+    assert (first.height, first.width) == (HEIGHT, WIDTH)
+    assert first.classes.tolist() == [0, 1]
+    np.testing.assert_allclose(first.boxes, [[30, 10, 50, 30], [8, 4, 40, 36]], rtol=1e-6)
+    np.testing.assert_allclose(first.areas, [20 * 20, 32 * 32], rtol=1e-6)
+    assert first.polygons[0] == []
+    np.testing.assert_allclose(
+        first.polygons[1][0], [[8, 4], [40, 4], [40, 36], [8, 36]], rtol=1e-6
+    )
+    for background in dataset.samples[1:]:
+        assert background.boxes.shape == (0, 4)
+        assert background.polygons == ()
+
+
+def test_a_polygons_area_is_its_own_not_its_boxs(tmp_path: Path) -> None:
+    path = yolo_data(tmp_path)
+    write_label(tmp_path / "labels/val/a.txt", "1 0 0 1 0 0 1")
+    assert load_data(path, "val").samples[0].areas.tolist() == [WIDTH * HEIGHT / 2]
+
+
+@pytest.mark.parametrize(
+    "description",
+    [
+        "names: {0: cell, 1: dot}\nval: images/val\nnc: 2\n",
+        "path: .\nnames: [cell, dot]\nval: [images/val/a.jpg, images/val/b.jpg, images/val/c.jpg]",
+        "names: [cell, dot]\nval: images\n",
+        "names: [cell, dot]\nval: lists/val.txt\n",
+        "path: ROOT\nnames: [cell, dot]\nval: images/val\n",
+    ],
+    ids=["dict-of-names", "list-of-entries", "nested-folder", "text-list", "absolute-path"],
+)
+def test_forms_of_a_data_yaml_read_the_same(tmp_path: Path, description: str) -> None:
+    plain = load_data(yolo_data(tmp_path), "val")
+    lists = tmp_path / "lists"
+    lists.mkdir()
+    (lists / "val.txt").write_text(
+        f"images/val/a.jpg\n{tmp_path / 'images/val/b.jpg'}\n\n../images/val/c.jpg\n"
+    )
+    path = yolo_data(tmp_path, description.replace("ROOT", str(tmp_path)))
+    other = load_data(path, "val")
+    assert [s.path.resolve() for s in other.samples] == [s.path for s in plain.samples]
+    assert [s.classes.tolist() for s in other.samples] == [[0, 1], [], []]
+
+
+def test_a_folder_stands_for_the_data_yaml_in_it(tmp_path: Path) -> None:
+    path = yolo_data(tmp_path)
+    assert_same(load_data(tmp_path, "val"), load_data(path, "val"))
+
+
+def test_labels_lie_beside_images_where_no_folder_is_called_images(tmp_path: Path) -> None:
+    write_image(tmp_path / "all/x.png")
+    write_label(tmp_path / "all/x.txt", BOX)
+    (tmp_path / "data.yaml").write_text("names: [cell]\ntrain: all\n")
+    assert load_data(tmp_path, "train").samples[0].classes.tolist() == [0]
+
+
+def test_only_the_last_folder_called_images_is_exchanged(tmp_path: Path) -> None:
+    root = tmp_path / "images" / "set"
+    write_image(root / "images/x.png")
+    write_label(root / "labels/x.txt", BOX)
+    (root / "data.yaml").write_text("names: [cell]\ntrain: images\n")
+    assert load_data(root, "train").samples[0].classes.tolist() == [0]
+
+
+def test_image_ids_are_the_numbers_that_files_are_named_by(tmp_path: Path) -> None:
+    for name in ("000042", "000007"):
+        write_image(tmp_path / f"images/{name}.jpg")
+    (tmp_path / "data.yaml").write_text("names: [cell]\nval: images\n")
+    assert [s.image_id for s in load_data(tmp_path, "val").samples] == [7, 42]
+    write_image(tmp_path / "images/extra.jpg")
+    assert [s.image_id for s in load_data(tmp_path, "val").samples] == [0, 1, 2]
+
+
+def test_the_80_names_of_coco_get_its_91_ids(tmp_path: Path) -> None:
+    path = yolo_data(tmp_path, reader.COCO_YAML.read_text().replace("val: ", "val: images/val #"))
+    ids = load_data(path, "val").category_ids
+    assert len(ids) == 80
+    assert (ids[0], ids[11], ids[16], ids[79]) == (1, 13, 18, 90)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("2 0.5 0.5 0.1 0.1", r"a\.txt:2: class 2, but the data set names 2 classes \(0 to 1\)"),
+        ("-1 0.5 0.5 0.1 0.1", r"a\.txt:2: class -1"),
+        ("1.5 0.5 0.5 0.1 0.1", r"a\.txt:2: .*whole number"),
+        ("0 0.5 0.5 0.1", r"a\.txt:2: 4 numbers; a label is"),
+        ("0 0.5 0.5 0.1 0.1 0.9", r"a\.txt:2: 6 numbers; a label is"),
+        ("0 30 10 50 30", r"a\.txt:2: coordinates must be fractions"),
+        ("0 0.5 0.5 nan 0.1", r"a\.txt:2: .* is no label"),
+        ("cell 0.5 0.5 0.1 0.1", r"a\.txt:2: .* is not made of numbers"),
+    ],
+)
+def test_a_wrong_label_is_named_with_its_file_and_line(
+    tmp_path: Path, line: str, message: str
+) -> None:
+    path = yolo_data(tmp_path)
+    write_label(tmp_path / "labels/val/a.txt", BOX, line)
+    with pytest.raises(UserError, match=message):
+        load_data(path, "val")
+
+
+@pytest.mark.parametrize(
+    ("description", "message"),
+    [
+        ("names: [cell, dot]\nval: images/val\nnc: 3\n", "nc is 3, but it has 2 names"),
+        ("names: {1: cell, 2: dot}\nval: images/val\n", "keys of names must be 0 to 1"),
+        ("val: images/val\n", "must give the names"),
+        ("names: [cell]\ntrain: images/val\n", "has no split val: it has train"),
+        ("names: [cell]\nval: images/elsewhere\n", "elsewhere does not exist"),
+        ("names: [cell\nval", "no valid yaml"),
+        ("- 1\n", "is no data.yaml"),
+        ("names: [cell]\nval: labels\n", "holds no images"),
+    ],
+)
+def test_a_wrong_data_yaml_is_explained(tmp_path: Path, description: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_data(yolo_data(tmp_path, description), "val")
+
+
+@pytest.mark.parametrize("spec", ["nothing.yaml", "nothing.json", "."])
+def test_a_data_set_that_is_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spec: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"does not exist|holds neither"):
+        load_data(spec, "val")
+
+
+def test_corrupt_images_are_skipped_and_listed(tmp_path: Path) -> None:
+    path = yolo_data(tmp_path)
+    (tmp_path / "images/val/b.jpg").write_bytes(b"no image")
+    dataset = load_data(path, "val")
+    assert [sample.path.name for sample in dataset.samples] == ["a.jpg", "c.jpg"]
+    assert len(dataset.skipped) == 1
+    assert "b.jpg" in dataset.skipped[0]
+    for name in ("a", "c"):
+        (tmp_path / f"images/val/{name}.jpg").write_bytes(b"")
+    with pytest.raises(UserError, match="none of 3 images can be read"):
+        load_data(path, "val")
+
+
+# COCO form
+
+
+@pytest.mark.parametrize("spec", ["annotations/instances_val2017.json", ".", "annotations"])
+def test_polygons_crowds_and_categories_of_a_coco_json(tmp_path: Path, spec: str) -> None:
+    coco_data(tmp_path)
+    dataset = load_data(tmp_path / spec, "val")
+    assert (dataset.names, dataset.category_ids) == (["dog", "toothbrush"], [18, 90])
+    first, second = dataset.samples
+    assert (first.image_id, first.path.name, second.image_id) == (7, "7.jpg", 3)
+    assert first.classes.tolist() == [0, 1]
+    assert first.boxes.tolist() == [[10, 10, 70, 20], [0, 0, 80, 40]]
+    assert first.crowd.tolist() == [False, True]
+    assert first.areas.tolist() == [250, 900]
+    assert [len(parts) for parts in first.polygons] == [2, 0]
+    assert first.polygons[0][1][0].tolist() == [50, 50]
+    assert len(second.classes) == 0
+
+
+def test_a_data_yaml_may_name_coco_jsons_and_the_order_of_classes(tmp_path: Path) -> None:
+    coco_data(tmp_path)
+    path = tmp_path / "data.yaml"
+    path.write_text("names: [toothbrush, dog]\nval: annotations/instances_val2017.json\n")
+    dataset = load_data(path, "val")
+    assert (dataset.names, dataset.category_ids) == (["toothbrush", "dog"], [90, 18])
+    assert dataset.samples[0].classes.tolist() == [1, 0]
+    path.write_text("names: [cat, dog]\nval: annotations/instances_val2017.json\n")
+    with pytest.raises(UserError, match="differ in cat, toothbrush"):
+        load_data(path, "val")
+
+
+def test_a_json_of_another_split_is_not_taken_silently(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is the val split, not train: say --split val"):
+        load_data(coco_data(tmp_path), "train")
+
+
+def test_images_of_a_coco_json_that_are_missing_or_of_another_size_are_listed(
+    tmp_path: Path,
+) -> None:
+    content = coco_content()
+    content["images"] += [
+        {"id": 8, "file_name": "8.jpg", "height": HEIGHT, "width": WIDTH},
+        {"id": 9, "file_name": "9.jpg", "height": WIDTH, "width": HEIGHT},
+    ]
+    write_image(tmp_path / "val2017/9.jpg")
+    dataset = load_data(coco_data(tmp_path, content), "val")
+    assert [sample.image_id for sample in dataset.samples] == [7, 3]
+    missing, turned = dataset.skipped
+    assert "8.jpg: does not exist" in missing
+    assert "9.jpg: is 80x40, but its annotations are made for 40x80" in turned
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"images": None}, "no COCO json"),
+        ({"categories": [{"id": 18, "name": "dog"}]}, "annotation 2 has category 90"),
+        ({"annotations": [{"image_id": 7}]}, "no COCO json: .*category_id"),
+        ({"categories": [{"id": 1, "name": "dog"}, {"id": 2, "name": "dog"}]}, "the same name"),
+    ],
+)
+def test_a_wrong_coco_json_is_explained(
+    tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        load_data(coco_data(tmp_path, coco_content() | change), "val")
+
+
+def test_a_json_that_is_not_cocos(tmp_path: Path) -> None:
+    path = coco_data(tmp_path)
+    path.write_text("[1, 2]")
+    with pytest.raises(UserError, match="no COCO json: it has no annotations, categories, images"):
+        load_data(path, "val")
+    path.write_text("{")
+    with pytest.raises(UserError, match="no valid json"):
+        load_data(path, "val")
+
+
+def test_images_of_a_coco_json_that_are_nowhere(tmp_path: Path) -> None:
+    path = coco_data(tmp_path)
+    (tmp_path / "val2017").rename(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=r"7\.jpg.*put them there"):
+        load_data(path, "val")
+
+
+def test_coco_by_name_says_where_it_belongs_and_is_found_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"COCO is not in .*datasets/coco: put https://images"):
+        load_data("coco", "val")
+    named = yaml.safe_load(reader.COCO_YAML.read_text())
+    pairs = zip(named["category_ids"], named["names"], strict=True)
+    categories = [{"id": number, "name": name} for number, name in pairs]
+    coco_data(tmp_path / "here/coco", coco_content() | {"categories": categories})
+    monkeypatch.setenv("YOLOV7_DATASETS", str(tmp_path / "here"))
+    assert load_data("coco", "val").samples[0].classes.tolist() == [16, 79]  # dog, toothbrush
+    with pytest.raises(UserError, match="has no split test: it has train, val"):
+        load_data("coco", "test")
+
+
+# sizes of images
+
+
+def exif_jpeg(path: Path, orientation: int, order: str = "big") -> Path:
+    """A JPEG whose EXIF record, in either byte order, states an orientation."""
+    short = {"big": ">", "little": "<"}[order]
+    entry = np.array([0x0112, 3], f"{short}u2").tobytes() + np.array([1], f"{short}u4").tobytes()
+    entry += np.array([orientation, 0], f"{short}u2").tobytes()
+    tiff = (b"MM" if order == "big" else b"II") + np.array([42], f"{short}u2").tobytes()
+    tiff += np.array([8], f"{short}u4").tobytes() + np.array([1], f"{short}u2").tobytes()
+    body = b"Exif\0\0" + tiff + entry + bytes(4)
+    plain = write_image(path).read_bytes()
+    segment = b"\xff\xe1" + (len(body) + 2).to_bytes(2, "big") + body
+    path.write_bytes(plain[:2] + segment + plain[2:])
+    return path
+
+
+@pytest.mark.parametrize("order", ["big", "little"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_size_is_that_of_the_upright_image(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, orientation: int, order: str
+) -> None:
+    path = exif_jpeg(tmp_path / "x.jpg", orientation, order)
+    upright = read_image(path).shape[:2]
+    monkeypatch.setattr(image_size_module, "read_image", None)  # the header must do
+    assert image_size(path) == upright
+    assert upright == ((HEIGHT, WIDTH) if orientation < 5 else (WIDTH, HEIGHT))
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".bmp", ".tiff", ".webp"])
+def test_size_of_every_format(tmp_path: Path, suffix: str) -> None:
+    assert image_size(write_image(tmp_path / f"x{suffix}")) == (HEIGHT, WIDTH)
+
+
+def test_size_of_a_progressive_jpeg_and_of_one_with_bytes_after_its_end(tmp_path: Path) -> None:
+    path = tmp_path / "x.jpg"
+    image = np.zeros((HEIGHT, WIDTH, 3), np.uint8)
+    cv2.imwrite(str(path), image, [cv2.IMWRITE_JPEG_PROGRESSIVE, 1])
+    path.write_bytes(path.read_bytes() + b"maker notes")
+    assert image_size(path) == (HEIGHT, WIDTH)
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png"])
+@pytest.mark.parametrize("share", [0, 0.02, 0.6])
+def test_a_truncated_file_is_judged_by_the_reader(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str, share: float
+) -> None:
+    path = write_image(tmp_path / f"x{suffix}")
+    data = path.read_bytes()
+    path.write_bytes(data[: int(len(data) * share)])
+    asked = []
+
+    def read(path: Path) -> np.ndarray:
+        asked.append(path)
+        return np.zeros((3, 5, 3), np.uint8)
+
+    monkeypatch.setattr(image_size_module, "read_image", read)
+    assert image_size(path) == (3, 5)
+    assert asked == [path]
+
+
+# the cache
+
+
+@pytest.fixture
+def no_parsing(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    def parse(*_: object) -> None:
+        raise AssertionError("read again")
+
+    monkeypatch.setattr(reader, "_collect", parse)
+    return monkeypatch
+
+
+@pytest.mark.parametrize("make", [yolo_data, coco_data], ids=["yolo", "coco"])
+def test_the_second_reading_comes_from_the_cache_and_is_the_same(
+    tmp_path: Path, request: pytest.FixtureRequest, make: Any
+) -> None:
+    path = make(tmp_path / "set")
+    write_image(tmp_path / "set/images/val/d.jpg").write_bytes(b"")  # one that is skipped
+    before = sorted((tmp_path / "set").rglob("*"))
+    first = load_data(path, "val")
+    assert sorted((tmp_path / "set").rglob("*")) == before  # nothing is written among the data
+    request.getfixturevalue("no_parsing")
+    assert_same(load_data(path, "val"), first)
+
+
+def touch_label(root: Path) -> None:
+    """Another label of the same size, a moment later."""
+    path = root / "labels/val/a.txt"
+    text, status = path.read_text(), path.stat()
+    path.write_text(text.replace(BOX, BOX.replace("0 0.5", "1 0.5", 1)))
+    assert path.stat().st_size == status.st_size
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 1000))
+
+
+CHANGES = {
+    "label edited": touch_label,
+    "label added": lambda root: write_label(root / "labels/val/c.txt", BOX),
+    "label removed": lambda root: (root / "labels/val/a.txt").unlink(),
+    "image added": lambda root: write_image(root / "images/val/d.jpg"),
+    "image removed": lambda root: (root / "images/val/a.jpg").unlink(),
+    "image replaced": lambda root: write_image(root / "images/val/a.jpg", 20, 30),
+    "classes renamed": lambda root: yolo_yaml(root, "names: [cell, spot]\nval: images/val\n"),
+}
+
+
+def yolo_yaml(root: Path, text: str) -> None:
+    (root / "data.yaml").write_text(text)
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
+def test_the_cache_is_never_stale(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Any
+) -> None:
+    path = yolo_data(tmp_path)
+    load_data(path, "val")
+    change(tmp_path)
+    cached = load_data(path, "val")
+    monkeypatch.setenv("YOLOV7_CACHE", str(tmp_path / "another"))
+    assert_same(cached, load_data(path, "val"))
+
+
+@pytest.mark.parametrize("what", ["json", "image"])
+def test_the_cache_of_a_coco_json_is_never_stale(tmp_path: Path, what: str) -> None:
+    path = coco_data(tmp_path)
+    load_data(path, "val")
+    if what == "json":
+        content = coco_content()
+        content["annotations"].pop()
+        path.write_text(json.dumps(content))
+        assert [len(s.classes) for s in load_data(path, "val").samples] == [1, 0]
+    else:
+        (tmp_path / "val2017/3.jpg").unlink()
+        assert [s.image_id for s in load_data(path, "val").samples] == [7]
+
+
+def test_a_damaged_cache_is_read_again(tmp_path: Path, cache_folder: Path) -> None:
+    path = yolo_data(tmp_path)
+    first = load_data(path, "val")
+    (entry,) = cache_folder.rglob("*.npz")
+    for damage in (b"", entry.read_bytes()[:200], b"PK" + bytes(500)):
+        entry.write_bytes(damage)
+        assert_same(load_data(path, "val"), first)
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("YOLOV7_CACHE", str(tmp_path / "file"))
+    path = yolo_data(tmp_path)
+    assert_same(load_data(path, "val"), load_data(path, "val"))
+
+
+# real data
+
+
+@pytest.mark.parametrize("split", ["train", "val", "test"])
+def test_both_forms_of_real_data_say_the_same(data_dir: Path, split: str) -> None:
+    folder = data_dir / "blood-cells"
+    yolo = load_data(folder, split)
+    coco = load_data(folder / "annotations", split)
+    assert yolo.names == coco.names
+    assert len(yolo.samples) == {"train": 205, "val": 87, "test": 72}[split]
+    for a, b in zip(yolo.samples, coco.samples, strict=True):
+        assert (a.path, a.height, a.width) == (b.path, b.height, b.width)
+        assert a.classes.tolist() == b.classes.tolist()
+        # labels are written with six decimals of 640
+        np.testing.assert_allclose(a.boxes, b.boxes, atol=1e-3)
+
+
+@pytest.mark.parametrize(("split", "boxes", "crowds"), [("train", 705, 6), ("val", 815, 11)])
+def test_real_coco_annotations(data_dir: Path, split: str, boxes: int, crowds: int) -> None:
+    dataset = load_data(data_dir / "coco-tiny", split)
+    assert len(dataset.samples) == 80
+    assert dataset.category_ids == load_category_ids()
+    assert sum(len(sample.classes) for sample in dataset.samples) == boxes
+    assert sum(int(sample.crowd.sum()) for sample in dataset.samples) == crowds
+    for sample in dataset.samples:
+        for box, parts, crowd in zip(sample.boxes, sample.polygons, sample.crowd, strict=True):
+            assert crowd == (not parts)
+            if parts:  # the outline reaches to the sides of its box
+                points = np.concatenate(parts)
+                np.testing.assert_allclose(points.min(0), box[:2], atol=1.5)
+                np.testing.assert_allclose(points.max(0), box[2:], atol=1.5)
+
+
+def load_category_ids() -> list[int]:
+    missing = {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}
+    return [number for number in range(1, 91) if number not in missing]
