@@ -130,10 +130,14 @@ def _load_safetensors(path: Path) -> YOLOv7:
         )
         form: Form = metadata["form"]
         model = _empty(spec, len(metadata["names"]), form)
+        shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+        wrong = shapes.items() ^ {(name, tensor.shape) for name, tensor in tensors.items()}
+        if wrong:
+            raise KeyError(f"{min(name for name, _ in wrong)} differs")
         model.load_state_dict(tensors, assign=True)
         model.names = [str(n) for n in metadata["names"]]
         model.imgsz = int(metadata["imgsz"])
-    except (KeyError, TypeError, RuntimeError) as error:
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"{path}: its tensors do not fit its metadata ({error})") from None
     return model.float().eval()
 

@@ -1,0 +1,373 @@
+"""Checkpoints: the authors' form, state dicts, safetensors, and files that mean harm."""
+
+import json
+import os
+import pickle
+import struct
+import sys
+import types
+import zipfile
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from yolov7.checkpoint import load_model, read_metadata, save_model
+from yolov7.errors import UserError
+from yolov7.model import YOLOv7
+from yolov7.unpickle import TorchFile
+from yolov7.variants import VARIANTS, scaled
+
+TINY_NAMES = ["cat", "dog"]
+
+
+@pytest.fixture
+def authors_package(monkeypatch: pytest.MonkeyPatch) -> dict[str, type]:
+    """Module classes that pickle under the authors' names and cannot be found afterwards."""
+    classes: dict[str, type] = {}
+    for module, name in [("models.yolo", "Model"), ("models.yolo", "IDetect"),
+                         ("models.common", "Conv"), ("models.common", "Concat")]:  # fmt: skip
+        home = sys.modules.get(module) or types.ModuleType(module)
+        monkeypatch.setitem(sys.modules, module, home)
+        cls = type(name, (nn.Module,), {"__module__": module})
+        setattr(home, name, cls)
+        classes[name] = cls
+    monkeypatch.setitem(sys.modules, "models", types.ModuleType("models"))
+    return classes
+
+
+def authors_module(model: YOLOv7, classes: dict[str, type], act: nn.Module) -> nn.Module:
+    """`model`, a tiny, as the authors would have pickled it."""
+    root = classes["Model"]()
+    layers: list[nn.Module] = []
+    for module in model.modules():
+        if type(module).__name__ == "Conv":
+            layer = classes["Conv"]()
+            layer.conv, layer.bn, layer.act = module.conv, module.bn, act
+            layers += [layer, classes["Concat"]()]  # layers without tensors lie between
+    head = classes["IDetect"]()
+    cells = model.head.anchors / torch.tensor(model.head.strides).view(-1, 1, 1)
+    head.register_buffer("anchors", cells)
+    head.register_buffer("anchor_grid", model.head.anchors.clone().view(3, 1, -1, 1, 1, 2))
+    head.m = model.head.lead
+    for ours, theirs in (("implicit_a", "ia"), ("implicit_m", "im")):
+        vectors = nn.ModuleList()
+        for value in getattr(model.head, ours):
+            vector = classes["Concat"]()
+            vector.implicit = value
+            vectors.append(vector)
+        setattr(head, theirs, vectors)
+    root.model = nn.Sequential(*layers, head)
+    root.names = TINY_NAMES
+    return root
+
+
+def official_state(model: YOLOv7) -> "OrderedDict[str, Tensor]":
+    """The state dict of `model`, a tiny, under names like the authors'."""
+    state: OrderedDict[str, Tensor] = OrderedDict()
+    layer = -1
+    head = {"lead": "m", "implicit_a": "ia", "implicit_m": "im"}
+    last = ""
+    for name, tensor in model.state_dict().items():
+        if name.startswith("head."):
+            parts = name.split(".")[1:]
+            if parts[0] == "anchors":
+                continue
+            tail = ["implicit"] if parts[0].startswith("implicit") else []
+            state[".".join(["model.200", head[parts[0]], *parts[1:], *tail])] = tensor
+            continue
+        block, kind, part = name.rsplit(".", 2)
+        layer += block != last
+        last = block
+        state[f"model.{layer}.{kind}.{part}"] = tensor
+    return state
+
+
+@pytest.fixture(scope="module")
+def tiny() -> YOLOv7:
+    torch.manual_seed(0)
+    model = YOLOv7(VARIANTS["yolov7-tiny"], 2, "training").half()
+    model.head.anchors.mul_(1.5)  # as after autoanchor
+    return model
+
+
+def assert_same(ours: YOLOv7, model: YOLOv7) -> None:
+    state = ours.state_dict()
+    assert state.keys() == model.state_dict().keys()
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(state[name], tensor.float() if tensor.ndim else tensor, msg=name)
+    assert not ours.training
+
+
+def test_authors_pickle(tiny: YOLOv7, authors_package: Any, tmp_path: Path) -> None:
+    path = tmp_path / "a.pt"
+    theirs = authors_module(tiny, authors_package, nn.LeakyReLU(0.1))
+    torch.save({"epoch": 3, "model": None, "ema": theirs, "opt": None}, path)
+    for module in ("models.yolo", "models.common", "models"):
+        sys.modules.pop(module)
+    loaded = load_model(path)
+    assert_same(loaded, tiny)
+    assert loaded.names == TINY_NAMES
+    assert loaded.variant.name == "yolov7-tiny"
+    assert loaded.form == "training"
+
+
+def test_ema_is_preferred_and_activation_tells_tiny_silu(
+    tiny: YOLOv7, authors_package: Any, tmp_path: Path
+) -> None:
+    other = YOLOv7(VARIANTS["yolov7-tiny"], 2, "training")
+    checkpoint = {
+        "model": authors_module(other, authors_package, nn.SiLU()),
+        "ema": authors_module(tiny, authors_package, nn.SiLU()),
+    }
+    torch.save(checkpoint, tmp_path / "a.pt")
+    loaded = load_model(tmp_path / "a.pt")
+    assert loaded.variant.name == "yolov7-tiny-silu"
+    assert_same(loaded, tiny)
+
+
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_state_dict_under_the_authors_names(tiny: YOLOv7, tmp_path: Path, shuffled: bool) -> None:
+    state = official_state(tiny)
+    if shuffled:
+        state = OrderedDict(sorted(state.items()))
+    torch.save(state, tmp_path / "a.pt")
+    loaded = load_model(tmp_path / "a.pt")
+    assert loaded.variant.activation == "leaky_relu"
+    loaded.head.anchors.mul_(1.5)  # a bare state dict has none: the variant's serve
+    assert_same(loaded, tiny)
+    silu = load_model(tmp_path / "a.pt", variant="yolov7-tiny-silu")
+    assert silu.variant.name == "yolov7-tiny-silu"
+
+
+@pytest.mark.parametrize("form", ["training", "deploy", "fused"])
+def test_safetensors_round_trip(tmp_path: Path, form: str) -> None:
+    spec = scaled(VARIANTS["yolov7-w6"], 0.5, 0.125, "downc")
+    model = YOLOv7(spec, 3, "deploy" if form == "fused" else form)  # type: ignore[arg-type]  # a Literal
+    model.names, model.imgsz = ["a", "b", "ü"], 416
+    model.eval()
+    if form == "fused":
+        model.fuse()
+    save_model(model, tmp_path / "new" / "m.safetensors", training={"epochs": 3})
+    loaded = load_model(tmp_path / "new" / "m.safetensors")
+    assert_same(loaded, model)
+    assert (loaded.names, loaded.imgsz, loaded.form) == (model.names, 416, form)
+    assert loaded.variant == spec
+    x = torch.rand(1, 3, 128, 64)
+    with torch.inference_mode():
+        assert torch.equal(loaded(x), model(x))
+    assert read_metadata(tmp_path / "new" / "m.safetensors")["training"] == {"epochs": 3}
+    assert list((tmp_path / "new").iterdir()) == [tmp_path / "new" / "m.safetensors"]
+
+
+def test_a_failed_save_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = YOLOv7(scaled(VARIANTS["yolov7-tiny"], width=0.1), 1, "deploy")
+    path = tmp_path / "m.safetensors"
+    save_model(model, path)
+    before = path.read_bytes()
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match=r"m\.safetensors: cannot be written \(No space"):
+        save_model(model, path)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_embedded_weights_are_the_default() -> None:
+    model = load_model()
+    assert model.names == ["RBC", "WBC", "Platelets"]
+    assert (model.variant.name, model.imgsz) == ("yolov7-tiny", 320)
+
+
+# --- files that are wrong, and files that mean harm ------------------------------------------
+
+
+def torch_zip(path: Path, program: bytes, storages: dict[str, bytes] | None = None) -> Path:
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("archive/data.pkl", program)
+        for key, data in (storages or {}).items():
+            file.writestr(f"archive/data/{key}", data)
+    return path
+
+
+def tensor_program(shape: str, stride: str, offset: str = "0", numel: str = "4") -> bytes:
+    """A protocol-0 pickle of one tensor; the numbers are given as they stand in it."""
+
+    def numbers(text: str) -> str:
+        return "(" + "".join(f"I{n}\n" for n in text.split()) + "t"
+
+    return (
+        "ctorch._utils\n_rebuild_tensor_v2\n("
+        "(Vstorage\nctorch\nFloatStorage\nV0\nVcpu\nI" + numel + "\ntQ"
+        f"I{offset}\n{numbers(shape)}{numbers(stride)}I00\nNtR."
+    ).encode()
+
+
+class Runs:
+    """Pickles into a call of `os.system`."""
+
+    def __init__(self, command: str) -> None:
+        self.command = command
+
+    def __reduce__(self) -> Any:
+        return os.system, (self.command,)
+
+
+def refused(path: Path) -> str:
+    with pytest.raises(UserError) as error:
+        load_model(path)
+    message = str(error.value)
+    assert str(path) in message
+    assert "\n" not in message
+    return message
+
+
+def test_a_pickle_that_would_run_a_command_does_not(tmp_path: Path) -> None:
+    mark = tmp_path / "ran"
+    path = tmp_path / "evil.pt"
+    torch.save({"model": Runs(f"touch {mark}")}, path)
+    assert "system, which no checkpoint needs; nothing was executed" in refused(path)
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [("builtins", "eval"), ("builtins", "getattr"), ("os", "system"), ("torchx", "x"),
+     ("_codecs", "decode"), ("collections", "deque"), ("subprocess", "Popen")],
+)  # fmt: skip
+def test_other_names_are_refused_by_name(tmp_path: Path, module: str, name: str) -> None:
+    path = torch_zip(tmp_path / "a.pt", f"c{module}\n{name}\n.".encode())
+    assert f"{module}.{name}" in refused(path)
+
+
+@pytest.mark.parametrize("name", ["torch.hub.load", "torch.serialization.load", "numpy.load"])
+def test_recorded_names_are_never_called(tmp_path: Path, name: str) -> None:
+    module, _, function = name.rpartition(".")
+    program = f"c{module}\n{function}\n(V/nonexistent\ntR.".encode()
+    with TorchFile(torch_zip(tmp_path / "a.pt", program)) as file:
+        assert file.root.origin == name
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        tensor_program(f"{2**62}", "1"),
+        tensor_program(f"{2**62}", "0"),
+        tensor_program("2 2", "2 2"),
+        tensor_program("2", "1", offset="3"),
+        tensor_program("2", "-1", offset="1"),
+        tensor_program("2", "1", offset="-1"),
+        tensor_program("-1", "1"),
+        tensor_program("2 2", "2"),
+        tensor_program("4", "1", numel=f"{2**62}"),
+    ],
+)
+def test_tensors_beyond_their_storage_are_refused(tmp_path: Path, program: bytes) -> None:
+    refused(torch_zip(tmp_path / "a.pt", program, {"0": bytes(16)}))
+
+
+def test_a_tensor_within_its_storage_is_read(tmp_path: Path) -> None:
+    data = struct.pack("<4f", 1, 2, 3, 4)
+    path = torch_zip(tmp_path / "a.pt", tensor_program("2", "2", offset="1"), {"0": data})
+    with TorchFile(path) as file:
+        assert file.root.load().tolist() == [2, 4]
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        b"]" * 1_000_000 + b"a" * 999_999 + b".",  # lists a million deep
+        b"\x80\x05\x96" + struct.pack("<Q", 1 << 40) + b".",  # a bytearray of a terabyte
+        b"\x80\x02]r\xff\xff\xff\xff.",  # a memo of four billion entries
+        b"\x80\x02\x8a\xff",  # cut in the middle of an instruction
+        b"I" + b"9" * 100_000 + b"\n.",  # an endless number
+        b"",
+        b"(.",
+        b"\x80\x02]\x85R.",  # a call of a list
+    ],
+    ids=["deep", "bytearray", "memo", "cut", "number", "empty", "mark", "call"],
+)
+def test_abused_pickles_end_in_one_line(tmp_path: Path, program: bytes) -> None:
+    refused(torch_zip(tmp_path / "a.pt", program))
+
+
+def test_modules_nested_too_deep_are_refused(tmp_path: Path) -> None:
+    level = b"ctorch.nn\nModule\n(tR(dV_modules\n(dVx\n"
+    program = b"(dVmodel\n" + level * 1000 + b"N" + b"ssb" * 1000 + b"s."
+    assert "nested more than 32 deep" in refused(torch_zip(tmp_path / "a.pt", program))
+
+
+def test_truncated_and_foreign_files(tiny: YOLOv7, tmp_path: Path) -> None:
+    whole = tmp_path / "whole.pt"
+    torch.save(official_state(tiny), whole)
+    data = whole.read_bytes()
+    for length in (0, 10, len(data) // 2, len(data) - 30):
+        path = tmp_path / f"{length}.pt"
+        path.write_bytes(data[:length])
+        assert "truncated or not a PyTorch checkpoint" in refused(path)
+    flipped = bytearray(data)
+    flipped[len(data) // 2] ^= 1
+    path = tmp_path / "flipped.pt"
+    path.write_bytes(flipped)
+    assert "damaged" in refused(path)
+
+
+def test_weights_of_another_architecture(tmp_path: Path) -> None:
+    path = tmp_path / "resnet.pt"
+    torch.save(OrderedDict({"layer1.weight": torch.zeros(2)}), path)
+    assert "not named as the authors name theirs" in refused(path)
+    torch.save(OrderedDict({"model.0.conv.weight": torch.zeros(48, 3, 6, 6)}), path)
+    assert "not the detection head of a YOLOv7" in refused(path)
+    torch.save(
+        OrderedDict(
+            {"model.0.conv.weight": torch.zeros(48, 3, 6, 6), "model.1.m.0.bias": torch.zeros(21)}
+        ),
+        path,
+    )
+    assert "another architecture" in refused(path)
+    torch.save([1, 2], path)
+    assert "holds a list, not a model" in refused(path)
+    torch.save({"model": None}, path)
+    assert "no tensors" in refused(path)
+
+
+def test_nan_weights_are_named(tiny: YOLOv7, tmp_path: Path) -> None:
+    state = OrderedDict((k, v.clone()) for k, v in official_state(tiny).items())
+    state["model.0.conv.weight"][0, 0, 0, 0] = float("nan")
+    torch.save(state, tmp_path / "a.pt")
+    assert "stem.0.conv.weight holds NaN" in refused(tmp_path / "a.pt")
+
+
+def test_safetensors_that_are_not_ours(tmp_path: Path) -> None:
+    path = tmp_path / "m.safetensors"
+    path.write_bytes(b"\x00" * 5)
+    assert "truncated or not a safetensors file" in refused(path)
+    save_file({"x": torch.zeros(1)}, path)
+    assert "no yolov7 metadata" in refused(path)
+    save_model(YOLOv7(scaled(VARIANTS["yolov7-tiny"], width=0.1), 1, "deploy"), path)
+    metadata = read_metadata(path)
+    save_file({"x": torch.zeros(1)}, path, metadata={"yolov7": json.dumps(metadata)})
+    assert "do not fit its metadata" in refused(path)
+    metadata["format"] = "yolov7-triton/9"
+    save_file({"x": torch.zeros(1)}, path, metadata={"yolov7": json.dumps(metadata)})
+    assert "of format yolov7-triton/9" in refused(path)
+
+
+def test_missing_file_and_unknown_variant(tmp_path: Path) -> None:
+    assert "no such weights file" in refused(tmp_path / "none.pt")
+    with pytest.raises(UserError, match="unknown variant"):
+        load_model(tmp_path / "none.pt", variant="v8")
+
+
+def test_pickle_protocols_of_the_wild(tiny: YOLOv7, tmp_path: Path) -> None:
+    for protocol in (2, pickle.HIGHEST_PROTOCOL):
+        path = tmp_path / f"{protocol}.pt"
+        torch.save(official_state(tiny), path, pickle_protocol=protocol)
+        assert load_model(path).head.num_classes == 2

@@ -1,0 +1,82 @@
+"""The command line itself, `info` and `convert`."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import yolov7
+from yolov7.checkpoint import DEMO_WEIGHTS, load_model
+from yolov7.cli import VERBS, main
+
+
+def test_help_lists_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    printed = capsys.readouterr().out
+    assert all(f"  {verb}" in printed for verb in VERBS)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main([verb, "--help"])
+    assert end.value.code == 0
+    assert f"usage: yolov7 {verb}" in capsys.readouterr().out
+
+
+def test_wrong_usage_exits_with_two(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    assert main(["predcit"]) == 2
+    assert "did you mean predict?" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as end:
+        main(["info", "yolov7", "--imgzs", "640"])
+    assert end.value.code == 2
+    assert "--imgsz" in capsys.readouterr().err  # the nearest option
+
+
+def test_user_errors_are_one_line_and_exit_with_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", "nothing.pt"]) == 1
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: nothing.pt: no such weights file")
+    assert captured.err.count("\n") == 1
+
+
+def test_info_writes_rows_and_totals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "info.json"
+    assert main(["info", "yolov7", "--json", str(path)]) == 0
+    result = json.loads(path.read_text())
+    assert result["totals"]["layers"] == len(result["rows"]) == 92
+    assert result["totals"]["parameters"] == 36_905_341
+    assert "36,905,341 parameters" in capsys.readouterr().out
+    assert sum(row["flops"] for row in result["rows"]) == result["totals"]["flops"]
+
+
+def test_info_refuses_a_size_that_is_no_multiple(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", "yolov7-w6", "--imgsz", "96"]) == 1
+    assert "not a multiple of the model's stride 64" in capsys.readouterr().err
+
+
+def test_convert_fuses_and_halves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, target = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    embedded = str(Path(yolov7.__file__).parent / "assets" / DEMO_WEIGHTS)
+    assert main(["convert", "--weights", embedded, "--output", str(source), "--imgsz", "640"]) == 0
+    assert load_model(source).imgsz == 640
+    assert main(["convert", "--weights", str(source), "--output", str(target), "--fuse"]) == 0
+    assert load_model(target).form == "fused"
+    assert "fused form, 3 classes" in capsys.readouterr().out
+    assert main(["convert", "--weights", embedded, "--output", str(tmp_path / "a.pt")]) == 1
+    assert "must end in .safetensors" in capsys.readouterr().err
+
+
+def test_import_is_cheap() -> None:
+    heavy = "cv2", "matplotlib", "triton", "pycocotools", "rich", "tyro"
+    code = f"import sys, yolov7; print([m for m in {heavy!r} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_unknown_attribute_of_the_package() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = yolov7.nothing
