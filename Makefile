@@ -1,0 +1,40 @@
+# `make demo` and `make test` set everything up; they need only Python and make.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: demo test lint test-triton clean
+
+demo: $(VENV)/.runtime  ## detect blood cells on four sample images
+	$(BIN)/yolov7 predict
+
+test: lint  ## ruff, mypy, and every test: plain with ahead-of-time compilation, then interpreted
+	$(BIN)/pytest -n 2 --dist worksteal
+	TRITON_INTERPRET=1 $(BIN)/pytest -n 2 --dist worksteal -m interpreter tests/kernels
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# The kernel jobs under another Triton: make test-triton TRITON=3.6.0
+test-triton:
+	$(MAKE) VENV=.venv-triton-$(TRITON) .venv-triton-$(TRITON)/.dev
+	.venv-triton-$(TRITON)/bin/pip install --quiet --no-deps triton==$(TRITON) \
+	  $(if $(filter 3.6.%,$(TRITON)),'numpy<2.4')  # its interpreter needs it
+	.venv-triton-$(TRITON)/bin/pytest -n 2 -m aot tests/kernels
+	TRITON_INTERPRET=1 .venv-triton-$(TRITON)/bin/pytest -n 2 -m interpreter tests/kernels
+
+$(VENV)/.runtime: pyproject.toml constraints.txt
+	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
+	$(PIP) -e .
+	touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt
+	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
+	$(PIP) -e '.[dev]'
+	touch $@ $(VENV)/.runtime
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info runs
