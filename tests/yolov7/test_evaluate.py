@@ -1,0 +1,516 @@
+import contextlib
+import io
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from torch import Tensor
+
+from yolov7.dataset import Dataset, Sample, load_data
+from yolov7.errors import UserError
+from yolov7.evaluate import Predictions, Settings, evaluate, measure, predict, run, to_coco
+from yolov7.evaluate.pictures import save_pictures
+
+BY_HAND = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100")
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("YOLOV7_CACHE", str(tmp_path / "cache"))
+
+
+def sample(
+    boxes: list[list[float]],
+    classes: list[int],
+    *,
+    crowd: list[bool] | None = None,
+    image_id: int = 1,
+    path: Path = Path("x.png"),
+    size: tuple[int, int] = (480, 640),
+) -> Sample:
+    array = np.array(boxes, np.float32).reshape(-1, 4)
+    return Sample(
+        path=path,
+        height=size[0],
+        width=size[1],
+        image_id=image_id,
+        classes=np.array(classes, np.int64),
+        boxes=array,
+        polygons=tuple([] for _ in classes),
+        crowd=np.array(crowd or [False] * len(classes), np.bool_),
+        areas=np.prod(array[:, 2:] - array[:, :2], axis=1).astype(np.float64),
+    )
+
+
+def found(*rows: list[float]) -> np.ndarray:
+    """Detections from rows of x1, y1, x2, y2, score, class."""
+    return np.array(rows, np.float32).reshape(-1, 6)
+
+
+def shaken(dataset: Dataset, seed: int = 0) -> list[np.ndarray]:
+    """Detections made of the labels: some lost, moved, of another class; others of nothing."""
+    rng = np.random.default_rng(seed)
+    detections = []
+    for one in dataset.samples:
+        boxes = one.boxes[rng.random(len(one.boxes)) < 0.85].astype(np.float64)
+        classes = one.classes[: len(boxes)].copy()
+        sides = np.tile(boxes[:, 2:] - boxes[:, :2], 2)
+        boxes += rng.normal(0, 0.06, boxes.shape) * sides
+        confused = rng.random(len(classes)) < 0.1
+        classes[confused] = rng.integers(0, len(dataset.names), confused.sum())
+        corner = rng.random((3, 2)) * (one.width - 40, one.height - 40)
+        boxes = np.concatenate([boxes, np.concatenate([corner, corner + 40], 1)])
+        classes = np.concatenate([classes, rng.integers(0, len(dataset.names), 3)])
+        scores = rng.random(len(boxes)).round(2)  # coarse: equal scores occur
+        rows = np.concatenate([boxes, scores[:, None], classes[:, None]], 1)
+        detections.append(rows[np.argsort(-scores, kind="stable")].astype(np.float32))
+    return detections
+
+
+def by_hand(annotations: Path, results: list[dict[str, Any]]) -> dict[str, float]:
+    """The figures of pycocotools as its manual tells how to get them."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO(str(annotations))
+        evaluator = COCOeval(truth, truth.loadRes(results), "bbox")
+        evaluator.evaluate()
+        evaluator.accumulate()
+        evaluator.summarize()
+    return dict(zip(BY_HAND, evaluator.stats[:9].tolist(), strict=True))
+
+
+# the metric
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_real_coco_annotations_give_the_figures_of_pycocotools(data_dir: Path, split: str) -> None:
+    folder = data_dir / "coco-tiny"
+    dataset = load_data(folder, split)
+    assert any(one.crowd.any() for one in dataset.samples)
+    detections = shaken(dataset)
+    stats = measure(dataset, detections).stats
+    results = to_coco(dataset.samples, detections, dataset.category_ids)
+    expected = by_hand(folder / f"annotations/instances_{split}2017.json", results)
+    assert {name: stats[name] for name in BY_HAND} == pytest.approx(expected, abs=1e-6)
+    assert 0.1 < stats["AP"] < 0.9
+
+
+def test_made_annotations_give_the_figures_of_pycocotools(tmp_path: Path) -> None:
+    rng = np.random.default_rng(1)
+    content: dict[str, list[dict[str, Any]]] = {
+        "images": [],
+        "annotations": [],
+        "categories": [{"id": number, "name": f"c{number}"} for number in (90, 1, 13)],
+    }
+    for image in range(12):
+        name = f"{image}.png"
+        cv2.imwrite(str(tmp_path / name), np.zeros((480, 640, 3), np.uint8))
+        content["images"].append(
+            {"id": 100 - image, "file_name": name, "height": 480, "width": 640}
+        )
+        for _ in range(rng.integers(0, 9)):
+            x, y, w, h = (rng.random(4) * (500, 340, 140, 140)).round(2).tolist()
+            content["annotations"].append(
+                {"id": len(content["annotations"]) + 1, "image_id": 100 - image,
+                 "category_id": int(rng.choice([1, 13, 90])), "bbox": [x, y, w, h],
+                 "area": w * h * 0.4, "iscrowd": int(rng.random() < 0.2)}
+            )  # fmt: skip
+    path = tmp_path / "made.json"
+    path.write_text(json.dumps(content))
+    dataset = load_data(path, "val")
+    detections = shaken(dataset)
+    stats = measure(dataset, detections).stats
+    expected = by_hand(path, to_coco(dataset.samples, detections, dataset.category_ids))
+    assert {name: stats[name] for name in BY_HAND} == pytest.approx(expected, abs=1e-6)
+    assert 0.1 < stats["AP"] < 0.9
+
+
+def test_perfect_detections_score_one() -> None:
+    dataset = Dataset(
+        [
+            sample([[0, 0, 20, 20], [100, 100, 200, 160]], [0, 1], image_id=5),
+            sample([[0, 0, 300, 300]], [1], image_id=0),
+        ],
+        ["a", "b"],
+        [0, 1],
+    )
+    detections = [
+        found([0, 0, 20, 20, 0.9, 0], [100, 100, 200, 160, 0.8, 1]),
+        found([0, 0, 300, 300, 0.7, 1]),
+    ]
+    evaluation = measure(dataset, detections, {"network": 2.0})
+    names = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR100", "precision", "recall")
+    assert [evaluation.stats[name] for name in names] == pytest.approx([1] * 9)
+    assert evaluation.confusion.tolist() == [[1, 0, 0], [0, 2, 0], [0, 0, 0]]
+    assert [(row.name, row.images, row.instances) for row in evaluation.per_class] == [
+        ("a", 1, 1),
+        ("b", 2, 2),
+    ]
+    assert [row.ap for row in evaluation.per_class] == pytest.approx([1, 1])
+    result = json.loads(json.dumps(evaluation.to_dict()))
+    assert set(result) == {*evaluation.stats, "confidence", "per_class", "speed"}
+    assert result["speed"] == {"network": 2.0}
+    assert set(result["per_class"][0]) == {
+        "name", "images", "instances", "precision", "recall", "AP50", "AP"
+    }  # fmt: skip
+
+
+def test_nothing_found_scores_zero() -> None:
+    dataset = Dataset([sample([[0, 0, 20, 20]], [0])], ["a"], [0])
+    evaluation = measure(dataset, [found()])
+    assert [evaluation.stats[n] for n in ("AP", "AR100", "precision", "recall")] == [0, 0, 0, 0]
+    assert evaluation.confusion.tolist() == [[0, 0], [1, 0]]
+
+
+def test_nothing_to_find_scores_minus_one() -> None:
+    dataset = Dataset([sample([], [])], ["a"], [0])
+    evaluation = measure(dataset, [found([0, 0, 20, 20, 0.9, 0])])
+    assert set(evaluation.stats.values()) == {-1.0}
+    row = evaluation.per_class[0]
+    assert (row.instances, row.precision, row.recall, row.ap50, row.ap) == (0, -1, -1, -1, -1)
+    assert evaluation.confusion.tolist() == [[0, 1], [0, 0]]
+
+
+def test_a_class_without_boxes_does_not_count_in_means() -> None:
+    dataset = Dataset([sample([[0, 0, 20, 20]], [1])], ["a", "b"], [0, 1])
+    evaluation = measure(dataset, [found([0, 0, 20, 20, 0.9, 1], [50, 50, 90, 90, 0.95, 0])])
+    assert evaluation.stats["AP"] == pytest.approx(1)
+    assert evaluation.stats["precision"] == 1
+    assert evaluation.curves.names == ["b"]
+    assert [row.ap for row in evaluation.per_class] == pytest.approx([-1, 1])
+
+
+def test_precision_and_recall_are_those_of_the_best_f1() -> None:
+    boxes = [[100.0 * i, 0, 100 * i + 50, 50] for i in range(4)]
+    dataset = Dataset([sample(boxes, [0] * 4)], ["a"], [0])
+    nowhere = [0, 300, 50, 350]
+    rows = [[*boxes[0], 0.9, 0], [*boxes[1], 0.8, 0], [*nowhere, 0.7, 0], [*boxes[2], 0.6, 0]]
+    rows += [[*nowhere, 0.5 - 0.01 * i, 0] for i in range(9)]
+    evaluation = measure(dataset, [found(*rows)])
+    # after 4 detections: 3 of them right, 3 of 4 boxes; every other cut has a lower F1
+    assert evaluation.stats["precision"] == pytest.approx(3 / 4)
+    assert evaluation.stats["recall"] == pytest.approx(3 / 4)
+    assert 0.5 < evaluation.confidence <= 0.6
+    curves = evaluation.curves
+    at = np.searchsorted(curves.confidences, 0.75)
+    assert (curves.precision[0, at], curves.recall[0, at]) == (1, 0.5)
+    assert curves.precision[0, -1] == 1  # nothing is that confident: as the most confident one
+    assert curves.recall[0, -1] == 0
+    assert curves.precision[0, 0] == pytest.approx(3 / 13)
+
+
+def test_crowds_are_neither_found_nor_missed() -> None:
+    dataset = Dataset(
+        [sample([[0, 0, 300, 300], [400, 0, 450, 50]], [0, 0], crowd=[True, False])], ["a"], [0]
+    )
+    inside = [[40.0 * i, 40, 40 * i + 30, 80, 0.9 - 0.1 * i, 0] for i in range(4)]
+    evaluation = measure(dataset, [found(*inside, [400, 0, 450, 50, 0.4, 0])])
+    assert evaluation.stats["AP"] == pytest.approx(1)
+    assert evaluation.stats["precision"] == 1
+    assert evaluation.per_class[0].instances == 1
+    assert evaluation.confusion.tolist() == [[1, 0], [0, 0]]
+
+
+def test_confusion_matrix_pairs_each_box_once_and_the_best_first() -> None:
+    truth = sample([[0, 0, 100, 100], [0, 300, 100, 400], [300, 300, 340, 340]], [0, 1, 1])
+    detections = found(
+        [0, 0, 100, 80, 0.99, 0],  # IoU 0.8 with the first box, which a better one takes
+        [0, 0, 100, 95, 0.5, 1],  # the better one, of the wrong class
+        [0, 300, 100, 390, 0.9, 1],  # right
+        [0, 310, 100, 400, 0.26, 1],  # a duplicate: background
+        [300, 300, 340, 340, 0.24, 1],  # not confident enough: the third box is missed
+    )
+    matrix = measure(Dataset([truth], ["a", "b"], [0, 1]), [detections]).confusion
+    assert matrix.tolist() == [[0, 0, 1], [1, 1, 1], [0, 1, 0]]
+
+
+def test_confusion_matrix_gives_a_detection_its_second_box_where_the_first_is_taken() -> None:
+    truth = sample([[0, 0, 100, 100], [0, 10, 100, 110]], [0, 0])
+    detections = found([0, 0, 100, 100, 0.9, 0], [0, 4, 100, 104, 0.8, 0])
+    matrix = measure(Dataset([truth], ["a"], [0]), [detections]).confusion
+    assert matrix.tolist() == [[2, 0], [0, 0]]
+
+
+def test_one_array_of_detections_for_every_image() -> None:
+    with pytest.raises(ValueError, match="0 arrays of detections for 1 images"):
+        measure(Dataset([sample([], [])], ["a"], [0]), [])
+
+
+def test_results_in_cocos_form_use_its_ids() -> None:
+    one = sample([], [], image_id=42)
+    (result,) = to_coco([one], [found([10, 20, 40, 80, 0.5, 1])], [7, 90])
+    assert result == {
+        "image_id": 42, "category_id": 90, "bbox": [10, 20, 30, 60], "score": 0.5
+    }  # fmt: skip
+
+
+# which images share a canvas
+
+
+def shapes(*sizes: tuple[int, int]) -> list[Sample]:
+    return [sample([], [], size=size) for size in sizes]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "imgsz", "stride", "canvas"),
+    [
+        ([(480, 640)], 320, 32, (256, 352)),
+        ([(480, 640), (427, 640)], 640, 32, (512, 672)),
+        ([(640, 480), (640, 427)], 640, 32, (672, 512)),
+        ([(480, 640), (640, 480)], 640, 32, (672, 672)),
+        ([(480, 640), (500, 500)], 640, 32, (672, 672)),
+        ([(480, 640)], 1280, 64, (1024, 1344)),
+    ],
+)
+def test_the_canvas_follows_the_extreme_aspect(
+    sizes: list[tuple[int, int]], imgsz: int, stride: int, canvas: tuple[int, int]
+) -> None:
+    batches = run.plan_batches(shapes(*sizes), Settings(imgsz=imgsz, stride=stride))
+    assert [shape for _, shape in batches] == [canvas]
+
+
+@pytest.mark.parametrize("batch", [1, 5, 32, 100])
+def test_the_canvas_is_shared_by_32_neighbours_whatever_the_batch(batch: int) -> None:
+    rng = np.random.default_rng(0)
+    samples = shapes(*((int(h), int(w)) for h, w in rng.integers(300, 700, (70, 2))))
+    batches = run.plan_batches(samples, Settings(batch=batch))
+    order = [index for indices, _ in batches for index in indices]
+    aspects = [samples[index].height / samples[index].width for index in order]
+    assert aspects == sorted(aspects)
+    assert sorted(order) == list(range(70))
+    assert max(len(indices) for indices, _ in batches) <= batch
+    canvases = [canvas for indices, canvas in batches for _ in indices]
+    for start in (0, 32, 64):
+        low, high = aspects[start], aspects[start : start + 32][-1]
+        sides = (high, 1) if high < 1 else (1, 1 / low) if low > 1 else (1, 1)
+        expected = tuple(math.ceil(side * 20 + 0.5) * 32 for side in sides)
+        assert set(canvases[start : start + 32]) == {expected}
+
+
+def test_plain_letterbox_takes_the_smallest_canvas_and_square_always_the_whole() -> None:
+    samples = shapes((480, 640), (640, 480), (480, 640))
+    plans = {
+        name: run.plan_batches(samples, Settings(imgsz=320, preparation=name))
+        for name in ("letterbox", "square")
+    }
+    assert plans["letterbox"] == [([0, 2], (256, 320)), ([1], (320, 256))]
+    assert plans["square"] == [([0, 2, 1], (320, 320))]
+
+
+# the run
+
+
+COLOURS = {0: (0, 0, 255), 1: (255, 0, 0)}  # BGR of the classes
+
+
+def coloured(folder: Path) -> Dataset:
+    """Pictures of several shapes, each with one red (class 0) and one blue rectangle (class 1)."""
+    samples = []
+    for index, (height, width) in enumerate([(200, 260), (640, 480), (90, 300), (333, 333)]):
+        image = np.full((height, width, 3), 114, np.uint8)
+        boxes = [
+            [0, 0, width // 2, height // 2],
+            [width // 2 + 5, height // 2 + 5, width - 10, height],
+        ]
+        for label, (x1, y1, x2, y2) in enumerate(boxes):
+            image[y1:y2, x1:x2] = COLOURS[label]
+        path = folder / f"{index}.png"
+        cv2.imwrite(str(path), image)
+        samples.append(sample(boxes, [0, 1], image_id=index, path=path, size=(height, width)))  # type: ignore[arg-type]  # whole numbers are floats
+    return Dataset(samples, ["red", "blue"], [0, 1])
+
+
+def colour_network(images: Tensor) -> Tensor:
+    """The bounding box of all red and of all blue pixels, confidence 0.9."""
+    out = torch.zeros(len(images), 2, 7, dtype=images.dtype)
+    for index, image in enumerate(images):
+        for label, channel in enumerate((0, 2)):
+            strong = image[channel] - image[1] > 0.5
+            ys, xs = strong.any(1).nonzero()[:, 0], strong.any(0).nonzero()[:, 0]
+            y1, y2, x1, x2 = int(ys[0]), int(ys[-1]) + 1, int(xs[0]), int(xs[-1]) + 1
+            box = [(x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1]
+            out[index, label] = torch.tensor([*box, 0.9, 1 - label, label])
+    return out
+
+
+@pytest.mark.parametrize("preparation", ["authors", "letterbox", "square"])
+@pytest.mark.parametrize("imgsz", [160, 640])
+def test_what_a_network_sees_is_mapped_back_to_the_image(
+    tmp_path: Path, preparation: run.Preparation, imgsz: int
+) -> None:
+    dataset = coloured(tmp_path)
+    settings = Settings(imgsz=imgsz, batch=2, preparation=preparation)
+    predictions = predict(colour_network, dataset, settings)
+    for one, boxes in zip(dataset.samples, predictions.detections, strict=True):
+        pixel = max(one.height, one.width) / imgsz  # of the network, in pixels of the image
+        rows = boxes[np.argsort(boxes[:, 5])]
+        assert rows[:, 5].tolist() == [0, 1]
+        np.testing.assert_allclose(rows[:, :4], one.boxes, atol=1.6 * pixel)
+        np.testing.assert_allclose(rows[:, 4], 0.9, rtol=1e-6)
+
+
+def test_evaluate_joins_run_and_metric(tmp_path: Path) -> None:
+    evaluation = evaluate(colour_network, coloured(tmp_path), Settings(imgsz=640))
+    assert evaluation.stats["AP50"] == pytest.approx(1)
+    assert evaluation.stats["AP"] > 0.9
+    assert evaluation.images == 4
+    assert set(evaluation.speed) == {"read", "pre", "network", "nms"}
+    assert all(0 < value < 1000 for value in evaluation.speed.values())
+
+
+def seen_by_the_network(dataset: Dataset, settings: Settings, dtype: torch.dtype) -> list[Tensor]:
+    seen = []
+
+    def network(images: Tensor) -> Tensor:
+        seen.append(images.clone())
+        return torch.zeros(len(images), 1, 7)
+
+    predict(network, dataset, settings, dtype=dtype)
+    return seen
+
+
+@pytest.mark.parametrize(("side", "method"), [(320, cv2.INTER_AREA), (960, cv2.INTER_LINEAR)])
+def test_the_authors_way_scales_once_and_centres(tmp_path: Path, side: int, method: int) -> None:
+    noise = np.random.default_rng(0).integers(0, 255, (427, 640, 3), dtype=np.uint8)
+    path = tmp_path / "x.png"
+    cv2.imwrite(str(path), noise)
+    dataset = Dataset([sample([], [], path=path, size=(427, 640))], ["a", "b"], [0, 1])
+    (seen,) = seen_by_the_network(dataset, Settings(imgsz=side), torch.float32)
+    height = int(427 * side / 640)
+    scaled = cv2.resize(noise, (side, height), interpolation=method)
+    canvas_h, canvas_w = seen.shape[2:]
+    assert (canvas_h, canvas_w) == run.plan_batches(dataset.samples, Settings(imgsz=side))[0][1]
+    top, left = round((canvas_h - height) / 2 - 0.1), round((canvas_w - side) / 2 - 0.1)
+    expected = np.full((canvas_h, canvas_w, 3), 114, np.uint8)
+    expected[top : top + height, left : left + side] = scaled
+    rgb = torch.from_numpy(expected[:, :, ::-1].copy()).permute(2, 0, 1) / 255
+    assert torch.equal(seen[0], rgb)
+
+
+def test_the_network_gets_batches_of_the_dtype_it_takes(tmp_path: Path) -> None:
+    settings = Settings(imgsz=64, batch=3, preparation="square")
+    seen = seen_by_the_network(coloured(tmp_path), settings, torch.bfloat16)
+    assert [images.shape for images in seen] == [(3, 3, 64, 64), (1, 3, 64, 64)]
+    assert {images.dtype for images in seen} == {torch.bfloat16}
+
+
+def test_the_result_does_not_depend_on_the_batch(tmp_path: Path) -> None:
+    dataset = coloured(tmp_path)
+    one, four = (predict(colour_network, dataset, Settings(batch=n)).detections for n in (1, 4))
+    for a, b in zip(one, four, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def constant_network(*rows: list[float]) -> run.Network:
+    """Every image has the same rows: centre, size, objectness, probabilities of two classes."""
+    return lambda images: torch.tensor(rows).expand(len(images), -1, -1)
+
+
+def boxes_of(tmp_path: Path, network: run.Network, **settings: Any) -> np.ndarray:
+    """What is found in a picture of 333 x 333, at its own size."""
+    dataset = coloured(tmp_path)
+    only = Dataset(dataset.samples[3:], dataset.names, dataset.category_ids)
+    options = Settings(imgsz=333, preparation="square", **settings)
+    return predict(network, only, options).detections[0]
+
+
+def test_boxes_are_clipped_to_the_image(tmp_path: Path) -> None:
+    boxes = boxes_of(tmp_path, constant_network([10, 320, 100, 100, 0.9, 1, 0]))
+    np.testing.assert_allclose(boxes[:, :4], [[0, 270, 60, 333]], atol=1e-3)
+
+
+def test_confidence_overlap_labels_and_number_of_boxes_are_as_set(tmp_path: Path) -> None:
+    row = [100.0, 100, 50, 50]
+    network = constant_network(
+        [*row, 0.9, 0.8, 0.3], [102, 100, 50, 50, 0.8, 0.7, 0], [250, 250, 20, 20, 0.1, 0.1, 0]
+    )
+    assert len(boxes_of(tmp_path, network)) == 3  # both labels of the first, and the third
+    assert len(boxes_of(tmp_path, network, iou=0.99)) == 4
+    assert len(boxes_of(tmp_path, network, conf=0.05)) == 2
+    assert len(boxes_of(tmp_path, network, max_det=1)) == 1
+
+
+def test_nan_never_becomes_a_box(tmp_path: Path) -> None:
+    nan = float("nan")
+    assert len(boxes_of(tmp_path, constant_network([nan, 5, 5, 5, 0.9, 1, 0]))) == 0
+    assert len(boxes_of(tmp_path, constant_network([5, 5, 5, 5, nan, nan, nan]))) == 0
+
+
+def test_an_image_that_cannot_be_read_any_more_is_left_out_and_listed(tmp_path: Path) -> None:
+    dataset = coloured(tmp_path)
+    dataset.samples[0].path.unlink()
+    cv2.imwrite(str(dataset.samples[2].path), np.zeros((5, 5, 3), np.uint8))
+    predictions: Predictions = predict(colour_network, dataset, Settings(imgsz=320))
+    assert [one.image_id for one in predictions.dataset.samples] == [1, 3]
+    assert len(predictions.detections) == 2
+    assert len(predictions.dataset.skipped) == 2
+    assert any("2.png: has changed" in line for line in predictions.dataset.skipped)
+    for one in dataset.samples:
+        one.path.unlink(missing_ok=True)
+    with pytest.raises(UserError, match="no image can be read"):
+        predict(colour_network, dataset, Settings(imgsz=320))
+
+
+def test_a_network_with_other_classes_is_refused(tmp_path: Path) -> None:
+    dataset = coloured(tmp_path)
+    three = Dataset(dataset.samples, ["a", "b", "c"], [0, 1, 2])
+    with pytest.raises(UserError, match="the network knows 2 classes, the data set has 3"):
+        predict(colour_network, three, Settings(imgsz=320))
+
+
+# pictures
+
+
+@pytest.mark.parametrize("classes", [2, 25])
+def test_pictures_are_drawn(tmp_path: Path, classes: int) -> None:
+    pytest.importorskip("matplotlib")
+    names = [f"class {index}" for index in range(classes)]
+    dataset = Dataset([sample([[0, 0, 20, 20], [50, 50, 90, 90]], [0, 1])], names, [])
+    evaluation = measure(dataset, [found([0, 0, 20, 20, 0.9, 0], [50, 50, 90, 90, 0.8, 0])])
+    paths = save_pictures(evaluation, tmp_path)
+    assert sorted(path.stem for path in paths) == [
+        "F1_curve", "PR_curve", "P_curve", "R_curve", "confusion_matrix"
+    ]  # fmt: skip
+    for path in paths:
+        image = cv2.imread(str(path))
+        assert image is not None
+        assert image.std() > 10  # something is on it
+
+
+def test_without_a_box_only_the_matrix_is_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    evaluation = measure(Dataset([sample([], [])], ["a"], [0]), [found()])
+    assert [path.stem for path in save_pictures(evaluation, tmp_path)] == ["confusion_matrix"]
+
+
+# the authors' figures
+
+
+AUTHORS = {
+    ("authors", "test"): (0.48295, 0.84159, 0.51417, 0.64099),
+    ("authors", "val"): (0.50783, 0.84912, 0.53487, 0.65568),
+    ("letterbox", "test"): (0.47999, 0.82430, 0.50578, 0.64342),
+    ("letterbox", "val"): (0.50459, 0.84515, 0.53725, 0.65450),
+}
+
+
+@pytest.mark.parametrize(("preparation", "split"), list(AUTHORS))
+def test_the_authors_own_evaluation_is_reproduced(
+    data_dir: Path, reference_dir: Path, preparation: run.Preparation, split: str
+) -> None:
+    weights = reference_dir / "checkpoints" / "blood-cells-tiny.pt"
+    if not weights.exists():
+        pytest.skip("YOLOV7_REFERENCE names no folder with checkpoints/blood-cells-tiny.pt")
+    from yolov7.checkpoint import load_model
+
+    model = load_model(weights).fuse()
+    dataset = load_data(data_dir / "blood-cells", split)
+    stats = evaluate(model, dataset, Settings(imgsz=320, preparation=preparation)).stats
+    got = [stats[name] for name in ("AP", "AP50", "AP75", "AR100")]
+    assert got == pytest.approx(AUTHORS[preparation, split], abs=5e-4)
