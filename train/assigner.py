@@ -95,10 +95,8 @@ class Slots:
 
 def gather_cells(raw: Tensor, slots: Slots) -> Tensor:
     """Raw predictions of one level `[B, na, ny, nx, no]` at its slots: `[B, C, no]`."""
-    b, na, ny, nx, _ = raw.shape
-    image = torch.arange(b, device=raw.device)[:, None]
-    flat = ((image * na + slots.anchor) * ny + slots.row) * nx + slots.column
-    return raw.flatten(0, 3)[flat]
+    image = torch.arange(len(raw), device=raw.device)[:, None]
+    return raw[image, slots.anchor, slots.row, slots.column]
 
 
 def gather_boxes(labels: Tensor, slots: Slots) -> Tensor:
