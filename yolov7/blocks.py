@@ -252,8 +252,9 @@ class TinySPP(nn.Module):
         return self.transition(torch.cat([y, self.bypass(x)], 1))
 
 
-def space_to_depth(x: Tensor) -> Tensor:
-    """P6's first layer: [B, C, H, W] to [B, 4 C, H/2, W/2], rows before columns of the 2x2 cell."""
-    return torch.cat(
-        [x[..., ::2, ::2], x[..., 1::2, ::2], x[..., ::2, 1::2], x[..., 1::2, 1::2]], 1
-    )
+class ReOrg(nn.Module):
+    """P6's first layer: [B, C, H, W] to [B, 4 C, H/2, W/2], rows before columns of a 2x2 cell."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        cells = [x[..., ::2, ::2], x[..., 1::2, ::2], x[..., ::2, 1::2], x[..., 1::2, 1::2]]
+        return torch.cat(cells, 1)

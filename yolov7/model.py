@@ -16,9 +16,9 @@ from yolov7.blocks import (
     MaxPool,
     ParallelElan,
     PoolConv,
+    ReOrg,
     RepConv,
     TinySPP,
-    space_to_depth,
 )
 from yolov7.head import Detect
 from yolov7.variants import VARIANTS, Downsample, Variant, scaled
@@ -110,7 +110,7 @@ class YOLOv7(nn.Module):
             )
 
         width = 12 if v.reorg else 3
-        self.stem = nn.Sequential()
+        self.stem = nn.Sequential(*([ReOrg()] if v.reorg else []))
         for channels, stride in v.stem:
             self.stem.append(Conv(width, channels, 3, stride, act))
             width = channels
@@ -178,7 +178,7 @@ class YOLOv7(nn.Module):
 
     def features(self, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Maps for the lead and for the auxiliary heads, finest level first."""
-        x = self.stem(space_to_depth(x) if self.variant.reorg else x)
+        x = self.stem(x)
         maps = []
         for stage in self.backbone:
             x = stage(x)

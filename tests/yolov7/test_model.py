@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.conftest import reference_folder
-from yolov7.blocks import Conv, DownC, Elan, PoolConv, RepConv, space_to_depth
+from yolov7.blocks import Conv, DownC, Elan, PoolConv, ReOrg, RepConv
 from yolov7.head import Detect
 from yolov7.info import conv_layers, parameter_count
 from yolov7.model import YOLOv7, create_model
@@ -209,9 +209,9 @@ def test_decode_follows_the_formula() -> None:
     assert scores == pytest.approx(s[4:].tolist())
 
 
-def test_space_to_depth_order() -> None:
+def test_reorg_order() -> None:
     x = torch.arange(4.0).view(1, 1, 2, 2)  # rows: 0 1 / 2 3
-    assert space_to_depth(x).flatten().tolist() == [0, 2, 1, 3]
+    assert ReOrg()(x).flatten().tolist() == [0, 2, 1, 3]
 
 
 def test_extended_elan_sums_its_branches() -> None:
