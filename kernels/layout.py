@@ -72,6 +72,11 @@ class PitchedLayout:
         return self.n * self.row_pitch * self.pitch
 
     @property
+    def sizes(self) -> list[int]:
+        """The five sizes in order, for operations, whose arguments are plain."""
+        return [self.n, self.h, self.w, self.pitch, self.row_pitch]
+
+    @property
     def even(self) -> bool:
         """Whether both pitches are even."""
         return self.pitch % 2 == 0 and self.row_pitch % 2 == 0

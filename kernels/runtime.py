@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import CustomOpDef
+from torch._library.custom_ops import CustomOpDef
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
@@ -74,12 +74,12 @@ class CompileSpec:
 
     fn: Any
     """The ``@triton.jit`` function."""
-    signature: dict[str, str]
-    """Argument -> type: ``*fp16``, ``i32``, ``tensordesc<fp16[128, 64]>``, ``constexpr``."""
-    constexprs: dict[str, Any]
-    """Argument -> value, integers that are 1 included."""
+    signature: dict[str, Any]
+    """Argument -> type: ``*fp16``, ``i32``, ``tensordesc<fp16[128,64]>``, ``constexpr``, tuples."""
+    constexprs: dict[tuple[int, ...], Any]
+    """Path of the argument -> value, integers that are 1 included."""
     attrs: dict[tuple[int, ...], list[list[Any]]]
-    """Argument index -> ``[["tt.divisibility", 16]]`` where that holds."""
+    """Path of the argument -> ``[["tt.divisibility", 16]]`` where that holds."""
     options: dict[str, Any]
     """num_warps, num_stages, ..."""
     config: dict[str, Any] = field(default_factory=dict)
@@ -208,21 +208,27 @@ def _specialise(kernel: Any, args: Mapping[str, Any], config: Config) -> Compile
     unknown = values.keys() - set(kernel.arg_names)
     if unknown:
         raise ValueError(f"{kernel.__name__} has no arguments {sorted(unknown)}")
-    signature: dict[str, str] = {}
-    constexprs: dict[str, Any] = {}
+    signature: dict[str, Any] = {}
+    constexprs: dict[tuple[int, ...], Any] = {}
     attrs: dict[tuple[int, ...], list[list[Any]]] = {}
+
+    def note(value: Any, path: tuple[int, ...], constexpr: bool) -> Any:
+        if isinstance(value, tuple) and not constexpr:
+            return tuple(note(item, (*path, i), constexpr) for i, item in enumerate(value))
+        kind, aligned = _argument_type(value)
+        if constexpr or kind == "constexpr":
+            constexprs[path] = value
+            return "constexpr"
+        if aligned:
+            attrs[path] = [["tt.divisibility", 16]]
+        return kind
+
     for index, parameter in enumerate(kernel.params):
         name = parameter.name
         value = values.get(name, parameter.default)
         if value is inspect.Parameter.empty:
             raise ValueError(f"{kernel.__name__} lacks its argument {name}")
-        kind, aligned = _argument_type(value)
-        if parameter.is_constexpr or kind == "constexpr":
-            kind = "constexpr"
-            constexprs[name] = value
-        elif aligned:
-            attrs[(index,)] = [["tt.divisibility", 16]]
-        signature[name] = kind
+        signature[name] = note(value, (index,), parameter.is_constexpr)
     return CompileSpec(kernel, signature, constexprs, attrs, options, dict(config))
 
 

@@ -42,7 +42,7 @@ def test_recording_specialises_as_a_launch_would() -> None:
         "one": "constexpr",
         "BLOCK": "constexpr",
     }
-    assert spec.constexprs == {"one": 1, "BLOCK": 64}
+    assert spec.constexprs == {(5,): 1, (6,): 64}
     assert set(spec.attrs) == {(0,), (3,)}  # out_ptr starts 2 bytes late
     assert spec.options == {"num_warps": 2}
     assert (3,) not in _record(49, torch.empty(4096, device="meta")).attrs

@@ -1,0 +1,145 @@
+"""What both convolution kernels share: the product, and what follows the sum.
+
+The geometry of a layer reaches every kernel as one tuple of tuples of integers, ``shape``:
+``(rows, h, w, pitch, row_pitch)`` of the computed map, ``(c_in, n_out)``,
+``(rows, pitch, row_pitch)`` of the source, ``(pitch, row_pitch)`` of the target, and
+``(x, residual, out)``, the strides of rows; ``scales`` is ``(residual_scale, out_scale)``.
+"""
+
+import triton
+import triton.language as tl
+
+from yolov7.kernels.runtime import INTERPRET
+
+INTERPRETED = tl.constexpr(INTERPRET)
+
+
+@triton.jit
+def multiply(a, b, acc, PRECISION: tl.constexpr):
+    """``acc + a @ b``, through fp32 for bf16 in the interpreter, which lacks that type."""
+    if INTERPRETED and a.dtype == tl.bfloat16:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def finish(
+    # Tensors
+    acc,  # [BLOCK_M, BLOCK_N] fp32
+    scale_ptr,  # [n_out] fp32 or None
+    bias_ptr,  # [n_out] fp32
+    residual_ptr,  # [rows, n_out] or None
+    # Shapes
+    offs_m,  # [BLOCK_M]
+    offs_n,  # [BLOCK_N]
+    shape,
+    # Scalars
+    scales,
+    # Constexprs
+    ACTIVATION: tl.constexpr,
+):
+    """``act(acc * scale + bias) + residual``, zero in the border."""
+    rows, h, w, pitch, row_pitch = shape[0]
+    mask_n = offs_n < shape[1][1]
+    if scale_ptr is not None:
+        acc *= tl.load(scale_ptr + offs_n, mask=mask_n, other=0.0)[None, :]
+    acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0)[None, :]
+    if ACTIVATION == "silu":
+        acc = acc / (1.0 + tl.exp(-acc))
+    elif ACTIVATION == "leaky":
+        acc = tl.where(acc > 0, acc, 0.1 * acc)
+    if residual_ptr is not None:
+        residual_ptrs = residual_ptr + offs_m.to(tl.int64)[:, None] * shape[4][1] + offs_n[None, :]
+        mask = (offs_m < rows)[:, None] & mask_n[None, :]
+        residual = tl.load(residual_ptrs, mask=mask, other=0.0).to(tl.float32)
+        acc += residual * scales[0]
+    inside = (offs_m % pitch < w) & (offs_m // pitch % row_pitch < h)
+    return tl.where(inside[:, None], acc, 0.0)
+
+
+@triton.jit
+def cast_output(acc, scales, DTYPE: tl.constexpr):
+    """The accumulator in the output's type; fp8 is in units of its scale and saturates."""
+    if DTYPE.is_fp8():
+        acc = tl.clamp(acc / scales[1], -448.0, 448.0)
+    return acc.to(DTYPE)
+
+
+@triton.jit
+def store_rows(
+    out_ptr,  # [target rows, n_out]
+    acc,  # [BLOCK_M, BLOCK_N] fp32, zero in the border
+    offs_m,  # [BLOCK_M]
+    offs_n,  # [BLOCK_N]
+    shape,
+    scales,
+    UPSAMPLE: tl.constexpr,
+):
+    """Store a tile by pointers, once, or to the 2x2 pixels that upsampling makes of each."""
+    rows, _, _, pitch, row_pitch = shape[0]
+    target_pitch, target_row_pitch = shape[3]
+    values = cast_output(acc, scales, out_ptr.dtype.element_ty)
+    mask = (offs_m < rows)[:, None] & (offs_n < shape[1][1])[None, :]
+    if UPSAMPLE:
+        line = offs_m // pitch
+        for corner in tl.static_range(4):
+            y = line % row_pitch * 2 + corner // 2
+            x = offs_m % pitch * 2 + corner % 2
+            row = (line // row_pitch * target_row_pitch + y) * target_pitch + x
+            held = (y < target_row_pitch) & (x < target_pitch)
+            out_ptrs = out_ptr + row.to(tl.int64)[:, None] * shape[4][2] + offs_n[None, :]
+            tl.store(out_ptrs, values, mask=mask & held[:, None])
+    else:
+        out_ptrs = out_ptr + offs_m.to(tl.int64)[:, None] * shape[4][2] + offs_n[None, :]
+        tl.store(out_ptrs, values, mask=mask)
+
+
+@triton.jit
+def store_partial(
+    partial_ptr,  # [SPLIT_K, rows, n_out] fp32
+    acc,  # [BLOCK_M, BLOCK_N] fp32
+    split,
+    offs_m,  # [BLOCK_M]
+    offs_n,  # [BLOCK_N]
+    shape,
+):
+    """Store one split's share of the sum."""
+    rows = shape[0][0]
+    n_out = shape[1][1]
+    row = split.to(tl.int64) * rows + offs_m
+    mask = (offs_m < rows)[:, None] & (offs_n < n_out)[None, :]
+    tl.store(partial_ptr + row[:, None] * n_out + offs_n[None, :], acc, mask=mask)
+
+
+@triton.jit
+def conv_reduce_kernel(
+    # Tensors
+    partial_ptr,  # [SPLIT_K, rows, n_out] fp32
+    scale_ptr,  # [n_out] fp32 or None
+    bias_ptr,  # [n_out] fp32
+    residual_ptr,  # [rows, n_out] or None
+    out_ptr,  # [target rows, n_out]
+    # Shapes
+    shape,
+    # Scalars
+    scales,
+    # Constexprs
+    ACTIVATION: tl.constexpr,
+    UPSAMPLE: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Add the splits' shares, always in the same order, and finish the convolution."""
+    rows = shape[0][0]
+    n_out = shape[1][1]
+    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask = (offs_m < rows)[:, None] & (offs_n < n_out)[None, :]
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for split in tl.static_range(SPLIT_K):
+        row = offs_m.to(tl.int64) + split * rows
+        acc += tl.load(partial_ptr + row[:, None] * n_out + offs_n[None, :], mask=mask, other=0.0)
+    acc = finish(acc, scale_ptr, bias_ptr, residual_ptr, offs_m, offs_n, shape, scales, ACTIVATION)
+    store_rows(out_ptr, acc, offs_m, offs_n, shape, scales, UPSAMPLE)

@@ -1,0 +1,255 @@
+"""What a fused convolution computes: its geometry, its weights, its plain PyTorch reference."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from yolov7.kernels.layout import PitchedLayout
+
+ACTIVATIONS = ("silu", "leaky", "none")
+FP8_MAX = 448.0
+DTYPES = (torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float32)
+
+
+@dataclass(frozen=True)
+class ConvLayer:
+    """A convolution over pitched maps, ``act(conv(x) * scale + bias) [+ residual]``.
+
+    Raises:
+        ValueError: the combination of sizes and options is not one that the kernels compute.
+    """
+
+    source: PitchedLayout
+    """Where the input's pixels lie."""
+    target: PitchedLayout
+    """Where the output's pixels lie."""
+    in_channels: int
+    out_channels: int
+    kernel: int = 1
+    """1, or 3 with a padding of 1."""
+    stride: int = 1
+    activation: str = "silu"
+    """silu, leaky (slope 0.1) or none."""
+    pool: bool = False
+    """Take the maximum of 2x2 pixels of the input first (1x1 only)."""
+    exact: bool = False
+    """Multiply fp32 exactly instead of as TF32."""
+    upsample: bool = False
+    """Write every pixel of the output to 2x2 pixels of the target (1x1 only)."""
+    out_scale: float = 1.0
+    """What one unit of an fp8 output stands for; 1 for other types."""
+    residual_scale: float = 1.0
+    """What one unit of the residual stands for."""
+
+    def __post_init__(self) -> None:
+        s, t = self.source, self.target
+        if self.kernel not in (1, 3) or self.stride not in (1, 2) or self.kernel < self.stride:
+            raise ValueError(f"no kernel for {self.kernel}x{self.kernel}, stride {self.stride}")
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"activation {self.activation!r} is none of {ACTIVATIONS}")
+        if min(self.in_channels, self.out_channels) < 1:
+            raise ValueError(f"{self.in_channels} -> {self.out_channels} channels")
+        if self.kernel == 3 and (self.pool or self.upsample):
+            raise ValueError("max-pool on load and upsample on store are for 1x1 convolutions")
+        if self.pool and self.upsample:
+            raise ValueError("max-pool on load and upsample on store exclude each other")
+        h, w = self.result_size
+        if (t.n, t.h, t.w) != (s.n, h, w):
+            raise ValueError(
+                f"{s.n} x {s.h} x {s.w} pixels give {s.n} x {h} x {w}, "
+                f"but the target holds {t.n} x {t.h} x {t.w}"
+            )
+        if self.reduction == 1 and not self.upsample and s != t:
+            raise ValueError(f"stride 1 needs equal pitches, not {s} and {t}")
+        if self.upsample and (t.pitch > 2 * s.pitch or t.row_pitch > 2 * s.row_pitch):
+            raise ValueError(f"the target's border is more than twice the source's: {s}, {t}")
+
+    @property
+    def result_size(self) -> tuple[int, int]:
+        """Height and width of the output."""
+        h, w = self.source.h, self.source.w
+        if self.upsample:
+            return 2 * h, 2 * w
+        if self.pool:
+            return h // 2, w // 2
+        return (h - 1) // self.stride + 1, (w - 1) // self.stride + 1
+
+    @property
+    def reduction(self) -> int:
+        """Pixels of the input, each way, for one of the convolution's output: 1 or 2."""
+        return 2 if self.pool else self.stride
+
+    @property
+    def compute(self) -> PitchedLayout:
+        """The layout whose rows are computed: the target, or the source before an upsample."""
+        return self.source if self.upsample else self.target
+
+    @property
+    def taps(self) -> int:
+        """Pixels under the kernel."""
+        return self.kernel * self.kernel
+
+    @property
+    def flops(self) -> int:
+        """Multiplications and additions, border pixels apart."""
+        pixels = self.compute.n * self.compute.h * self.compute.w
+        return 2 * pixels * self.taps * self.in_channels * self.out_channels
+
+    def describe(self) -> str:
+        """One readable line: ``8x64x80x80 -> 128, 3x3 s1``."""
+        s = self.source
+        options = "".join(
+            f" {name}" for name, on in (("pool", self.pool), ("upsample", self.upsample)) if on
+        )
+        return (
+            f"{s.n}x{self.in_channels}x{s.h}x{s.w} -> {self.out_channels}, "
+            f"{self.kernel}x{self.kernel} s{self.stride}{options}"
+        )
+
+
+@dataclass(frozen=True)
+class ConvCall:
+    """A layer with its tensors, all preallocated: what the launcher takes."""
+
+    layer: ConvLayer
+    x: Tensor
+    """``[source.rows, in_channels]``, a channel slice or whole; zero border."""
+    weight: Tensor
+    """``[out_channels, taps * in_channels]``, as `pack_weight` gives it."""
+    bias: Tensor
+    """``[out_channels]`` fp32."""
+    out: Tensor
+    """``[target.rows, out_channels]``, a channel slice or whole."""
+    scale: Tensor | None = None
+    """``[out_channels]`` fp32: the scale of ``x`` times that of each weight row (fp8)."""
+    residual: Tensor | None = None
+    """``[target.rows, out_channels]``, added after the activation."""
+
+
+def pack_weight(*weights: Tensor) -> Tensor:
+    """Convolution weights as one matrix, rows contiguous.
+
+    Args:
+        weights: ``[out, in, k, k]`` each; several of one input (the two entries of an ELAN) become
+            one product that writes neighbouring channel slices.
+
+    Returns:
+        ``[sum of out, k * k * in]``: output channel, then kernel row, column, input channel.
+    """
+    packed = [w.permute(0, 2, 3, 1).reshape(w.shape[0], -1) for w in weights]
+    return torch.cat(packed).contiguous()
+
+
+def quantise_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """A packed weight ``[out, k]`` as fp8 e4m3 and the scale ``[out]`` (fp32) of each row."""
+    scale = weight.float().abs().amax(1).clamp_min(1e-12) / FP8_MAX
+    quantised = (weight.float() / scale[:, None]).clamp(-FP8_MAX, FP8_MAX)
+    return quantised.to(torch.float8_e4m3fn), scale
+
+
+def activate(x: Tensor, activation: str) -> Tensor:
+    """SiLU, LeakyReLU of slope 0.1, or nothing."""
+    if activation == "silu":
+        return F.silu(x)
+    return F.leaky_relu(x, 0.1) if activation == "leaky" else x
+
+
+def to_dtype(x: Tensor, dtype: torch.dtype, scale: float) -> Tensor:
+    """``x / scale`` in the output's type, saturated for fp8."""
+    if dtype == torch.float8_e4m3fn:
+        x = (x / scale).clamp(-FP8_MAX, FP8_MAX)
+    return x.to(dtype)
+
+
+def check_call(call: ConvCall) -> None:
+    """Raise ``ValueError`` unless the tensors fit the layer and each other.
+
+    Args:
+        call: the layer and its tensors.
+    """
+    layer, x, out = call.layer, call.x, call.out
+    n = layer.out_channels
+    layer.source.check(x, "input")
+    layer.target.check(out, "output")
+    expected = {
+        "input": (x, (layer.source.rows, layer.in_channels)),
+        "weight": (call.weight, (n, layer.taps * layer.in_channels)),
+        "bias": (call.bias, (n,)),
+        "output": (out, (layer.target.rows, n)),
+        "scale": (call.scale, (n,)),
+        "residual": (call.residual, (layer.target.rows, n)),
+    }
+    for name, (tensor, shape) in expected.items():
+        if tensor is None:
+            continue
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{name} {tuple(tensor.shape)} is not {shape}: {layer.describe()}")
+        if tensor.device != x.device:
+            raise ValueError(f"{name} is on {tensor.device}, the input on {x.device}")
+        if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
+            raise ValueError(f"{name} with strides {tensor.stride()} has no contiguous channels")
+    _check_types(call)
+    if not call.weight.is_contiguous():
+        raise ValueError(f"weight with strides {call.weight.stride()} is not contiguous")
+    if call.residual is not None and layer.upsample:
+        raise ValueError("a residual and an upsample exclude each other")
+    if overlap(x, out):
+        raise ValueError("input and output are overlapping slices of one buffer")
+
+
+def _check_types(call: ConvCall) -> None:
+    if call.x.dtype not in DTYPES or call.x.dtype != call.weight.dtype:
+        raise ValueError(
+            f"input {call.x.dtype} and weight {call.weight.dtype} are not one of {DTYPES}"
+        )
+    if call.out.dtype not in DTYPES:
+        raise ValueError(f"output {call.out.dtype} is none of {DTYPES}")
+    if call.bias.dtype != torch.float32:
+        raise ValueError(f"bias {call.bias.dtype} is not torch.float32")
+    if call.scale is not None and call.scale.dtype != torch.float32:
+        raise ValueError(f"scale {call.scale.dtype} is not torch.float32")
+
+
+def overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether two maps ``[rows, c]`` share elements; slices of one buffer share its row stride."""
+    if a.device.type == "meta" or a.numel() == 0 or b.numel() == 0:
+        return False
+    if a.untyped_storage().data_ptr() != b.untyped_storage().data_ptr():
+        return False
+    spans = [
+        (t.data_ptr(), t.data_ptr() + t.element_size() * (1 + (t.shape[0] - 1) * t.stride(0)))
+        for t in (a, b)
+    ]
+    if max(start for start, _ in spans) >= min(
+        end + t.element_size() * (t.shape[1] - 1) for (_, end), t in zip(spans, (a, b), strict=True)
+    ):
+        return False
+    pitch_a, pitch_b = (t.stride(0) * t.element_size() for t in (a, b))
+    if pitch_a != pitch_b:
+        return True
+    shift = (b.data_ptr() - a.data_ptr()) % pitch_a
+    return shift < a.shape[1] * a.element_size() or (
+        pitch_a - shift < b.shape[1] * b.element_size()
+    )
+
+
+def conv_reference(call: ConvCall) -> Tensor:
+    """The output map ``[target.rows, out_channels]`` in fp32, in plain PyTorch, zero border."""
+    layer = call.layer
+    x = layer.source.to_nchw(call.x).float()
+    k = layer.kernel
+    weight = call.weight.float().view(layer.out_channels, k, k, layer.in_channels)
+    if layer.pool:
+        x = F.max_pool2d(x, 2)
+    y = F.conv2d(x, weight.permute(0, 3, 1, 2), stride=layer.stride, padding=k // 2)
+    if call.scale is not None:
+        y = y * call.scale[:, None, None]
+    y = activate(y + call.bias.float()[:, None, None], layer.activation)
+    if call.residual is not None:
+        residual = layer.compute.to_nchw(call.residual).float()
+        y = y + residual * layer.residual_scale
+    if layer.upsample:
+        y = F.interpolate(y, scale_factor=2.0, mode="nearest")
+    return layer.target.from_nchw(y)
