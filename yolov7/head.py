@@ -83,12 +83,13 @@ class Detect(nn.Module):
             raw: outputs of `raw`; those of auxiliary levels are ignored.
 
         Returns:
-            [B, N, 5 + classes]: centre x, y, width, height in pixels, objectness, class
-            probabilities; levels in order, within a level anchor, row, column.
+            [B, N, 5 + classes], at least fp32: centre x, y, width, height in pixels, objectness,
+            class probabilities; levels in order, within a level anchor, row, column.
         """
         decoded = []
         for y, anchors, stride in zip(raw, self.anchors, self.strides, strict=False):
             batch, _, height, width, _ = y.shape
+            y = y.to(torch.promote_types(y.dtype, torch.float32))  # bf16 would be pixels off
             s = y.sigmoid()
             rows = torch.arange(height, device=y.device, dtype=y.dtype).view(1, 1, -1, 1)
             columns = torch.arange(width, device=y.device, dtype=y.dtype).view(1, 1, 1, -1)

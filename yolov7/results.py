@@ -1,0 +1,234 @@
+"""What was found in one image: boxes, and every form in which they can be had."""
+
+from collections import Counter
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from torch import Tensor
+
+from yolov7.boxes import xyxy_to_cxcywh
+from yolov7.drawing import draw_boxes
+from yolov7.errors import UserError
+from yolov7.letterbox import Image
+from yolov7.sources import Frame
+
+
+@dataclass(frozen=True)
+class Boxes:
+    """Detections of one image, the surest first.
+
+    Attributes:
+        data: [n, 6] fp32 on the CPU: x1, y1, x2, y2 (pixels of the image), confidence, class.
+    """
+
+    data: Tensor
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    @property
+    def xyxy(self) -> Tensor:
+        """[n, 4] left, top, right, bottom in pixels."""
+        return self.data[:, :4]
+
+    @property
+    def xywh(self) -> Tensor:
+        """[n, 4] centre x, centre y, width, height in pixels."""
+        return xyxy_to_cxcywh(self.xyxy)
+
+    @property
+    def conf(self) -> Tensor:
+        """[n] confidence, 0..1."""
+        return self.data[:, 4]
+
+    @property
+    def cls(self) -> Tensor:
+        """[n] int64 class numbers."""
+        return self.data[:, 5].long()
+
+
+@dataclass(frozen=True)
+class Results:
+    """One image and what was found in it.
+
+    Attributes:
+        frame: The image and where it comes from.
+        boxes: The detections.
+        names: Class names by number.
+        speed: Milliseconds spent on this image by stage: "pre" (letterbox, copy), "network", "nms".
+        input_shape: (height, width) that the network saw; (0, 0) where it saw tiles.
+    """
+
+    frame: Frame
+    boxes: Boxes
+    names: list[str]
+    speed: dict[str, float]
+    input_shape: tuple[int, int]
+
+    def __len__(self) -> int:
+        return len(self.boxes)
+
+    def __str__(self) -> str:
+        """One line: `image 3/12 bus.jpg: 448x640 4 persons, 1 bus, 6.1 ms`."""
+        frame = self.frame
+        number = f"{frame.item}/{frame.items}"
+        if frame.kind != "image":
+            number += f" frame {frame.number}" + (f"/{frame.total}" if frame.total else "")
+        height, width = self.input_shape
+        return (
+            f"{'image' if frame.kind == 'image' else 'video'} {number} {frame.path}: "
+            f"{height}x{width} {self.summary()}, {sum(self.speed.values()):.1f} ms"
+        )
+
+    @property
+    def path(self) -> str:
+        """File, URL, "camera 0", "array 0" and the like."""
+        return self.frame.path
+
+    @property
+    def image(self) -> Image:
+        """[H, W, 3] uint8 BGR, as it was read."""
+        return self.frame.image
+
+    def summary(self) -> str:
+        """How many of what, by class number: `4 persons, 1 bus`."""
+        counts = sorted(Counter(self.boxes.cls.tolist()).items())
+        found = [
+            f"{n} {_plural(self.names[cls]) if n > 1 else self.names[cls]}" for cls, n in counts
+        ]
+        return ", ".join(found) or "no detections"
+
+    def plot(self, *, conf: bool = True) -> Image:
+        """A copy of the image with boxes and labels, the surest on top; ``conf``: how sure, too."""
+        boxes = self.boxes
+        classes = boxes.cls.tolist()
+        labels = [
+            f"{self.names[cls]} {score:.2f}" if conf else self.names[cls]
+            for cls, score in zip(classes, boxes.conf.tolist(), strict=True)
+        ]
+        return draw_boxes(self.image, boxes.xyxy.numpy(), labels, classes)
+
+    def save(self, path: str | Path, *, conf: bool = True) -> Path:
+        """Write the annotated image; the suffix decides the format.
+
+        Raises:
+            UserError: OpenCV cannot write there, or not this format.
+        """
+        return write_image(path, self.plot(conf=conf))
+
+    def save_txt(self, path: str | Path, *, conf: bool = False) -> Path:
+        """Write a YOLO label file: `class cx cy w h [confidence]`, a box a line, in 0..1.
+
+        Nothing found is an empty file.
+        """
+        height, width = self.image.shape[:2]
+        centres = (self.boxes.xywh / self.boxes.data.new_tensor((width, height) * 2)).tolist()
+        rows = zip(self.boxes.cls.tolist(), centres, self.boxes.conf.tolist(), strict=True)
+        lines = [
+            " ".join([str(cls), *(f"{x:.6f}" for x in (*box, *([score] if conf else [])))])
+            for cls, box, score in rows
+        ]
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(f"{line}\n" for line in lines))
+        return path
+
+    def save_crops(self, folder: str | Path, stem: str) -> list[Path]:
+        """Write every box as a picture of its own: `FOLDER/CLASS/STEM-NUMBER.jpg`."""
+        height, width = self.image.shape[:2]
+        paths = []
+        rows = zip(self.boxes.xyxy.tolist(), self.boxes.cls.tolist(), strict=True)
+        for index, ((x1, y1, x2, y2), cls) in enumerate(rows, 1):
+            # Whole pixels that the box touches, at least one.
+            left, top = min(int(x1), width - 1), min(int(y1), height - 1)
+            right, bottom = max(int(np.ceil(x2)), left + 1), max(int(np.ceil(y2)), top + 1)
+            name = self.names[cls].replace("/", "-").replace("\\", "-")
+            target = Path(folder) / name / f"{stem}-{index}.jpg"
+            paths.append(write_image(target, self.image[top:bottom, left:right]))
+        return paths
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON: path, height, width, boxes (name, class, confidence, xyxy), speed."""
+        boxes = self.boxes
+        rows = zip(boxes.cls.tolist(), boxes.conf.tolist(), boxes.xyxy.tolist(), strict=True)
+        height, width = self.image.shape[:2]
+        row: dict[str, Any] = {"path": self.path, "height": height, "width": width}
+        if self.frame.kind != "image":
+            row["frame"] = self.frame.number
+        row["boxes"] = [
+            {
+                "name": self.names[cls],
+                "class": cls,
+                "confidence": round(score, 5),
+                "xyxy": [round(x, 2) for x in xyxy],
+            }
+            for cls, score, xyxy in rows
+        ]
+        row["speed"] = {stage: round(ms, 3) for stage, ms in self.speed.items()}
+        return row
+
+    def to_coco(
+        self, image_id: int | str, category_ids: list[int] | None = None
+    ) -> list[dict[str, Any]]:
+        """Rows of a COCO results file: image_id, category_id, bbox (left, top, w, h), score.
+
+        Args:
+            image_id: What the data set calls this image.
+            category_ids: The data set's category by class number; the class number itself if None.
+        """
+        boxes = self.boxes
+        rows = zip(boxes.cls.tolist(), boxes.conf.tolist(), boxes.xyxy.tolist(), strict=True)
+        return [
+            {
+                "image_id": image_id,
+                "category_id": category_ids[cls] if category_ids else cls,
+                "bbox": [round(x, 3) for x in (x1, y1, x2 - x1, y2 - y1)],
+                "score": round(score, 5),
+            }
+            for cls, score, (x1, y1, x2, y2) in rows
+        ]
+
+    def to_supervision(self) -> Any:
+        """As `supervision.Detections`, for trackers, zones and annotators.
+
+        Raises:
+            UserError: The package supervision is not installed.
+        """
+        try:
+            supervision = import_module("supervision")
+        except ImportError:
+            raise UserError("to_supervision: run `pip install supervision` first") from None
+        classes = self.boxes.cls.numpy()
+        return supervision.Detections(
+            xyxy=self.boxes.xyxy.numpy(),
+            confidence=self.boxes.conf.numpy(),
+            class_id=classes,
+            data={"class_name": np.array([self.names[cls] for cls in classes], dtype=str)},
+        )
+
+
+def write_image(path: str | Path, image: Image) -> Path:
+    """Write a picture, its folder made where there is none; the suffix decides the format.
+
+    Raises:
+        UserError: OpenCV cannot write there, or not this format.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        written = cv2.imwrite(str(path), image)
+    except cv2.error:
+        written = False
+    if not written:
+        raise UserError(f"{path}: cannot be written: check the folder, and use .jpg or .png")
+    return path
+
+
+def _plural(name: str) -> str:
+    if name.endswith(("ss", "us", "x", "ch", "sh")):
+        return name + "es"
+    return name if name.endswith("s") else name + "s"
