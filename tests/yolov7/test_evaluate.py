@@ -407,12 +407,12 @@ def test_the_result_does_not_depend_on_the_batch(tmp_path: Path) -> None:
         np.testing.assert_array_equal(a, b)
 
 
-def constant_network(*rows: list[float]) -> run.Network:
+def constant_network(*rows: list[float]) -> run.Forward:
     """Every image has the same rows: centre, size, objectness, probabilities of two classes."""
     return lambda images: torch.tensor(rows).expand(len(images), -1, -1)
 
 
-def boxes_of(tmp_path: Path, network: run.Network, **settings: Any) -> np.ndarray:
+def boxes_of(tmp_path: Path, network: run.Forward, **settings: Any) -> np.ndarray:
     """What is found in a picture of 333 x 333, at its own size."""
     dataset = coloured(tmp_path)
     only = Dataset(dataset.samples[3:], dataset.names, dataset.category_ids)

@@ -236,7 +236,7 @@ def _index(
 def _curves(evaluator: COCOeval, names: list[str]) -> tuple[Curves, list[int]]:
     """The curves of all classes with boxes, and which classes these are."""
     images, areas = len(evaluator.params.imgIds), len(evaluator.params.areaRng)
-    confidences = np.linspace(0, 1, 1001)
+    confidences = np.arange(1001) / 1000  # as written, 0.351 and not 0.35100000000000003
     shown, precisions, recalls = [], [], []
     for index in range(len(names)):
         first = (index * areas + ALL_AREAS) * images

@@ -31,7 +31,7 @@ from yolov7.letterbox import Image, letterbox, letterbox_geometry
 from yolov7.progress import progress
 from yolov7.sources import read_image
 
-Network = Callable[[Tensor], Tensor]
+Forward = Callable[[Tensor], Tensor]
 Preparation = Literal["authors", "letterbox", "square"]
 GROUP = 32  # images that share a canvas
 READERS = 4  # threads that decode and resize
@@ -79,7 +79,7 @@ class Predictions:
 
 
 def evaluate(
-    network: Network,
+    network: Forward,
     dataset: Dataset,
     settings: Settings,
     *,
@@ -93,7 +93,7 @@ def evaluate(
 
 @torch.inference_mode()
 def predict(
-    network: Network,
+    network: Forward,
     dataset: Dataset,
     settings: Settings,
     *,

@@ -1,0 +1,192 @@
+"""`yolov7 val`: how accurate a model is on a data set."""
+
+import json
+import math
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from yolov7.checkpoint import DEMO_WEIGHTS, load_model
+from yolov7.cli.options import ModelOptions
+from yolov7.dataset import Dataset, load_data
+from yolov7.errors import UserError
+from yolov7.evaluate import Evaluation, Settings, measure, predict, to_coco
+from yolov7.evaluate.run import Preparation
+from yolov7.model import YOLOv7
+from yolov7.network import Network
+from yolov7.runs import new_run
+
+BATCH = {"cuda": 32, "cpu": 4}  # more does not make a CPU faster, and costs memory
+LISTED = 10  # skipped images that are named on the terminal
+# figure -> kind, letters, IoU, area, detections: the block that pycocotools prints
+COCO_BLOCK = {
+    "AP": ("Precision", "AP", "0.50:0.95", "all", 100),
+    "AP50": ("Precision", "AP", "0.50", "all", 100),
+    "AP75": ("Precision", "AP", "0.75", "all", 100),
+    "APs": ("Precision", "AP", "0.50:0.95", "small", 100),
+    "APm": ("Precision", "AP", "0.50:0.95", "medium", 100),
+    "APl": ("Precision", "AP", "0.50:0.95", "large", 100),
+    "AR1": ("Recall", "AR", "0.50:0.95", "all", 1),
+    "AR10": ("Recall", "AR", "0.50:0.95", "all", 10),
+    "AR100": ("Recall", "AR", "0.50:0.95", "all", 100),
+}
+
+
+@dataclass(kw_only=True)
+class Val(ModelOptions):
+    """Measure a model's accuracy on a data set, with pycocotools."""
+
+    data: str
+    """data.yaml, a folder with one, a COCO json, or coco (read from $YOLOV7_DATASETS/coco, else
+    datasets/coco)"""
+    split: str = "val"
+    """train, val, test, or another key of the data.yaml"""
+    conf: float = 0.001
+    """confidence that a detection must exceed"""
+    iou: float = 0.65
+    """IoU with a better detection of its class from which one is dropped"""
+    max_det: int = 300
+    """detections per image"""
+    batch: int | None = None
+    """images at a time; the result does not depend on it (None: 32 on a GPU, 4 on a CPU)"""
+    preparation: Preparation = "authors"
+    """canvas of the images: authors, as for the published figures; letterbox, the smallest for
+    each; square, imgsz x imgsz"""
+    project: Path = Path("runs/val")
+    """folder of the run folders"""
+    name: str | None = None
+    """run folder (None: the next number)"""
+    save_json: bool = False
+    """write all detections in COCO's form to predictions.json in the run folder"""
+    json: Path | None = None
+    """write the result to this file"""
+
+
+def run(options: Val) -> int:
+    """Evaluate, print, and write the run folder; 1 if images had to be left out."""
+    _check(options)
+    model = load_model(options.weights, variant=options.variant)
+    stride, imgsz = model.stride, options.imgsz or model.imgsz
+    dataset = load_data(options.data, options.split)
+    _check_classes(model, dataset)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    weights = options.weights or f"embedded demo weights {DEMO_WEIGHTS}"
+    network = Network(
+        model, device=options.device, precision=options.precision, engine=options.engine
+    )
+    settings = Settings(
+        imgsz=math.ceil(imgsz / stride) * stride,
+        stride=stride,
+        batch=options.batch or BATCH[network.device.type],
+        conf=options.conf,
+        iou=options.iou,
+        max_det=options.max_det,
+        preparation=options.preparation,
+    )
+    how = f"{network.device}, {str(network.dtype).removeprefix('torch.')}, {network.engine}"
+    print(f"{weights}: {model.variant.name}, {parameters / 1e6:.1f} M parameters; {how}")
+    print(f"{options.data} {options.split}: {len(dataset.samples)} images, {settings.imgsz} px")
+
+    folder = new_run(options.project, options.name)
+    predictions = predict(network, dataset, settings, device=network.device, dtype=network.dtype)
+    dataset = predictions.dataset
+    evaluation = measure(dataset, predictions.detections, predictions.speed)
+    _print(evaluation)
+    arguments = {key: str(v) if isinstance(v, Path) else v for key, v in asdict(options).items()}
+    (folder / "arguments.yaml").write_text(yaml.safe_dump(arguments, sort_keys=False))
+    result = json.dumps(evaluation.to_dict(), indent=1)
+    (folder / "results.json").write_text(result)
+    if options.save_json:
+        found = to_coco(dataset.samples, predictions.detections, dataset.category_ids)
+        (folder / "predictions.json").write_text(json.dumps(found))
+    if options.json is not None:
+        _write(options.json, result)
+    _draw(evaluation, folder)
+    print(f"results in {folder}")
+    _list_skipped(dataset.skipped)
+    return 1 if dataset.skipped else 0
+
+
+def _check(options: Val) -> None:
+    """Refuse numbers that make no sense, before anything is read."""
+    for name in ("conf", "iou"):
+        if not 0 <= getattr(options, name) <= 1:
+            raise UserError(f"--{name} {getattr(options, name)}: give a number from 0 to 1")
+    for name in ("imgsz", "batch", "max_det"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} {value}: give 1 or more")
+
+
+def _check_classes(model: YOLOv7, dataset: Dataset) -> None:
+    if len(model.names) != len(dataset.names):
+        raise UserError(
+            f"the weights know {len(model.names)} classes ({_some(model.names)}), the data set has "
+            f"{len(dataset.names)} ({_some(dataset.names)}): give weights that were trained on it"
+        )
+    if model.names != dataset.names:
+        print(
+            f"note: the weights call their classes {_some(model.names)}, "
+            f"the data set {_some(dataset.names)}; taken in this order",
+            file=sys.stderr,
+        )
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
+
+
+def _print(evaluation: Evaluation) -> None:
+    """The COCO block, the table of classes and the speed."""
+    stats = evaluation.stats
+    for figure, (kind, letters, iou, area, detections) in COCO_BLOCK.items():
+        title = f"Average {kind}"
+        print(
+            f" {title:<18} ({letters}) @[ IoU={iou:<9} | area={area:>6} | "
+            f"maxDets={detections:>3} ] = {stats[figure]:.3f}"
+        )
+    table = Table(title=f"precision and recall at confidence {evaluation.confidence:.3f}, IoU 0.5")
+    table.add_column("class")
+    for column in ("images", "instances", "precision", "recall", "AP50", "AP"):
+        table.add_column(column, justify="right")
+    instances = sum(row.instances for row in evaluation.per_class)
+    means = [stats[name] for name in ("precision", "recall", "AP50", "AP")]
+    table.add_row("all", str(evaluation.images), str(instances), *map(_figure, means))
+    table.add_section()
+    for row in evaluation.per_class:
+        figures = map(_figure, (row.precision, row.recall, row.ap50, row.ap))
+        table.add_row(row.name, str(row.images), str(row.instances), *figures)
+    Console().print(table)
+    stages = ", ".join(f"{name} {value:.1f}" for name, value in evaluation.speed.items())
+    print(f"speed in ms per image: {stages}")
+
+
+def _figure(value: float) -> str:
+    return "-" if value < 0 else f"{value:.3f}"
+
+
+def _draw(evaluation: Evaluation, folder: Path) -> None:
+    try:
+        from yolov7.evaluate.pictures import save_pictures
+    except ImportError:
+        print("note: no pictures without matplotlib: pip install 'yolov7-triton[plots]'")
+        return
+    save_pictures(evaluation, folder)
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+
+
+def _list_skipped(skipped: list[str]) -> None:
+    for line in skipped[:LISTED]:
+        print(f"skipped: {line}", file=sys.stderr)
+    if len(skipped) > LISTED:
+        print(f"skipped: {len(skipped) - LISTED} more images", file=sys.stderr)
