@@ -1,0 +1,117 @@
+"""From operations to a plan: a flat list of steps over planned buffers.
+
+What the passes do, in order:
+
+1. fold: a max-pool before 1x1 convolutions becomes their load, an upsample after one its store,
+   the sum of two branches a residual of the second, the three pools of the pyramid one step.
+2. place: the parts of a concat are written by their producers into slices of its buffer, so the
+   concat itself is gone; a part that has another home already is copied.
+3. merge: 1x1 convolutions of one input that write neighbouring slices become one product.
+4. group: independent convolutions of one kind go into one launch.
+5. allocate: buffers whose lives do not overlap share memory.
+"""
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from yolov7.engine.graph import Op, trace
+from yolov7.engine.passes import Placement, allocate, fold, group, merge
+from yolov7.engine.steps import Buffer, Step, Task
+from yolov7.model import YOLOv7
+
+
+@dataclass(frozen=True)
+class Device:
+    """Rates that a device was measured to reach."""
+
+    name: str
+    flops: float  # dense fp16 matrix products, per second
+    bandwidth: float  # copies, bytes per second, reads and writes counted
+
+
+H200 = Device("NVIDIA H200", 790e12, 4.3e12)
+LETTERBOX_LAUNCHES = 1
+NMS_LAUNCHES = 4
+
+
+@dataclass
+class Plan:
+    """The network for one batch and size, without the letterbox before it and the NMS after it."""
+
+    batch: int
+    height: int
+    width: int
+    itemsize: int  # bytes of an element
+    steps: list[Step]
+    buffers: list[Buffer]
+    peak_bytes: int  # size of the arena
+    unfused_bytes: int  # what PyTorch moves, an operation at a time
+
+    def step_bytes(self, step: Step) -> int:
+        """Bytes that a step reads and writes: maps and weights."""
+        elements = 0
+        for task in step.tasks:
+            elements += self.batch * sum(v.elements for v in (*task.needs, *task.outputs))
+            elements += sum(conv.weight.numel() for conv in task.convs)
+        return elements * self.itemsize
+
+    def step_flops(self, step: Step) -> int:
+        """Of all images, two per multiply-add."""
+        return self.batch * sum(task.flops for task in step.tasks)
+
+    def step_seconds(self, step: Step, device: Device = H200) -> float:
+        """The step's roofline: the longer of its arithmetic and its traffic at full rate."""
+        arithmetic = self.step_flops(step) / device.flops
+        return max(arithmetic, self.step_bytes(step) / device.bandwidth)
+
+    def totals(self, device: Device = H200) -> dict[str, float]:
+        """Launches of the network and with letterbox and NMS, bytes, FLOPs, expected seconds."""
+        return {
+            "launches": len(self.steps),
+            "launches_all": len(self.steps) + LETTERBOX_LAUNCHES + NMS_LAUNCHES,
+            "bytes": sum(map(self.step_bytes, self.steps)),
+            "unfused_bytes": self.unfused_bytes,
+            "flops": sum(map(self.step_flops, self.steps)),
+            "peak_bytes": self.peak_bytes,
+            "seconds": sum(self.step_seconds(step, device) for step in self.steps),
+        }
+
+
+def make_plan(model: YOLOv7, batch: int, height: int, width: int, itemsize: int = 2) -> Plan:
+    """Lower a fused model.
+
+    Args:
+        model: in fused form.
+        batch: images.
+        height: of the network's input in pixels, a multiple of the model's stride.
+        width: likewise.
+        itemsize: bytes of an element of a feature map.
+
+    Raises:
+        ValueError: the model is not fused, or a side is not a multiple of the stride.
+    """
+    ops, outputs = trace(model, height, width)
+    tasks, cats = fold(ops)
+    strided = {
+        (t.inputs[0].height, t.inputs[0].width)
+        for t in tasks
+        if t.pool or t.kind == "maxpool" or (t.convs and t.stride == 2)
+    }
+    placement = Placement(batch, strided)
+    tasks = placement.place(tasks, cats)
+    convs = [conv for conv in model.head.lead if isinstance(conv, nn.Conv2d)]
+    tasks.append(Task("head", "head", list(outputs), [], convs))
+    for task in tasks:
+        task.reads = [placement.slice(v) for v in task.needs if v.name != "image"]
+        task.writes = [placement.slice(v) for v in task.outputs]
+    steps = group(merge(tasks), cats)
+    peak = allocate(steps, placement.buffers, itemsize)
+    unfused = sum(_unfused_elements(op) for op in ops) * batch * itemsize
+    return Plan(batch, height, width, itemsize, steps, placement.buffers, peak, unfused)
+
+
+def _unfused_elements(op: Op) -> int:
+    """Elements that the operation moves when it runs alone: an activation is a pass of its own."""
+    passes = 3 if op.kind == "conv" else 1
+    return sum(v.elements for v in op.inputs) + passes * op.output.elements

@@ -1,0 +1,96 @@
+"""What a plan is made of: buffers, slices of them, tasks that read and write slices, steps."""
+
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from yolov7.engine.graph import Value
+from yolov7.kernels.layout import PitchedLayout
+
+
+@dataclass
+class Buffer:
+    """A feature map in the arena."""
+
+    index: int
+    channels: int
+    height: int
+    width: int
+    layout: PitchedLayout
+    bytes: int = 0
+    offset: int = 0  # in the arena, in bytes
+    first: int = 0  # step that writes it first
+    last: int = 0  # step that reads it last
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Channels `start` to `start + channels` of a buffer."""
+
+    buffer: Buffer
+    start: int
+    channels: int
+
+
+@dataclass
+class Task:
+    """One operation of a step; its convolutions write neighbouring channels of `writes[0]`."""
+
+    kind: str  # stem, conv, spp, maxpool, upsample, add, copy or head
+    name: str
+    inputs: list[Value]
+    outputs: list[Value]
+    convs: list[nn.Conv2d] = field(default_factory=list)
+    activation: str = "none"
+    pool: bool = False
+    upsample: bool = False
+    reorg: bool = False
+    residual: Value | None = None
+    reads: list[Slice] = field(default_factory=list)
+    writes: list[Slice] = field(default_factory=list)
+
+    @property
+    def needs(self) -> list[Value]:
+        """All values that it reads."""
+        return [*self.inputs, *([self.residual] if self.residual else [])]
+
+    @property
+    def kernel(self) -> int:
+        """Side of the convolution's kernel."""
+        return self.convs[0].kernel_size[0]
+
+    @property
+    def stride(self) -> int:
+        """Of the convolution."""
+        return self.convs[0].stride[0]
+
+    @property
+    def groups_with(self) -> tuple[object, ...]:
+        """What convolutions of one launch must agree in."""
+        return (
+            self.kind, self.kernel, self.stride, self.pool, self.upsample, self.activation,
+            self.residual is None,
+        )  # fmt: skip
+
+    @property
+    def flops(self) -> int:
+        """Of one image, two per multiply-add."""
+        if self.kind == "head":  # a convolution for each input
+            pairs = zip(self.inputs, self.convs, strict=True)
+            return sum(2 * v.height * v.width * conv.weight.numel() for v, conv in pairs)
+        if not self.convs:
+            return 0
+        pixels = self.outputs[0].height * self.outputs[0].width // (4 if self.upsample else 1)
+        return 2 * pixels * sum(conv.weight.numel() for conv in self.convs)
+
+
+@dataclass
+class Step:
+    """One launch: tasks of one kind."""
+
+    tasks: list[Task]
+
+    @property
+    def kind(self) -> str:
+        """That of its tasks."""
+        return self.tasks[0].kind
