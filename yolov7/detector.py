@@ -2,7 +2,7 @@
 
 import copy
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from difflib import get_close_matches
 from itertools import islice
 from pathlib import Path
@@ -23,7 +23,7 @@ from yolov7.network import Network
 from yolov7.results import Boxes, Results
 from yolov7.sources import Frame, OnError, Source
 from yolov7.speed import Speed
-from yolov7.tiling import drop_cut_boxes, tile_grid
+from yolov7.tiling import drop_cut_boxes, tile_grid, to_image
 
 WINDOW = 4  # batches of images that are read before those of equal shape are put together
 TTA_VIEWS = ((1.0, False), (0.83, True), (0.67, False))  # scale, mirrored
@@ -111,7 +111,7 @@ class Detector:
 
     def stream(
         self, source: object, *, vid_stride: int = 1, on_error: OnError | None = None
-    ) -> Iterator[Results]:
+    ) -> Generator[Results]:
         """Results one by one, in constant memory.
 
         Args:
@@ -181,10 +181,8 @@ class Detector:
             predicted = self._now()
             for index, rows in zip(chunk, decoded, strict=False):
                 _, ratio, pad = boxed[index]
-                rows = rows[rows[:, 4] > self.conf]
-                corner = rows.new_tensor(views[index][:2])
-                rows[:, :2] = ((rows[:, :2] - rows.new_tensor(pad)) / ratio[0] + corner) * scale
-                rows[:, 2:4] *= scale / ratio[0]
+                rows = to_image(rows[rows[:, 4] > self.conf], views[index], ratio, pad)
+                rows[:, :4] *= scale
                 candidates.append(rows)
             speed["pre"] += ready - start
             speed["network"] += predicted - ready

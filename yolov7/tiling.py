@@ -3,10 +3,12 @@
 import torch
 from torch import Tensor
 
+from yolov7.boxes import cxcywh_to_xyxy, unletterbox, xyxy_to_cxcywh
+
 Tile = tuple[int, int, int, int]  # left, top, right, bottom in pixels of the image
 
 COVERED = 0.7  # share of a cut box that a whole one has to hold
-EDGE = 0.006  # share of a tile's width within which a box ends at its edge
+EDGE = 0.01  # share of a tile's width within which a box ends at its edge
 
 
 def tile_grid(shape: tuple[int, int], tile: int, overlap: float) -> list[Tile]:
@@ -35,6 +37,23 @@ def _starts(side: int, tile: int, overlap: float) -> list[int]:
     step = max(int(tile * (1 - overlap)), 1)
     gaps = -(-(side - tile) // step)
     return [(side - tile) * index // gaps for index in range(gaps + 1)]
+
+
+def to_image(
+    rows: Tensor, tile: Tile, ratio: tuple[float, float], pad: tuple[float, float]
+) -> Tensor:
+    """Decoded rows [n, 5 + classes] of a letterboxed tile in pixels of the image, cut at the tile.
+
+    Args:
+        rows: Centre x, y, width, height in pixels of the letterbox; the rest is passed on.
+        tile: Where it lies.
+        ratio: Scale (x, y) of its letterbox.
+        pad: Grey (x, y) of its letterbox.
+    """
+    left, top, right, bottom = tile
+    boxes = unletterbox(cxcywh_to_xyxy(rows[:, :4]), ratio, pad, (bottom - top, right - left))
+    boxes = xyxy_to_cxcywh(boxes + boxes.new_tensor((left, top, left, top)))
+    return torch.cat((boxes, rows[:, 4:]), 1)
 
 
 def drop_cut_boxes(

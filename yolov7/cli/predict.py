@@ -1,0 +1,177 @@
+"""`yolov7 predict`: boxes in images, videos, cameras and streams."""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from importlib.resources import as_file, files
+from pathlib import Path
+
+import cv2
+import yaml
+
+from yolov7.cache import cache_folder
+from yolov7.checkpoint import DEMO_WEIGHTS
+from yolov7.cli.options import ModelOptions
+from yolov7.detector import Detector
+from yolov7.errors import UserError
+from yolov7.progress import progress
+from yolov7.recorder import Outputs, Recorder
+from yolov7.results import Results
+from yolov7.runs import new_run
+from yolov7.sources import Source
+
+
+@dataclass(kw_only=True)
+class Predict(ModelOptions):
+    """Detect objects in images, videos, cameras and streams."""
+
+    source: tuple[str, ...] = ()
+    """files, folders, globs, URLs, videos, camera numbers, stream addresses (none: the four sample
+    images)"""
+    conf: float = 0.25
+    """confidence that a box must exceed, 0 to 1"""
+    iou: float = 0.45
+    """overlap (IoU) with a surer box of its class above which a box is dropped, 0 to 1"""
+    max_det: int = 300
+    """boxes per image at most"""
+    classes: tuple[str, ...] = ()
+    """names or numbers of the classes to look for (none: all)"""
+    agnostic: bool = False
+    """let boxes of different classes suppress each other too"""
+    batch: int = 1
+    """images that go through the network together"""
+    tile: int | None = None
+    """side in pixels of overlapping tiles to look at beside the whole image, for small objects"""
+    overlap: float = 0.2
+    """least share of a tile that its neighbour covers too, 0 to 1"""
+    augment: bool = False
+    """look at three scales, one mirrored: slower, surer"""
+    vid_stride: int = 1
+    """take every n-th frame of videos and streams"""
+    save_txt: bool = False
+    """write labels/NAME.txt in YOLO form"""
+    save_conf: bool = False
+    """write confidences into these files too"""
+    save_crop: bool = False
+    """write every box as a picture of its own"""
+    save_json: bool = False
+    """write predictions.json, a COCO results file"""
+    nosave: bool = False
+    """write no annotated pictures and videos"""
+    show: bool = False
+    """show the annotated pictures in a window; q ends"""
+    project: Path = Path("runs/predict")
+    """folder of the run folders"""
+    name: str | None = None
+    """run folder (None: the next number)"""
+    json: Path | None = None
+    """write a list of path, height, width, boxes and speed per image to this file"""
+
+
+def run(options: Predict) -> int:
+    """Detect, print a line per image, write the run folder; 1 if an image could not be read."""
+    _silence_opencv()
+    detector = Detector(
+        options.weights,
+        variant=options.variant,
+        device=options.device,
+        precision=options.precision,
+        engine=options.engine,
+        imgsz=options.imgsz,
+        conf=options.conf,
+        iou=options.iou,
+        max_det=options.max_det,
+        classes=options.classes or None,
+        agnostic=options.agnostic,
+        batch=options.batch,
+        tile=options.tile,
+        overlap=options.overlap,
+        augment=options.augment,
+    )
+    _print_start(options, detector)
+    errors: list[UserError] = []
+
+    def report(error: UserError) -> None:
+        errors.append(error)
+        print(f"error: {error}", file=sys.stderr)
+
+    with as_file(files("yolov7.assets") / "images") as samples:
+        chosen: list[str | Path] = [*options.source] or [samples]
+        source = Source(chosen, vid_stride=options.vid_stride, on_error=report)
+        folder = new_run(options.project, options.name)
+        arguments = {k: _plain(value) for k, value in asdict(options).items()}
+        (folder / "arguments.yaml").write_text(yaml.safe_dump(arguments, sort_keys=False))
+        with Recorder(_outputs(options, folder)) as recorder:
+            for result in _results(detector, source):
+                print(result, flush=True)
+                recorder.write(result)
+                if options.show and not _shown(result):
+                    break
+    print(detector.speed)
+    if source.dropped:
+        print(f"{source.dropped} frames dropped to keep up with the stream")
+    if errors:
+        print(f"{len(errors)} of {len(source)} sources could not be read", file=sys.stderr)
+    print(f"{'results' if options.nosave else 'annotated pictures'} in {folder}")
+    return 1 if errors else 0
+
+
+def _results(detector: Detector, source: Source) -> Iterator[Results]:
+    """Results as they come; Ctrl-C ends a camera or stream, with what is written so far kept."""
+    results = detector.stream(source)
+    images = all(item.kind == "image" for item in source.items)
+    with closing(results):
+        try:
+            yield from progress(results, "detecting", len(source)) if images else results
+        except KeyboardInterrupt:
+            if not source.live:
+                raise
+
+
+def _print_start(options: Predict, detector: Detector) -> None:
+    names = detector.names
+    classes = ", ".join(names) if len(names) <= 5 else f"{len(names)} classes"
+    weights = options.weights or f"embedded demo weights {DEMO_WEIGHTS}"
+    network = detector.network
+    precision = str(network.dtype).removeprefix("torch.")
+    print(f"{weights} ({classes}): {network.device}, {precision}, {network.engine}")
+    if detector.startup_s:
+        kept = os.environ.get("TORCHINDUCTOR_CACHE_DIR") or cache_folder("inductor")
+        print(f"compiled in {detector.startup_s:.1f} s; kept in {kept}, the next start is shorter")
+
+
+def _outputs(options: Predict, folder: Path) -> Outputs:
+    return Outputs(
+        folder,
+        pictures=not options.nosave,
+        txt=options.save_txt,
+        conf=options.save_conf,
+        crop=options.save_crop,
+        coco=options.save_json,
+        json=options.json,
+        vid_stride=options.vid_stride,
+    )
+
+
+def _plain(value: object) -> object:
+    """An option's value as YAML has it."""
+    if isinstance(value, tuple):
+        return list(value)
+    return str(value) if isinstance(value, Path) else value
+
+
+def _shown(result: Results) -> bool:
+    """Show a picture; False when the user has asked for the end."""
+    try:
+        cv2.imshow("yolov7", result.plot())
+        return cv2.waitKey(1) & 0xFF != ord("q")
+    except cv2.error:
+        raise UserError("--show needs a display: leave it out") from None
+
+
+def _silence_opencv() -> None:
+    """Our errors are one line; OpenCV and FFmpeg would add several of their own."""
+    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
