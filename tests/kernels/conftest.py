@@ -1,3 +1,5 @@
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -19,7 +21,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(no_gpu)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def kernel_device() -> torch.device:
     """Where a Triton kernel runs in this process: the GPU, or the CPU in the interpreter."""
     return torch.device("cuda" if torch.cuda.is_available() and not INTERPRET else "cpu")
+
+
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """Memory comes filled with NaN (integers: the largest), so what is not written is seen."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
