@@ -53,6 +53,19 @@ def test_info_writes_rows_and_totals(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert sum(row["flops"] for row in result["rows"]) == result["totals"]["flops"]
 
 
+def test_info_shows_the_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "plan.json"
+    assert main(["info", "yolov7", "--plan", "--batch", "1", "--json", str(path)]) == 0
+    result = json.loads(path.read_text())
+    assert {"launches", "launches_all", "bytes", "unfused_bytes", "flops", "peak_bytes"} <= set(
+        result["totals"]
+    )
+    assert sum(row["bytes"] for row in result["rows"]) == result["totals"]["bytes"]
+    assert len(result["rows"]) == result["totals"]["launches"]
+    assert "78 launches" in capsys.readouterr().out
+    assert main(["info", "yolov7", "--plan", "--form", "deploy"]) == 1
+
+
 def test_info_refuses_a_size_that_is_no_multiple(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info", "yolov7-w6", "--imgsz", "96"]) == 1
     assert "not a multiple of the model's stride 64" in capsys.readouterr().err

@@ -1,7 +1,10 @@
 """`yolov7 info`: what a model is made of."""
 
 import json
+import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -10,8 +13,9 @@ from rich.console import Console
 from rich.table import Table
 
 from yolov7.checkpoint import load_model
+from yolov7.engine.plan import H200, make_plan
 from yolov7.errors import UserError
-from yolov7.info import Layer, conv_layers, parameter_count
+from yolov7.info import conv_layers, parameter_count
 from yolov7.model import Form, YOLOv7, create_model
 from yolov7.variants import VARIANTS
 
@@ -28,6 +32,10 @@ class Info:
     """with training branches, as published, or folded for inference"""
     classes: int = 80
     """number of classes of a variant that is named"""
+    plan: bool = False
+    """show the inference engine's plan instead: steps, buffers, traffic, expected time"""
+    batch: int = 1
+    """images of the plan"""
     json: Path | None = None
     """write the rows and totals to this file"""
 
@@ -38,18 +46,8 @@ def run(options: Info) -> int:
     size = options.imgsz or model.imgsz
     if size < 1 or size % model.stride:
         raise UserError(f"--imgsz {size} is not a multiple of the model's stride {model.stride}")
-    rows = conv_layers(model, size, size)
-    totals = {
-        "variant": model.variant.name,
-        "form": model.form,
-        "imgsz": size,
-        "layers": len(rows),
-        "parameters": parameter_count(model),
-        "flops": sum(row.flops for row in rows),
-    }
-    _print(rows, totals)
+    result = _show_plan(model, options.batch, size) if options.plan else _show_layers(model, size)
     if options.json is not None:
-        result = {"rows": [asdict(row) for row in rows], "totals": totals}
         try:
             options.json.write_text(json.dumps(result, indent=1))
         except OSError as error:
@@ -75,14 +73,35 @@ def _model(options: Info) -> YOLOv7:
     return model.fuse() if options.form == "fused" else model
 
 
-def _print(rows: list[Layer], totals: dict[str, Any]) -> None:
-    table = Table(title="{variant}, {form}, {imgsz} x {imgsz}".format(**totals))
-    for heading in ("layer", "kernel", "input", "output", "parameters", "GFLOPs"):
-        table.add_column(heading, justify="left" if heading == "layer" else "right")
-    stages: dict[str, list[Layer]] = {}
-    for row in rows:
-        stages.setdefault(row.stage, []).append(row)
-    for stage, layers in stages.items():
+def _table(title: str, headings: Sequence[str]) -> Table:
+    """A table whose first column is text and whose others are numbers."""
+    table = Table(title=title)
+    for i, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if i else "left", no_wrap=True)
+    return table
+
+
+def _console() -> Console:
+    """As wide as the terminal; in a file or pipe wide enough for the tables."""
+    return Console(width=None if sys.stdout.isatty() else 160)
+
+
+def _show_layers(model: YOLOv7, size: int) -> dict[str, Any]:
+    rows = conv_layers(model, size, size)
+    totals: dict[str, Any] = {
+        "variant": model.variant.name,
+        "form": model.form,
+        "imgsz": size,
+        "layers": len(rows),
+        "parameters": parameter_count(model),
+        "flops": sum(row.flops for row in rows),
+    }
+    table = _table(
+        f"{model.variant.name}, {model.form}, {size} x {size}",
+        ("layer", "kernel", "input", "output", "parameters", "GFLOPs"),
+    )
+    for stage, group in groupby(rows, key=lambda row: row.stage):
+        layers = list(group)
         for layer in layers:
             table.add_row(
                 layer.name,
@@ -92,15 +111,58 @@ def _print(rows: list[Layer], totals: dict[str, Any]) -> None:
                 f"{layer.parameters:,}",
                 f"{layer.flops / 1e9:.3f}",
             )
-        parameters = sum(layer.parameters for layer in layers)
-        flops = sum(layer.flops for layer in layers)
-        table.add_row(
-            f"[bold]{stage}[/]", "", "", "", f"[bold]{parameters:,}[/]",
-            f"[bold]{flops / 1e9:.3f}[/]", end_section=True,
-        )  # fmt: skip
-    console = Console()
+        parameters = f"{sum(layer.parameters for layer in layers):,}"
+        gflops = f"{sum(layer.flops for layer in layers) / 1e9:.3f}"
+        table.add_row(stage, "", "", "", parameters, gflops, style="bold", end_section=True)
+    console = _console()
     console.print(table)
     console.print(
         f"{totals['layers']} convolutions, {totals['parameters']:,} parameters, "
         f"{totals['flops'] / 1e9:.1f} GFLOPs (two per multiply-add)"
     )
+    return {"rows": [asdict(row) for row in rows], "totals": totals}
+
+
+def _show_plan(model: YOLOv7, batch: int, size: int) -> dict[str, Any]:
+    if model.form != "fused":
+        raise UserError(f"--plan lowers the fused form, not --form {model.form}")
+    if batch < 1:
+        raise UserError(f"--batch {batch}: give 1 or more")
+    plan = make_plan(model, batch, size, size)
+    rows: list[dict[str, Any]] = [
+        {
+            "step": i,
+            "kernel": step.kind,
+            "name": ", ".join(task.name for task in step.tasks),
+            "shape": "; ".join(task.describe() for task in step.tasks),
+            "bytes": plan.step_bytes(step),
+            "flops": plan.step_flops(step),
+            "seconds": plan.step_seconds(step),
+            "buffers": [w.describe() for task in step.tasks for w in task.writes],
+        }
+        for i, step in enumerate(plan.steps)
+    ]
+    totals = plan.totals()
+    table = _table(
+        f"{model.variant.name}, batch {batch}, {size} x {size}, fp16, expected on an {H200.name}",
+        ("step", "kernel", "shape", "MB", "GFLOPs", "us", "writes"),
+    )
+    for row in rows:
+        table.add_row(
+            str(row["step"]),
+            row["kernel"],
+            row["shape"],
+            f"{row['bytes'] / 1e6:.2f}",
+            f"{row['flops'] / 1e9:.3f}",
+            f"{row['seconds'] * 1e6:.2f}",
+            " ".join(row["buffers"]),
+        )
+    console = _console()
+    console.print(table)
+    console.print(
+        f"{totals['launches']} launches ({totals['launches_all']} with letterbox and NMS), "
+        f"{totals['bytes'] / 1e6:.0f} MB moved ({totals['unfused_bytes'] / 1e6:.0f} MB by "
+        f"operations run alone), {totals['flops'] / 1e9:.1f} GFLOPs, {totals['peak_bytes'] / 2**20:.1f} MiB "
+        f"of buffers, {totals['seconds'] * 1e6:.0f} us at the ceilings of an {H200.name}"
+    )
+    return {"rows": rows, "totals": totals}

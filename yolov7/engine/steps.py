@@ -31,6 +31,10 @@ class Slice:
     start: int
     channels: int
 
+    def describe(self) -> str:
+        """`b3[64:128]`."""
+        return f"b{self.buffer.index}[{self.start}:{self.start + self.channels}]"
+
 
 @dataclass
 class Task:
@@ -71,6 +75,19 @@ class Task:
             self.kind, self.kernel, self.stride, self.pool, self.upsample, self.activation,
             self.residual is None,
         )  # fmt: skip
+
+    def describe(self) -> str:
+        """`64x80x80 -> 128 3x3/1`: the input of one image, then what is made of it."""
+        v = self.inputs[0]
+        if self.kind == "head":
+            return " ".join(f"{v.channels}x{v.height}x{v.width}" for v in self.inputs)
+        shape = f"{v.channels}x{v.height}x{v.width}"
+        if not self.convs:
+            return shape
+        marks = {"pool": self.pool, "upsample": self.upsample, "sum": self.residual is not None}
+        options = "".join(f" +{name}" for name, on in marks.items() if on)
+        out = sum(conv.out_channels for conv in self.convs)
+        return f"{shape} -> {out} {self.kernel}x{self.kernel}/{self.stride}{options}"
 
     @property
     def flops(self) -> int:
