@@ -1,6 +1,7 @@
-"""A progress bar on the terminal, and nothing where standard error is no terminal."""
+"""Signs of life on the terminal, and nothing where standard error is no terminal."""
 
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import TypeVar
 
 from rich.console import Console
@@ -16,3 +17,9 @@ def progress(items: Iterable[T], title: str, total: int) -> Iterator[T]:
         yield from items
         return
     yield from track(items, title, total, console=console, transient=True)
+
+
+def working(title: str) -> AbstractContextManager[object]:
+    """Show that something goes on whose length is not known, while the context lasts."""
+    console = Console(stderr=True)
+    return console.status(title) if console.is_terminal else nullcontext()

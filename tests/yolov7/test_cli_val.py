@@ -1,6 +1,7 @@
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import cv2
@@ -89,6 +90,9 @@ def test_result_table_and_run_folder(
     assert (arguments["imgsz"], arguments["data"], arguments["iou"]) == (64, str(data), 0.65)
     names = ("confusion_matrix", "PR_curve", "F1_curve", "P_curve", "R_curve")
     assert all(cv2.imread(str(folder / f"{name}.png")) is not None for name in names)
+    sheet = cv2.imread(str(folder / "samples.jpg"))
+    assert sheet is not None
+    assert sheet.shape == (2 * 400, 4 * 400, 3)  # two pairs beside each other, then one
     found = json.loads((folder / "predictions.json").read_text())
     truth = {"images": [{"id": i} for i in range(3)], "annotations": [], "categories": []}
     index = COCO()
@@ -140,6 +144,17 @@ def test_skipped_images_are_listed_and_the_others_done(
     assert "skipped: " in captured.err
     assert "1.png" in captured.err
     assert json.loads(Path("out.json").read_text())["per_class"][0]["images"] == 2
+
+
+def test_without_matplotlib_everything_but_the_curves_is_there(
+    data: Path, weights: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delitem(sys.modules, "yolov7.evaluate.pictures", raising=False)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert val("--weights", weights, "--data", data, "--imgsz", 64) == 0
+    assert "pip install 'yolov7-triton[plots]'" in capsys.readouterr().out
+    names = {path.name for path in Path("runs/val/1").iterdir()}
+    assert names == {"arguments.yaml", "results.json", "samples.jpg"}
 
 
 def test_class_names_that_differ_are_said(

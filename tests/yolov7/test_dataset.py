@@ -127,17 +127,31 @@ def test_a_polygons_area_is_its_own_not_its_boxs(tmp_path: Path) -> None:
         "names: [cell, dot]\nval: images\n",
         "names: [cell, dot]\nval: lists/val.txt\n",
         "path: ROOT\nnames: [cell, dot]\nval: images/val\n",
+        "names: [cell, dot]\nval: ../images/val\n",
+        "names: [cell, dot]\nval: SET/images/val\n",
     ],
-    ids=["dict-of-names", "list-of-entries", "nested-folder", "text-list", "absolute-path"],
+    ids=[
+        "dict-of-names",
+        "list-of-entries",
+        "nested-folder",
+        "text-list",
+        "absolute-path",
+        "one-folder-too-high",
+        "from-working-directory",
+    ],
 )
-def test_forms_of_a_data_yaml_read_the_same(tmp_path: Path, description: str) -> None:
+def test_forms_of_a_data_yaml_read_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, description: str
+) -> None:
+    monkeypatch.chdir(tmp_path.parent)
     plain = load_data(yolo_data(tmp_path), "val")
     lists = tmp_path / "lists"
     lists.mkdir()
     (lists / "val.txt").write_text(
         f"images/val/a.jpg\n{tmp_path / 'images/val/b.jpg'}\n\n../images/val/c.jpg\n"
     )
-    path = yolo_data(tmp_path, description.replace("ROOT", str(tmp_path)))
+    description = description.replace("ROOT", str(tmp_path)).replace("SET", tmp_path.name)
+    path = yolo_data(tmp_path, description)
     other = load_data(path, "val")
     assert [s.path.resolve() for s in other.samples] == [s.path for s in plain.samples]
     assert [s.classes.tolist() for s in other.samples] == [[0, 1], [], []]

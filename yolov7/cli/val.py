@@ -6,6 +6,7 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import cv2
 import yaml
 from rich.console import Console
 from rich.table import Table
@@ -14,10 +15,12 @@ from yolov7.checkpoint import DEMO_WEIGHTS, load_model
 from yolov7.cli.options import ModelOptions
 from yolov7.dataset import Dataset, load_data
 from yolov7.errors import UserError
-from yolov7.evaluate import Evaluation, Settings, measure, predict, to_coco
+from yolov7.evaluate import Evaluation, Predictions, Settings, measure, predict, to_coco
 from yolov7.evaluate.run import Preparation
+from yolov7.evaluate.sheet import draw_sheet
 from yolov7.model import YOLOv7
 from yolov7.network import Network
+from yolov7.progress import working
 from yolov7.runs import new_run
 
 BATCH = {"cuda": 32, "cpu": 4}  # more does not make a CPU faster, and costs memory
@@ -94,18 +97,10 @@ def run(options: Val) -> int:
     folder = new_run(options.project, options.name)
     predictions = predict(network, dataset, settings, device=network.device, dtype=network.dtype)
     dataset = predictions.dataset
-    evaluation = measure(dataset, predictions.detections, predictions.speed)
+    with working("comparing with the labels"):
+        evaluation = measure(dataset, predictions.detections, predictions.speed)
     _print(evaluation)
-    arguments = {key: str(v) if isinstance(v, Path) else v for key, v in asdict(options).items()}
-    (folder / "arguments.yaml").write_text(yaml.safe_dump(arguments, sort_keys=False))
-    result = json.dumps(evaluation.to_dict(), indent=1)
-    (folder / "results.json").write_text(result)
-    if options.save_json:
-        found = to_coco(dataset.samples, predictions.detections, dataset.category_ids)
-        (folder / "predictions.json").write_text(json.dumps(found))
-    if options.json is not None:
-        _write(options.json, result)
-    _draw(evaluation, folder)
+    _save(options, predictions, evaluation, folder)
     print(f"results in {folder}")
     _list_skipped(dataset.skipped)
     return 1 if dataset.skipped else 0
@@ -169,13 +164,26 @@ def _figure(value: float) -> str:
     return "-" if value < 0 else f"{value:.3f}"
 
 
-def _draw(evaluation: Evaluation, folder: Path) -> None:
+def _save(options: Val, predictions: Predictions, evaluation: Evaluation, folder: Path) -> None:
+    """Write the run folder, and the result where `--json` wants it."""
+    dataset, detections = predictions.dataset, predictions.detections
+    arguments = {key: str(v) if isinstance(v, Path) else v for key, v in asdict(options).items()}
+    _write(folder / "arguments.yaml", yaml.safe_dump(arguments, sort_keys=False))
+    result = json.dumps(evaluation.to_dict(), indent=1)
+    _write(folder / "results.json", result)
+    if options.json is not None:
+        _write(options.json, result)
+    if options.save_json:
+        found = to_coco(dataset.samples, detections, dataset.category_ids)
+        _write(folder / "predictions.json", json.dumps(found))
+    sheet = draw_sheet(dataset.samples, detections, dataset.names)
+    cv2.imwrite(str(folder / "samples.jpg"), sheet)
     try:
         from yolov7.evaluate.pictures import save_pictures
     except ImportError:
-        print("note: no pictures without matplotlib: pip install 'yolov7-triton[plots]'")
-        return
-    save_pictures(evaluation, folder)
+        print("note: no curves without matplotlib: pip install 'yolov7-triton[plots]'")
+    else:
+        save_pictures(evaluation, folder)
 
 
 def _write(path: Path, text: str) -> None:

@@ -89,7 +89,7 @@ def _read_yaml(path: Path, split: str, root: Path | None = None) -> Dataset:
         raise UserError(f"{path} has no split {split}: it has {', '.join(map(str, known))}")
     if not isinstance(entries, list):
         entries = [entries]
-    places = [root / str(entry) for entry in entries]
+    places = [_place(root, str(entry)) for entry in entries]
     if any(place.suffix.lower() == ".json" for place in places):
         if len(places) > 1:
             raise UserError(f"{path}: {split} must be one COCO json, or images only")
@@ -103,6 +103,16 @@ def _root(path: Path, content: dict[str, Any]) -> Path:
     stated = Path(str(content.get("path") or "."))
     beside = path.parent / stated
     return beside if beside.is_dir() or not stated.is_dir() else stated
+
+
+def _place(root: Path, entry: str) -> Path:
+    """Where an entry of a data.yaml leads.
+
+    Some tools write `../train/images` for a folder beside the data.yaml, others paths from the
+    working directory; both are tried where the plain reading leads nowhere.
+    """
+    places = [root / entry, root / entry.removeprefix("../"), Path(entry)]
+    return next((place for place in places if place.exists()), places[0])
 
 
 def _names(path: Path, content: dict[str, Any]) -> list[str]:
