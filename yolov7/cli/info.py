@@ -163,6 +163,7 @@ def _show_plan(model: YOLOv7, batch: int, size: int) -> dict[str, Any]:
         f"{totals['launches']} launches ({totals['launches_all']} with letterbox and NMS), "
         f"{totals['bytes'] / 1e6:.0f} MB moved ({totals['unfused_bytes'] / 1e6:.0f} MB by "
         f"operations run alone), {totals['flops'] / 1e9:.1f} GFLOPs, "
-        f"{totals['peak_bytes'] / 2**20:.1f} MiB of buffers, {totals['seconds'] * 1e6:.0f} us at the ceilings of an {H200.name}"
+        f"{totals['peak_bytes'] / 2**20:.1f} MiB of buffers, "
+        f"{totals['seconds'] * 1e6:.0f} us at the ceilings of an {H200.name}"
     )
     return {"rows": rows, "totals": totals}
