@@ -99,11 +99,14 @@ def _gather_tile(
 
     blocks_k = tl.cdiv(c_in, BLOCK_K)
     steps = KERNEL * KERNEL * blocks_k
-    per_split = tl.cdiv(steps, SPLIT_K)
-    first = split * per_split
+    first = 0
+    if SPLIT_K > 1:
+        per_split = tl.cdiv(steps, SPLIT_K)
+        first = split * per_split
+        steps = tl.minimum(first + per_split, steps)
     weight_rows = tl.minimum(offs_n, n_out - 1).to(tl.int64) * (KERNEL * KERNEL * c_in)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for step in tl.range(first, tl.minimum(first + per_split, steps)):
+    for step in tl.range(first, steps):
         tap = step // blocks_k
         offs_k = step % blocks_k * BLOCK_K + tl.arange(0, BLOCK_K)
         shift = (tap // KERNEL - KERNEL // 2) * source_pitch + tap % KERNEL - KERNEL // 2

@@ -59,36 +59,76 @@ def fits_tma(call: ConvCall) -> bool:
 def default_config(call: ConvCall) -> Config:
     """A config from counted tiles, for devices and sizes that nobody tuned.
 
-    Tiles of 128 x 128 where they fill the machine, smaller ones where they do not, and the sum
-    split over programs where even those leave processors idle. Blocks of 128 bytes along the sum
-    are what the widest swizzle of shared memory holds.
+    The largest tile that keeps three quarters of the processors busy, since what limits a large
+    layer is the traffic from the L2 cache, (1 / BLOCK_M + 1 / BLOCK_N) per operation; where none
+    does, tiles of 64 x 64 and the sum split over the idle processors. No choice spills registers
+    on sm_80, 89, 90 or 100; that is held by the ahead-of-time tests.
     """
     layer, device = call.layer, call.x.device
     rows, n_out, _ = config_size(layer)
     units = processors(device)
     tma = capability(device) >= (9, 0) and fits_tma(call)
-    block_k = min(128 // call.x.element_size(), max(16, _power_of_two(layer.in_channels)))
-    if call.x.dtype == torch.float8_e4m3fn:
-        block_k = max(32, block_k)
-    block_n = min(128, max(16, _power_of_two(n_out)))
-    block_m = 128
-    if _tiles(rows, n_out, block_m, block_n) < units:
-        block_m, block_n = 64, min(64, block_n)
+    sizes = _TMA_TILES if tma else _GATHER_TILES
+    width = max(16, _power_of_two(n_out))
+    fitting = [(m, n) for m, n in sizes if n <= width] or [(64, width)]
+    if layer.exact:
+        fitting = fitting[-1:]
+    elif not _plain_store(call) or capability(device) >= (10, 0):  # larger ones spill
+        largest = 64 * 64 if call.out.dtype == torch.float32 else 128 * 128
+        fitting = [(m, n) for m, n in fitting if m * n <= largest]
+    filled = (tile for tile in fitting if _busy(_tiles(rows, n_out, *tile), units) >= 0.75)
+    block_m, block_n = next(filled, fitting[-1])
+    block_k = _block_k(call, tma)
     tiles = _tiles(rows, n_out, block_m, block_n)
     steps = layer.taps * -(-layer.in_channels // block_k)
-    split = min(units // max(tiles, 1), steps // 4, 8)
+    split = max(1, min(units // max(tiles, 1), steps // 4, 8))
     config = {
         "TMA": int(tma),
         "BLOCK_M": block_m,
         "BLOCK_N": block_n,
         "BLOCK_K": block_k,
-        "SPLIT_K": max(1, 1 << (split.bit_length() - 1) if split > 0 else 1),
-        "num_warps": 8 if tma and block_m == 128 else 4,
-        "num_stages": 3,
+        "SPLIT_K": 1 << (split.bit_length() - 1),
     }
-    if tma:
-        config |= {"FLATTEN": 0, "OCCUPANCY": 1 if block_m * block_n > 8192 else 2, "launch_pdl": 1}
-    return config
+    if not tma:
+        stages = 2 if layer.pool else 3 if layer.exact else 4
+        return {**config, "num_warps": 4, "num_stages": stages}
+    staged = block_m * block_n * call.out.element_size() * (1 if call.residual is None else 2)
+    stage = (block_m + block_n) * block_k * call.x.element_size()
+    large = block_m * block_n >= 128 * 128
+    return {
+        **config,
+        "num_warps": 8 if large else 4,
+        "num_stages": min(4, (_SHARED_BYTES - staged) // stage),
+        "FLATTEN": int(_plain_store(call)),
+        "OCCUPANCY": 1 if large else 2,
+        "launch_pdl": 1,
+    }
+
+
+_TMA_TILES = ((128, 256), (256, 128), (128, 128), (256, 64), (128, 64), (64, 64))
+_GATHER_TILES = ((64, 128), (64, 64))
+_SHARED_BYTES = 224 * 1024  # of Hopper's 227 KiB; the rest holds barriers
+
+
+def _plain_store(call: ConvCall) -> bool:
+    """Whether the tile leaves through the small epilogue: 16 bits or less, nothing to add."""
+    plain = call.residual is None and not call.layer.upsample
+    return plain and call.out.dtype != torch.float32
+
+
+def _block_k(call: ConvCall, tma: bool) -> int:
+    """128 bytes along the sum, the widest swizzle, or 64 where shared memory is scarce."""
+    size = call.x.element_size()
+    if call.layer.exact:
+        return 16
+    roomy = tma or capability(call.x.device) >= (9, 0)
+    smallest = 32 if size == 1 else 16
+    return max(smallest, min((128 if roomy else 64) // size, _power_of_two(call.layer.in_channels)))
+
+
+def _busy(tiles: int, units: int) -> float:
+    """Share of the processors' time that this many equal tiles fill."""
+    return tiles / (-(-tiles // units) * units) if tiles else 0.0
 
 
 def _power_of_two(value: int) -> int:

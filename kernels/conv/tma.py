@@ -41,10 +41,13 @@ def _tma_sum(
     """One split's sum over taps and channels for the tile at ``row``, ``column``."""
     blocks_k = tl.cdiv(c_in, BLOCK_K)
     steps = KERNEL * KERNEL * blocks_k
-    per_split = tl.cdiv(steps, SPLIT_K)
-    first = split * per_split
+    first = 0
+    if SPLIT_K > 1:  # kept apart, or the loops do not flatten
+        per_split = tl.cdiv(steps, SPLIT_K)
+        first = split * per_split
+        steps = tl.minimum(first + per_split, steps)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for step in tl.range(first, tl.minimum(first + per_split, steps)):
+    for step in tl.range(first, steps):
         tap = step // blocks_k
         k = step % blocks_k * BLOCK_K
         shift = (tap // KERNEL - KERNEL // 2) * source_pitch + tap % KERNEL - KERNEL // 2
