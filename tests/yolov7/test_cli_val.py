@@ -224,13 +224,19 @@ PUBLISHED = [
 
 @pytest.mark.parametrize(("name", "imgsz", "ap", "tolerance"), PUBLISHED)
 def test_the_published_coco_table(
-    monkeypatch: pytest.MonkeyPatch, name: str, imgsz: int, ap: float, tolerance: float
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    imgsz: int,
+    ap: float,
+    tolerance: float,
 ) -> None:
     datasets = os.environ.get("YOLOV7_COCO")
     if not datasets:
         pytest.skip("YOLOV7_COCO names no folder that holds coco/ (val2017 and its annotations)")
+    monkeypatch.undo()  # the user's own cache: downloaded weights are kept
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("YOLOV7_DATASETS", datasets)
-    monkeypatch.delenv("YOLOV7_CACHE")  # the published weights are kept
     options = ("--weights", name, "--data", "coco", "--imgsz", imgsz, "--precision", "fp32")
     assert val(*options, "--json", "out.json") == 0
     result = json.loads(Path("out.json").read_text())
