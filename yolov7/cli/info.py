@@ -136,6 +136,7 @@ def _show_plan(model: YOLOv7, batch: int, size: int) -> dict[str, Any]:
             "name": ", ".join(task.name for task in step.tasks),
             "shape": "; ".join(task.describe() for task in step.tasks),
             "bytes": plan.step_bytes(step),
+            "weight_bytes": plan.step_weight_bytes(step),
             "flops": plan.step_flops(step),
             "seconds": plan.step_seconds(step),
             "buffers": [w.describe() for task in step.tasks for w in task.writes],
@@ -145,7 +146,7 @@ def _show_plan(model: YOLOv7, batch: int, size: int) -> dict[str, Any]:
     totals = plan.totals()
     table = _table(
         f"{model.variant.name}, batch {batch}, {size} x {size}, fp16, expected on an {H200.name}",
-        ("step", "kernel", "shape", "MB", "GFLOPs", "us", "writes"),
+        ("step", "kernel", "shape", "map MB", "weight MB", "GFLOPs", "us", "writes"),
     )
     for row in rows:
         table.add_row(
@@ -153,6 +154,7 @@ def _show_plan(model: YOLOv7, batch: int, size: int) -> dict[str, Any]:
             row["kernel"],
             row["shape"],
             f"{row['bytes'] / 1e6:.2f}",
+            f"{row['weight_bytes'] / 1e6:.2f}",
             f"{row['flops'] / 1e9:.3f}",
             f"{row['seconds'] * 1e6:.2f}",
             " ".join(row["buffers"]),
@@ -161,7 +163,7 @@ def _show_plan(model: YOLOv7, batch: int, size: int) -> dict[str, Any]:
     console.print(table)
     console.print(
         f"{totals['launches']} launches ({totals['launches_all']} with letterbox and NMS), "
-        f"{totals['bytes'] / 1e6:.0f} MB moved ({totals['unfused_bytes'] / 1e6:.0f} MB by "
+        f"{totals['bytes'] / 1e6:.0f} MB of maps moved ({totals['unfused_bytes'] / 1e6:.0f} MB by "
         f"operations run alone), {totals['flops'] / 1e9:.1f} GFLOPs, "
         f"{totals['peak_bytes'] / 2**20:.1f} MiB of buffers, "
         f"{totals['seconds'] * 1e6:.0f} us at the ceilings of an {H200.name}"

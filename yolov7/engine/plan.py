@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from yolov7.engine.graph import Op, trace
+from yolov7.engine.graph import trace
 from yolov7.engine.passes import Placement, allocate, fold, group, merge
 from yolov7.engine.steps import Buffer, Step, Task
 from yolov7.model import YOLOv7
@@ -46,15 +46,17 @@ class Plan:
     steps: list[Step]
     buffers: list[Buffer]
     peak_bytes: int  # size of the arena
-    unfused_bytes: int  # what PyTorch moves, an operation at a time
+    unfused_bytes: int  # of maps that the operations move when each runs alone
 
     def step_bytes(self, step: Step) -> int:
-        """Bytes that a step reads and writes: maps and weights."""
-        elements = 0
-        for task in step.tasks:
-            elements += self.batch * sum(v.elements for v in (*task.needs, *task.outputs))
-            elements += sum(conv.weight.numel() for conv in task.convs)
-        return elements * self.itemsize
+        """Bytes of feature maps that a step reads and writes."""
+        values = [v for task in step.tasks for v in (*task.needs, *task.outputs)]
+        return self.batch * self.itemsize * sum(v.elements for v in values)
+
+    def step_weight_bytes(self, step: Step) -> int:
+        """Bytes of weights that a step reads."""
+        convs = [conv for task in step.tasks for conv in task.convs]
+        return self.itemsize * sum(conv.weight.numel() for conv in convs)
 
     def step_flops(self, step: Step) -> int:
         """Of all images, two per multiply-add."""
@@ -63,15 +65,17 @@ class Plan:
     def step_seconds(self, step: Step, device: Device = H200) -> float:
         """The step's roofline: the longer of its arithmetic and its traffic at full rate."""
         arithmetic = self.step_flops(step) / device.flops
-        return max(arithmetic, self.step_bytes(step) / device.bandwidth)
+        traffic = self.step_bytes(step) + self.step_weight_bytes(step)
+        return max(arithmetic, traffic / device.bandwidth)
 
     def totals(self, device: Device = H200) -> dict[str, float]:
-        """Launches of the network and with letterbox and NMS, bytes, FLOPs, expected seconds."""
+        """Launches, alone and with letterbox and NMS, bytes, FLOPs, expected seconds."""
         return {
             "launches": len(self.steps),
             "launches_all": len(self.steps) + LETTERBOX_LAUNCHES + NMS_LAUNCHES,
             "bytes": sum(map(self.step_bytes, self.steps)),
             "unfused_bytes": self.unfused_bytes,
+            "weight_bytes": sum(map(self.step_weight_bytes, self.steps)),
             "flops": sum(map(self.step_flops, self.steps)),
             "peak_bytes": self.peak_bytes,
             "seconds": sum(self.step_seconds(step, device) for step in self.steps),
@@ -107,11 +111,7 @@ def make_plan(model: YOLOv7, batch: int, height: int, width: int, itemsize: int 
         task.writes = [placement.slice(v) for v in task.outputs]
     steps = group(merge(tasks), cats)
     peak = allocate(steps, placement.buffers, itemsize)
-    unfused = sum(_unfused_elements(op) for op in ops) * batch * itemsize
+    # An operation at a time, activations in place.
+    elements = sum(v.elements for op in ops for v in (*op.inputs, op.output))
+    unfused = elements * batch * itemsize
     return Plan(batch, height, width, itemsize, steps, placement.buffers, peak, unfused)
-
-
-def _unfused_elements(op: Op) -> int:
-    """Elements that the operation moves when it runs alone: an activation is a pass of its own."""
-    passes = 3 if op.kind == "conv" else 1
-    return sum(v.elements for v in op.inputs) + passes * op.output.elements
