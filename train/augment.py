@@ -32,9 +32,12 @@ class Augmenter:
     count: int
     bank: Sequence[CutOut] = ()
 
-    def __call__(self, index: int, rng: Generator) -> Scene:
-        """An augmented image `[size, size]` that shows image `index` (among others)."""
-        config, shape = self.config, (self.size, self.size)
+    def __call__(self, index: int, shape: tuple[int, int], rng: Generator) -> Scene:
+        """An augmented image of (height, width) that shows image `index`.
+
+        A mosaic, which shows others too, is square whatever the shape.
+        """
+        config = self.config
         if rng.random() < config.mosaic:
             scene = self._mosaic(index, rng)
             if rng.random() < config.mixup:

@@ -28,7 +28,7 @@ from yolov7.train.assigner import pad_labels
 from yolov7.train.augment import Augmenter
 from yolov7.train.config import Augmentation
 from yolov7.train.paste import build_bank
-from yolov7.train.scene import Scene, letterboxed
+from yolov7.train.scene import Scene
 
 CacheKind = Literal["none", "ram", "disk"]
 REDUCED = {
@@ -124,7 +124,7 @@ class ImageStore:
 
 
 class TrainingData(TorchDataset[tuple[Tensor, Tensor]]):
-    """Augmented training images, or with `augmentation` None letterboxed ones.
+    """Augmented training images.
 
     Args:
         dataset: labelled images.
@@ -138,29 +138,24 @@ class TrainingData(TorchDataset[tuple[Tensor, Tensor]]):
         self,
         dataset: Dataset,
         size: int,
-        augmentation: Augmentation | None,
+        augmentation: Augmentation,
         *,
         seed: int = 0,
         cache: CacheKind = "none",
     ) -> None:
         self.seed = seed
         self.store = ImageStore(dataset.samples, size, cache)
-        self.augmenter = None
-        if augmentation is not None:
-            bank = []
-            if augmentation.paste_in:
-                counts = [sum(map(bool, sample.polygons)) for sample in dataset.samples]
-                bank = build_bank(self.store, counts, np.random.default_rng(seed))
-            count = len(dataset.samples)
-            self.augmenter = Augmenter(augmentation, size, self.store, count, bank)
+        bank = []
+        if augmentation.paste_in:
+            counts = [sum(map(bool, sample.polygons)) for sample in dataset.samples]
+            bank = build_bank(self.store, counts, np.random.default_rng(seed))
+        count = len(dataset.samples)
+        self.augmenter = Augmenter(augmentation, size, self.store, count, bank)
 
     def __getitem__(self, key: Key) -> tuple[Tensor, Tensor]:
         """Image `[3, H, W]` uint8 RGB and labels `[n, 5]`."""
-        if self.augmenter is None:
-            scene = letterboxed(self.store(key.image), key.shape)
-        else:
-            rng = np.random.default_rng((self.seed, key.epoch, key.position))
-            scene = self.augmenter(key.image, rng)
+        rng = np.random.default_rng((self.seed, key.epoch, key.position))
+        scene = self.augmenter(key.image, key.shape, rng)
         return to_tensors(scene)
 
 
@@ -256,6 +251,22 @@ def rectangles(samples: list[Sample], size: int, stride: int) -> list[tuple[int,
         (side(sample.height * r), side(sample.width * r))
         for sample, r in zip(samples, ratios, strict=True)
     ]
+
+
+def image_weights(dataset: Dataset, ap: NDArray[np.float64]) -> NDArray[np.float64]:
+    """How often each image is to be drawn: for rare classes, and for those with a low AP.
+
+    Args:
+        dataset: the images.
+        ap: `[nc]` of each class.
+
+    Returns:
+        `[n]`, any sum.
+    """
+    nc = len(dataset.names)
+    counts = np.stack([np.bincount(s.classes, minlength=nc) for s in dataset.samples])
+    weights = counts @ ((1 - ap) ** 2 / np.maximum(counts.sum(0), 1))
+    return weights if weights.sum() > 0 else np.ones(len(counts))
 
 
 def build_loader(

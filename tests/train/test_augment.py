@@ -202,10 +202,10 @@ def test_augmenter_gives_square_images_and_is_seeded(preset: str) -> None:
     cut = CutOut(np.full((40, 40, 3), 200, np.uint8), np.full((40, 40), 255, np.uint8), 7)
     augment = Augmenter(config, 160, images.__getitem__, len(images), [cut])
     for seed in range(8):
-        a, b = augment(0, rng(seed)), augment(0, rng(seed))
+        a, b = augment(0, (160, 160), rng(seed)), augment(0, (160, 160), rng(seed))
         assert a.shape == (160, 160)
         assert np.array_equal(a.image, b.image)
         assert np.array_equal(a.boxes, b.boxes)
         assert (a.boxes >= 0).all()
         assert (a.boxes <= 160).all()
-        assert not np.array_equal(a.image, augment(0, rng(seed + 100)).image)
+        assert not np.array_equal(a.image, augment(0, (160, 160), rng(seed + 100)).image)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.train.test_augment import NOTHING
 from yolov7.dataset import Dataset, Sample
 from yolov7.train import data as module
 from yolov7.train.config import PRESETS
@@ -99,7 +100,7 @@ def test_image_weights_decide_how_often_an_image_is_drawn() -> None:
 def test_rectangular_batches(dataset: Dataset) -> None:
     shapes = rectangles(dataset.samples, 64, 32)
     assert shapes == [(64, 64), (64, 64), (64, 64), (64, 64), (32, 64), (64, 64), (64, 64)]
-    data = TrainingData(dataset, 64, None)
+    data = TrainingData(dataset, 64, NOTHING)
     batches = epoch(data, EpochSampler(len(SHAPES), 1, 64, shapes=shapes))
     assert sorted(tuple(b.images.shape[2:]) for b in batches) == sorted(shapes)
 
@@ -140,7 +141,7 @@ def test_disk_cache_follows_the_file(
 def test_items_are_rgb_with_relative_labels(dataset: Dataset) -> None:
     sample = dataset.samples[3]
     cv2.imwrite(str(sample.path), np.full((64, 64, 3), (10, 20, 30), np.uint8))
-    data = TrainingData(replace(dataset, samples=[sample]), 128, None)
+    data = TrainingData(replace(dataset, samples=[sample]), 128, NOTHING)
     image, labels = data[Key(0, 0, 0, (128, 128))]
     assert image[:, 64, 64].tolist() == [30, 20, 10]
     centre = (sample.boxes[:, :2] + sample.boxes[:, 2:]) / 2 / 64

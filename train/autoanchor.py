@@ -1,0 +1,92 @@
+"""Anchors that fit a data set: how well the present ones do, and better ones."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from yolov7.dataset import Sample
+from yolov7.train.assigner import RATIO_LIMIT
+
+ENOUGH = 0.98  # best possible recall with which anchors are kept
+GENERATIONS = 1000
+ROUNDS = 30  # of k-means
+MIN_SIDE = 2.0  # pixels; smaller boxes say nothing about anchors
+
+Sizes = NDArray[np.float64]
+
+
+def box_sizes(samples: list[Sample], size: int) -> Sizes:
+    """Width and height `[n, 2]` of all boxes in images whose longer side is `size` pixels."""
+    parts = [np.zeros((0, 2))]
+    for sample in samples:
+        boxes = sample.boxes[~sample.crowd].astype(np.float64)
+        ratio = size / max(sample.height, sample.width)
+        parts.append((boxes[:, 2:] - boxes[:, :2]) * ratio)
+    sizes = np.concatenate(parts)
+    return sizes[(sizes >= MIN_SIDE).all(1)]
+
+
+def _closeness(boxes: Sizes, anchors: Sizes) -> NDArray[np.float64]:
+    """Of every box to its best anchor `[n]`: 1 for equal shapes, 1 / 4 at the limit."""
+    ratio = boxes[:, None] / anchors[None]
+    return np.asarray(np.minimum(ratio, 1 / ratio).min(2).max(1))
+
+
+def possible_recall(boxes: Sizes, anchors: Sizes) -> float:
+    """Share of the boxes `[n, 2]` that have an anchor `[k, 2]` within the ratio limit."""
+    return float((_closeness(boxes, anchors) > 1 / RATIO_LIMIT).mean())
+
+
+def _fitness(boxes: Sizes, anchors: Sizes) -> float:
+    """Mean closeness, counting only boxes within the limit."""
+    closeness = _closeness(boxes, anchors)
+    return float((closeness * (closeness > 1 / RATIO_LIMIT)).mean())
+
+
+def fit_anchors(boxes: Sizes, count: int, seed: int = 0) -> Sizes:
+    """K-means on the boxes' sizes, then a genetic refinement of `_fitness`.
+
+    Args:
+        boxes: `[n, 2]` pixels, at least `count` of them.
+        count: number of anchors.
+        seed: of the search.
+
+    Returns:
+        `[count, 2]` pixels, by area.
+    """
+    rng = np.random.default_rng(seed)
+    scale = boxes.std(0) + 1e-9
+    points = boxes / scale
+    centres = points[rng.choice(len(points), count, replace=False)]
+    for _ in range(ROUNDS):
+        nearest = np.square(points[:, None] - centres).sum(2).argmin(1)
+        for k in np.unique(nearest):
+            centres[k] = points[nearest == k].mean(0)
+    best = centres * scale
+    fitness = _fitness(boxes, best)
+    for _ in range(GENERATIONS):
+        change = np.where(rng.random(best.shape) < 0.9, rng.normal(0, 0.1, best.shape), 0)
+        mutant = np.maximum(best * np.clip(1 + rng.random() * change, 0.3, 3.0), MIN_SIDE)
+        if (score := _fitness(boxes, mutant)) > fitness:
+            best, fitness = mutant, score
+    return best[best.prod(1).argsort()]
+
+
+def better_anchors(
+    samples: list[Sample], anchors: NDArray[np.float32], size: int, seed: int = 0
+) -> tuple[float, NDArray[np.float32] | None]:
+    """Judge anchors `[nl, na, 2]` and fit others where fewer than 98 % of the boxes match one.
+
+    Returns:
+        The best possible recall of the present anchors, and better ones or None.
+    """
+    boxes = box_sizes(samples, size)
+    flat = anchors.reshape(-1, 2).astype(np.float64)
+    if len(boxes) < len(flat):
+        return 1.0, None
+    recall = possible_recall(boxes, flat)
+    if recall >= ENOUGH:
+        return recall, None
+    fitted = fit_anchors(boxes, len(flat), seed)
+    if _fitness(boxes, fitted) <= _fitness(boxes, flat):
+        return recall, None
+    return recall, fitted.reshape(anchors.shape).astype(np.float32)

@@ -1,0 +1,46 @@
+"""The largest batch that a GPU's memory holds."""
+
+import torch
+
+from yolov7.errors import UserError
+from yolov7.model import YOLOv7
+from yolov7.train.loss import Loss
+
+CPU_BATCH = 16
+FILLED = 0.85  # of the free memory
+PROBES = (2, 6)  # batches whose memory is measured
+
+
+def largest_batch(
+    model: YOLOv7, loss: Loss, size: int, device: torch.device, dtype: torch.dtype
+) -> int:
+    """Extrapolate the memory of a training step; on a CPU 16.
+
+    Raises:
+        UserError: the probes do not fit.
+    """
+    if device.type != "cuda":
+        return CPU_BATCH
+    used = []
+    try:
+        for batch in PROBES:
+            torch.cuda.reset_peak_memory_stats(device)
+            images = torch.zeros(batch, 3, size, size, device=device)
+            images = images.contiguous(memory_format=torch.channels_last)
+            labels = torch.tensor([0, 0.5, 0.5, 0.2, 0.2]).repeat(batch, 50, 1)
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                outputs = model(images)
+            terms = loss(outputs, labels)
+            (terms["box"] + terms["objectness"] + terms["classes"]).backward()
+            used.append(torch.cuda.max_memory_allocated(device))
+            model.zero_grad(set_to_none=True)
+    except torch.OutOfMemoryError:
+        raise UserError(
+            f"not even {PROBES[0]} images of {size} pixels fit: lower --imgsz"
+        ) from None
+    finally:
+        torch.cuda.empty_cache()
+    image = (used[1] - used[0]) / (PROBES[1] - PROBES[0])
+    fixed = used[0] - PROBES[0] * image
+    free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    return max(1, int((FILLED * free - fixed) / image))

@@ -1,0 +1,121 @@
+"""Training on several processes, as torchrun starts them."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.nn.functional as differentiable
+from torch import Tensor, nn
+
+TIMEOUT = timedelta(minutes=30)  # for a rank that waits while another evaluates
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Which process this is.
+
+    Args:
+        rank: of this process.
+        world: number of processes.
+        local: of this process on its machine, which is its GPU.
+    """
+
+    rank: int = 0
+    world: int = 1
+    local: int = 0
+
+    @property
+    def main(self) -> bool:
+        """Whether this process writes and reports."""
+        return self.rank == 0
+
+
+@contextmanager
+def process_group(device: torch.device) -> Iterator[Ranks]:
+    """Join the group that torchrun's environment describes; without one, train alone."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        yield Ranks()
+        return
+    ranks = Ranks(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
+    cuda = device.type == "cuda"
+    if cuda:
+        torch.cuda.set_device(ranks.local)
+    dist.init_process_group("nccl" if cuda else "gloo", timeout=TIMEOUT)
+    try:
+        yield ranks
+    finally:
+        dist.destroy_process_group()
+
+
+def share(value: Any, ranks: Ranks) -> Any:
+    """The main process's value, on every process."""
+    if ranks.world == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def collect(value: Any, ranks: Ranks) -> list[Any]:
+    """Every process's value, in the order of ranks, on every process."""
+    if ranks.world == 1:
+        return [value]
+    values: list[Any] = [None] * ranks.world
+    dist.all_gather_object(values, value)
+    return values
+
+
+def synchronise(model: nn.Module, ranks: Ranks) -> None:
+    """Give every process the main process's tensors."""
+    if ranks.world > 1:
+        for tensor in model.state_dict().values():
+            dist.broadcast(tensor, src=0)
+
+
+def _sum_over_ranks(x: Tensor) -> Tensor:
+    """Differentiable sum over all processes."""
+    result: Tensor = differentiable.all_reduce(x)  # type: ignore[no-untyped-call]  # untyped
+    return result
+
+
+class SyncBatchNorm(nn.BatchNorm2d):
+    """Batch norm whose statistics are those of all processes; PyTorch's runs on GPUs only."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise `[B, C, H, W]`."""
+        if not self.training:
+            return super().forward(x)
+        count = x.numel() // x.shape[1] * dist.get_world_size()
+        total = _sum_over_ranks(x.sum((0, 2, 3)))
+        centred = x - (total / count)[:, None, None]
+        squares = _sum_over_ranks(centred.square().sum((0, 2, 3)))
+        variance = squares / count
+        with torch.no_grad():
+            assert self.running_mean is not None
+            assert self.running_var is not None
+            assert self.num_batches_tracked is not None
+            assert self.momentum is not None
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(total / count, self.momentum)
+            self.running_var.lerp_(squares / (count - 1), self.momentum)
+        scale = self.weight / torch.sqrt(variance + self.eps)
+        return centred * scale[:, None, None] + self.bias[:, None, None]
+
+
+def synchronise_batch_norms(model: nn.Module, device: torch.device) -> None:
+    """Replace the batch norms of a model, in place, keeping their tensors."""
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if type(child) is nn.BatchNorm2d:
+                if device.type == "cuda":
+                    convert: Any = nn.SyncBatchNorm.convert_sync_batchnorm
+                    synced: nn.Module = convert(child)
+                else:
+                    synced = SyncBatchNorm(child.num_features, child.eps, child.momentum)
+                    synced._parameters, synced._buffers = child._parameters, child._buffers
+                setattr(module, name, synced)

@@ -1,0 +1,380 @@
+"""The training run, from options to weights."""
+
+import copy
+import json
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from yolov7.checkpoint import load_model, save_model
+from yolov7.errors import UserError
+from yolov7.evaluate import Evaluation, Settings
+from yolov7.model import YOLOv7
+from yolov7.network import keep_freed_memory, resolve_device
+from yolov7.train import prepare
+from yolov7.train.autobatch import largest_batch
+from yolov7.train.config import Augmentation, HyperParameters
+from yolov7.train.data import (
+    Batch,
+    EpochSampler,
+    TrainingData,
+    build_loader,
+    image_weights,
+    rectangles,
+    stretch,
+)
+from yolov7.train.distributed import Ranks, process_group, share, synchronise_batch_norms
+from yolov7.train.ema import EMA
+from yolov7.train.loss import LossWeights
+from yolov7.train.optimizer import (
+    build_optimizer,
+    clip_gradients,
+    first_bad_tensor,
+    gradient_norm,
+    restore_buffers,
+    set_rates,
+)
+from yolov7.train.options import Train
+from yolov7.train.plots import Plotter, can_plot, save_batch
+from yolov7.train.report import Callback, CsvWriter, Meter, Result, TensorBoard, epoch_line
+from yolov7.train.schedule import Schedule
+from yolov7.train.state import load_state, save_state
+from yolov7.train.validation import fitness, validate
+
+MAX_SKIPPED = 20  # steps in a row without finite gradients
+PICTURED = 3  # batches that are drawn
+# What a run counts besides its epochs.
+COUNTERS = ("step", "last_step", "best", "best_epoch", "seconds", "skipped", "skipped_in_a_row")
+STATS = ("AP", "AP50", "AP75", "precision", "recall")
+
+
+def train(options: Train, callbacks: Sequence[Callback] = ()) -> Result:
+    """Train a model, or go on with a run.
+
+    Args:
+        options: what to do.
+        callbacks: told about the run, after those of the run folder.
+
+    Returns:
+        How it went; the weights are in `weights` of the run's folder, `last` and `best`.
+
+    Raises:
+        UserError: the options, the data or the weights cannot be used, or the run diverged.
+    """
+    device = resolve_device(options.device)
+    with process_group(device) as ranks:
+        if device.type == "cuda" and ranks.world > 1:
+            device = torch.device("cuda", ranks.local)
+        if options.resume is not None:
+            folder = Path(options.resume)
+            state = load_state(folder)
+            options = prepare.resumed_options(options, state)
+        else:
+            made = prepare.run_folder(options.project, options.name) if ranks.main else None
+            folder, state = share(made, ranks), {}
+        return Run(options, folder, device, ranks, state).train(callbacks)
+
+
+class Run:
+    """One process's part of a training run.
+
+    Args:
+        options: what to do.
+        folder: of the run.
+        device: to train on.
+        ranks: which process this is.
+        state: to go on from; empty for a new run.
+    """
+
+    def __init__(
+        self,
+        options: Train,
+        folder: Path,
+        device: torch.device,
+        ranks: Ranks,
+        state: dict[str, Any],
+    ) -> None:
+        self.options, self.folder, self.device, self.ranks = options, folder, device, ranks
+        self.epochs = options.epochs or prepare.EPOCHS
+        self.epoch = self.step = 0  # finished epochs, batches
+        self.last_step = -1  # batch of the last optimizer step
+        self.best, self.best_epoch = -1.0, 0
+        self.seconds = 0.0
+        self.skipped = self.skipped_in_a_row = 0
+        self.stats: dict[str, float] = {}
+        if device.type == "cpu":
+            keep_freed_memory()
+
+        self.dataset, self.val = prepare.read_data(options)
+        for line in self.dataset.skipped:
+            self._say(f"left out: {line}")
+        self.hyper, model = self._model(state)
+        self.size = prepare.image_size(options, model)
+        model.imgsz = self.size
+        prepare.freeze(model, options.freeze)
+        if options.autoanchor and not state:
+            self._say(prepare.fit_model_anchors(model, self.dataset, self.size, options.seed))
+        self.dtype = prepare.training_dtype(options.precision, device)
+        self.model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # stub lacks it
+        self.loss = prepare.head_loss(model, self.hyper, plain=options.plain_loss)
+        self.weights = LossWeights.scaled(
+            self.hyper.box,
+            self.hyper.obj,
+            self.hyper.cls,
+            levels=len(model.head.strides),
+            nc=model.head.num_classes,
+            size=self.size,
+        )
+        self.batch = self._batch_size()
+        self.ema = EMA(self.model)
+        self.network: nn.Module = self._network()
+        self.sampler, self.loader = self._loader()
+        self.schedule = Schedule(
+            self.hyper, self.epochs, len(self.sampler), self.batch, options.linear_lr
+        )
+        decay = self.schedule.weight_decay
+        self.optimizer = build_optimizer(self.model, options.optimizer, decay)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
+        if state:
+            self._restore(state)
+
+    def train(self, callbacks: Sequence[Callback] = ()) -> Result:
+        """Train until the epochs are done, or another limit is reached."""
+        callbacks = [*self._own_callbacks(), *callbacks] if self.ranks.main else []
+        for callback in callbacks:
+            callback.on_start(self.folder, asdict(self.options))
+        stopped = "all epochs are done"
+        started = time.perf_counter() - self.seconds
+        while self.epoch < self.epochs:
+            row = self._train_epoch()
+            self.epoch += 1
+            evaluation = self._evaluate()
+            row |= {name: self.stats[name] if evaluation else math.nan for name in STATS}
+            self.seconds = share(time.perf_counter() - started, self.ranks)
+            self._save()
+            for callback in callbacks:
+                callback.on_epoch(row, evaluation)
+            self._say(epoch_line(row, self.epochs))
+            if reason := self._limit():
+                stopped = reason
+                break
+        hours = self.seconds / 3600
+        result = Result(
+            self.folder, self.epoch, self.best_epoch, self.best, self.stats, hours, stopped
+        )
+        for callback in callbacks:
+            callback.on_end(result)
+        return result
+
+    def _train_epoch(self) -> dict[str, float]:
+        """One pass over the images; its row of results.csv, without the evaluation."""
+        self.model.train()
+        prepare.frozen_to_eval(self.model, self.options.freeze)
+        self.sampler.epoch = self.epoch
+        title = f"epoch {self.epoch + 1}/{self.epochs}"
+        meter = Meter(title, len(self.sampler), show=self.ranks.main)
+        lr = self.schedule.at(self.epoch, self.step).lr
+        for number, batch in enumerate(meter.follow(self.loader)):
+            if self.ranks.main and self.epoch == 0 and number < PICTURED:
+                save_batch(batch, self.dataset.names, self.folder / f"train_batch{number}.jpg")
+            terms = self._train_batch(batch)
+            report = self.weights.weigh(terms) | {k: terms[k] for k in ("matches", "overflow")}
+            meter.add(report, len(batch.images))
+        return {"epoch": self.epoch + 1, "lr": lr, **meter.row(), "skipped": self.skipped}
+
+    def _train_batch(self, batch: Batch) -> dict[str, Tensor]:
+        """Forward, backward, and where it is due the optimizer's step."""
+        rates = self.schedule.at(self.epoch, self.step)
+        set_rates(self.optimizer, rates)
+        images = batch.images.to(self.device, non_blocking=True).float().div_(255)
+        if self.options.multi_scale:
+            rng = np.random.default_rng((self.options.seed, self.epoch, self.step, 1))
+            images = stretch(images, self.model.stride, rng)
+        images = images.contiguous(memory_format=torch.channels_last)
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            outputs = self.network(images)
+        terms: dict[str, Tensor] = self.loss(outputs, batch.labels)
+        total = torch.stack(list(self.weights.weigh(terms).values())).sum() * self.batch
+        self.scaler.scale(total).backward()  # type: ignore[no-untyped-call]  # untyped
+        if self.step - self.last_step >= rates.accumulate:
+            self._optimizer_step(terms)
+            self.last_step = self.step
+        self.step += 1
+        return terms
+
+    def _optimizer_step(self, terms: dict[str, Tensor]) -> None:
+        """Step and update the moving average; gradients that are not finite are left out."""
+        self.scaler.unscale_(self.optimizer)
+        norm = gradient_norm(self.model)
+        if math.isfinite(norm):
+            clip_gradients(self.model, norm, self.options.clip)
+            self.scaler.step(self.optimizer)
+            self.ema.update(self.model)
+            self.skipped_in_a_row = 0
+        else:
+            name = first_bad_tensor(self.model, terms)
+            restore_buffers(self.model, self.ema.model)
+            self.skipped += 1
+            self.skipped_in_a_row += 1
+            self._say(f"batch {self.step}: {name} is not finite: this step is skipped")
+            if self.skipped_in_a_row >= MAX_SKIPPED:
+                raise UserError(
+                    f"{MAX_SKIPPED} steps in a row without finite gradients, {name} first: lower "
+                    "the learning rate (--set lr0 0.001), or use --precision fp32 or --clip 10"
+                )
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _evaluate(self) -> Evaluation | None:
+        """Evaluate the moving average where it is due; note and keep the best."""
+        if self.epoch % self.options.val_every and self.epoch < self.epochs:
+            return None
+        settings = Settings(imgsz=self.size, stride=self.model.stride)
+        evaluation = validate(self.ema.model, self.val, settings, self.device, self.ranks)
+        self.stats = {name: float(value) for name, value in evaluation.stats.items()}
+        if self.options.image_weights:
+            ap = np.array([max(row.ap, 0.0) for row in evaluation.per_class])
+            self.sampler.weights = image_weights(self.dataset, ap)
+        if (value := fitness(self.stats)) > self.best:
+            self.best, self.best_epoch = value, self.epoch
+        return evaluation
+
+    def _limit(self) -> str:
+        """Why the run is to end before its last epoch; empty: it is not."""
+        patience, hours = self.options.patience, self.options.hours
+        if patience and self.epoch - self.best_epoch >= patience and self.best_epoch:
+            return f"no better model in {patience} epochs"
+        if hours and self.seconds >= hours * 3600:
+            return f"{hours:g} hours have passed"
+        return ""
+
+    def _save(self) -> None:
+        """Write weights and state; the state last, so that it never is ahead of the weights."""
+        if not self.ranks.main:
+            return
+        about = {"epoch": self.epoch, "stats": self.stats, "training": asdict(self.options)}
+        save_model(self.ema.model, self.folder / "weights" / "last.safetensors", **about)
+        if self.best_epoch == self.epoch:
+            save_model(self.ema.model, self.folder / "weights" / "best.safetensors", **about)
+        save_state(self.folder, self._state())
+
+    def _state(self) -> dict[str, Any]:
+        """All that the rest of the run depends on."""
+        pending = {n: p.grad for n, p in self.model.named_parameters() if p.grad is not None}
+        weights = self.sampler.weights
+        return {
+            "model": self.model.state_dict(),
+            "ema": self.ema.model.state_dict(),
+            "updates": self.ema.updates,
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "gradients": pending,  # of batches since the last step
+            "image_weights": None if weights is None else torch.from_numpy(weights),
+            "options": asdict(self.options) | {"batch": self.batch, "resume": None},
+            "hyper": asdict(self.hyper),
+            "images": len(self.dataset.samples),
+            "counters": {name: getattr(self, name) for name in COUNTERS},
+            "epoch": self.epoch,
+            "stats": self.stats,
+        }
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        """Go on where a state was saved."""
+        if state["images"] != len(self.dataset.samples):
+            raise UserError(
+                f"{self.folder} was trained on {state['images']} images, now there are "
+                f"{len(self.dataset.samples)}: start a new run from its weights"
+            )
+        self.model.load_state_dict(state["model"])
+        self.ema.model.load_state_dict(state["ema"])
+        self.ema.updates = state["updates"]
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        for name, parameter in self.model.named_parameters():
+            if name in state["gradients"]:
+                parameter.grad = state["gradients"][name].to(self.device)
+        if state["image_weights"] is not None:
+            self.sampler.weights = state["image_weights"].numpy()
+        for name, value in state["counters"].items():
+            setattr(self, name, value)
+        self.epoch, self.stats = state["epoch"], state["stats"]
+
+    def _model(self, state: dict[str, Any]) -> tuple[HyperParameters, YOLOv7]:
+        """Hyper-parameters and model, of the options or of the run that is resumed."""
+        if state:
+            values = dict(state["hyper"])
+            augmentation = Augmentation(**values.pop("augmentation"))
+            hyper = HyperParameters(**values, augmentation=augmentation)
+            return hyper, load_model(self.folder / "weights" / "last.safetensors")
+        model, notes = prepare.build_model(self.options, self.dataset.names)
+        for note in notes:
+            self._say(note)
+        return prepare.hyper_parameters(self.options, model), model
+
+    def _batch_size(self) -> int:
+        batch = self.options.batch
+        if batch < 0 or batch % self.ranks.world:
+            raise UserError(f"--batch {batch} cannot be shared among {self.ranks.world} processes")
+        if batch == 0:
+            probe = copy.deepcopy(self.model).train()
+            batch = largest_batch(probe, self.loss, self.size, self.device, self.dtype)
+            batch = min(share(batch, self.ranks), len(self.dataset.samples)) * self.ranks.world
+            self._say(f"batches of {batch} images")
+        return batch
+
+    def _network(self) -> nn.Module:
+        """The model as it is called: over all processes, if there are several."""
+        if self.options.sync_bn and self.ranks.world > 1:
+            synchronise_batch_norms(self.model, self.device)
+        if self.ranks.world == 1:
+            return self.model
+        ids = [self.device.index] if self.device.type == "cuda" else None
+        return DistributedDataParallel(self.model, device_ids=ids)
+
+    def _loader(self) -> tuple[EpochSampler, Any]:
+        options, samples = self.options, self.dataset.samples
+        data = TrainingData(
+            self.dataset,
+            self.size,
+            self.hyper.augmentation,
+            seed=options.seed,
+            cache=options.cache,
+        )
+        sampler = EpochSampler(
+            len(samples),
+            self.batch // self.ranks.world,
+            self.size,
+            seed=options.seed,
+            rank=self.ranks.rank,
+            world=self.ranks.world,
+            shapes=rectangles(samples, self.size, self.model.stride) if options.rect else None,
+        )
+        if options.image_weights:
+            sampler.weights = image_weights(self.dataset, np.zeros(len(self.dataset.names)))
+        workers = prepare.default_workers() if options.workers is None else options.workers
+        pin = self.device.type == "cuda"
+        return sampler, build_loader(data, sampler, workers=workers, pin=pin)
+
+    def _own_callbacks(self) -> list[Callback]:
+        """Those that fill the run's folder."""
+        callbacks: list[Callback] = [CsvWriter(self.folder / "results.csv", self.epoch)]
+        settings = {"options": asdict(self.options), "hyper-parameters": asdict(self.hyper)}
+        (self.folder / "arguments.json").write_text(json.dumps(settings, indent=2))
+        if can_plot():
+            callbacks.append(Plotter(self.folder, self.dataset))
+        if find_spec("tensorboard"):
+            callbacks.append(TensorBoard(self.folder))
+        return callbacks
+
+    def _say(self, text: str) -> None:
+        if self.ranks.main:
+            print(text, flush=True)

@@ -1,0 +1,86 @@
+"""What a training run can be told; the command line is made of it."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from yolov7.train.config import PresetName
+from yolov7.train.data import CacheKind
+from yolov7.train.optimizer import OptimizerName
+from yolov7.variants import Downsample
+
+
+@dataclass(kw_only=True)
+class Train:
+    """Train a model on labelled images; under torchrun, on several devices."""
+
+    data: str = ""
+    """data.yaml, a folder that holds one, a COCO json, or coco"""
+    weights: str | None = None
+    """start from these weights in training form (default: from scratch)"""
+    variant: str | None = None
+    """what to train from scratch, or what bare weights are (default: yolov7-tiny)"""
+    depth: float = 1.0
+    """compound scale of the variant's depth, from scratch"""
+    width: float = 1.0
+    """compound scale of the variant's width, from scratch"""
+    downsample: Downsample | None = None
+    """form of the strided layers, from scratch (default: the variant's)"""
+    split: str = "train"
+    """split to train on"""
+    val_split: str = "val"
+    """split to evaluate on"""
+    imgsz: int | None = None
+    """side of the images in pixels, a multiple of the stride (default: the model's)"""
+    epochs: int | None = None
+    """passes over the images (default: 300, or those of the resumed run)"""
+    batch: int = 16
+    """images per step, on all devices together; 0: what the memory of the device holds"""
+    preset: PresetName | Literal["auto"] = "auto"
+    """hyper-parameters; auto: custom with weights, else those the variant was published with"""
+    set: dict[str, float] = field(default_factory=dict)
+    """hyper-parameters over the preset's, as NAME VALUE pairs"""
+    optimizer: OptimizerName = "sgd"
+    """sgd: Nesterov momentum"""
+    linear_lr: bool = False
+    """a linear schedule instead of a cosine"""
+    plain_loss: bool = False
+    """every candidate is a match; heads without auxiliary outputs only"""
+    clip: float = 0.0
+    """largest norm of the gradients; 0: no limit"""
+    freeze: tuple[str, ...] = ()
+    """parts of the network that stay as they are, such as stem backbone.0"""
+    autoanchor: bool = True
+    """fit the anchors where fewer than 98 %% of the boxes match one"""
+    image_weights: bool = False
+    """draw images of rare and badly detected classes more often"""
+    multi_scale: bool = False
+    """stretch every batch by 0.5 to 1.5"""
+    rect: bool = False
+    """batches of images of like aspect, without mosaic and other changes of geometry than flips"""
+    cache: CacheKind = "none"
+    """where scaled images are kept: none, ram, or disk (the user's cache folder)"""
+    sync_bn: bool = False
+    """batch norm statistics over all devices"""
+    patience: int | None = None
+    """stop after so many epochs without a better model (default: never)"""
+    hours: float | None = None
+    """stop after the epoch in which so many hours have passed (default: no limit)"""
+    val_every: int = 1
+    """epochs between evaluations; the last epoch is always evaluated"""
+    workers: int | None = None
+    """processes that prepare images (default: one per core, at most 8)"""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N"""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """arithmetic of the network; auto: bf16 on CUDA, fp32 on a CPU"""
+    seed: int = 0
+    """of everything random"""
+    project: str = "runs/train"
+    """folder of the runs"""
+    name: str | None = None
+    """name of the run (default: the next free number)"""
+    resume: str | None = None
+    """folder of a run to go on with; of the other options only epochs, patience, hours, workers
+    and json count"""
+    json: str | None = None
+    """write the result to this file"""

@@ -1,0 +1,123 @@
+"""Pictures of a run: its training batches, and with matplotlib its labels and its course."""
+
+import math
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from yolov7.dataset import Dataset
+from yolov7.drawing import draw_boxes
+from yolov7.letterbox import GREY, Image
+from yolov7.train.data import Batch
+from yolov7.train.report import Callback, Result, read_rows
+
+if TYPE_CHECKING:
+    from yolov7.evaluate import Evaluation
+
+SHOWN = 16  # images of a batch
+CURVES = ("box", "objectness", "classes", "lr", "AP", "AP50", "precision", "recall")
+
+
+def batch_picture(batch: Batch, names: list[str]) -> Image:
+    """The first images of a batch side by side, with their boxes, BGR."""
+    images = batch.images[:SHOWN].numpy()
+    count, _, height, width = images.shape
+    columns = math.ceil(math.sqrt(count))
+    sheet = np.full((-(-count // columns) * height, columns * width, 3), GREY, np.uint8)
+    for i, (image, labels) in enumerate(zip(images, batch.labels.numpy(), strict=False)):
+        y, x = i // columns * height, i % columns * width
+        labels = labels[labels[:, 0] >= 0]
+        half = labels[:, 3:] / 2
+        boxes = np.concatenate([labels[:, 1:3] - half, labels[:, 1:3] + half], 1)
+        classes = labels[:, 0].astype(int).tolist()
+        sheet[y : y + height, x : x + width] = draw_boxes(
+            np.ascontiguousarray(image[::-1].transpose(1, 2, 0)),
+            boxes * np.array([width, height, width, height], np.float32),
+            [names[c] for c in classes],
+            classes,
+        )
+    return sheet
+
+
+def save_batch(batch: Batch, names: list[str], path: Path) -> None:
+    """Write `batch_picture` as JPEG."""
+    cv2.imwrite(str(path), batch_picture(batch, names))
+
+
+def label_picture(dataset: Dataset, path: Path) -> None:
+    """How many boxes of which class there are, where they lie and how large they are."""
+    from matplotlib.figure import Figure
+
+    classes = np.concatenate([sample.classes for sample in dataset.samples])
+    boxes = np.concatenate(
+        [s.boxes / np.array([s.width, s.height] * 2, np.float32) for s in dataset.samples]
+    )
+    centre, size = (boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]
+    figure = Figure(figsize=(15, 5), layout="constrained")
+    counts, places, sizes = figure.subplots(1, 3)
+    counts.bar(range(len(dataset.names)), np.bincount(classes, minlength=len(dataset.names)))
+    counts.set_ylabel("boxes")
+    if len(dataset.names) <= 30:
+        counts.set_xticks(range(len(dataset.names)), dataset.names, rotation=90)
+    for axes, points, names in (
+        (places, centre, ("centre x", "centre y")),
+        (sizes, size, ("width", "height")),
+    ):
+        axes.hist2d(points[:, 0], points[:, 1], bins=50, range=((0, 1), (0, 1)), cmin=1)
+        axes.set(xlabel=f"{names[0]} / image", ylabel=f"{names[1]} / image", aspect="equal")
+    places.invert_yaxis()
+    figure.savefig(path, dpi=100)
+
+
+def results_picture(csv: Path, path: Path) -> None:
+    """The columns of results.csv over the epochs."""
+    from matplotlib.figure import Figure
+
+    rows = read_rows(csv)
+    figure = Figure(figsize=(16, 8), layout="constrained")
+    epochs = [row["epoch"] for row in rows]
+    for axes, name in zip(figure.subplots(2, 4).flat, CURVES, strict=True):
+        values: NDArray[np.float64] = np.array([row[name] for row in rows])
+        known = np.isfinite(values)
+        axes.plot(np.array(epochs)[known], values[known], marker="." if known.sum() < 50 else "")
+        axes.set(title=name, xlabel="epoch")
+    figure.savefig(path, dpi=100)
+
+
+class Plotter(Callback):
+    """Draws the labels at the start, results and the evaluation's curves at the end.
+
+    Args:
+        folder: of the run.
+        dataset: the images trained on.
+    """
+
+    def __init__(self, folder: Path, dataset: Dataset) -> None:
+        self.folder = folder
+        self.evaluation: Evaluation | None = None
+        label_picture(dataset, folder / "labels.png")
+
+    def on_epoch(
+        self,
+        row: dict[str, float],  # noqa: ARG002  # the callback's signature
+        evaluation: "Evaluation | None",
+    ) -> None:
+        """Remember the evaluation."""
+        self.evaluation = evaluation or self.evaluation
+
+    def on_end(self, result: Result) -> None:  # noqa: ARG002  # the callback's signature
+        """Draw."""
+        from yolov7.evaluate.pictures import save_pictures
+
+        results_picture(self.folder / "results.csv", self.folder / "results.png")
+        if self.evaluation is not None:
+            save_pictures(self.evaluation, self.folder)
+
+
+def can_plot() -> bool:
+    """Whether matplotlib, the extra `plots`, is installed."""
+    return find_spec("matplotlib") is not None
