@@ -47,7 +47,7 @@ def finish(
     acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0)[None, :]
     if ACTIVATION == "silu":
         acc = acc / (1.0 + tl.exp(-acc))
-    elif ACTIVATION == "leaky":
+    elif ACTIVATION == "leaky_relu":
         acc = tl.where(acc > 0, acc, 0.1 * acc)
     if residual_ptr is not None:
         residual_ptrs = residual_ptr + offs_m.to(tl.int64)[:, None] * shape[4][1] + offs_n[None, :]

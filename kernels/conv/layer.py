@@ -8,7 +8,7 @@ from torch import Tensor
 
 from yolov7.kernels.layout import PitchedLayout
 
-ACTIVATIONS = ("silu", "leaky", "none")
+ACTIVATIONS = ("silu", "leaky_relu", "none")
 FP8_MAX = 448.0
 DTYPES = (torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float32)
 
@@ -31,7 +31,7 @@ class ConvLayer:
     """1, or 3 with a padding of 1."""
     stride: int = 1
     activation: str = "silu"
-    """silu, leaky (slope 0.1) or none."""
+    """silu, leaky_relu (slope 0.1) or none."""
     pool: bool = False
     """Take the maximum of 2x2 pixels of the input first (1x1 only)."""
     exact: bool = False
@@ -153,7 +153,7 @@ def activate(x: Tensor, activation: str) -> Tensor:
     """SiLU, LeakyReLU of slope 0.1, or nothing."""
     if activation == "silu":
         return F.silu(x)
-    return F.leaky_relu(x, 0.1) if activation == "leaky" else x
+    return F.leaky_relu(x, 0.1) if activation == "leaky_relu" else x
 
 
 def to_dtype(x: Tensor, dtype: torch.dtype, scale: float) -> Tensor:

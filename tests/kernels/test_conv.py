@@ -181,7 +181,7 @@ def test_stride_two(shape: tuple[int, ...], kernel_device: torch.device) -> None
 
 @pytest.mark.interpreter
 @PATHS
-@pytest.mark.parametrize("activation", ["silu", "leaky", "none"])
+@pytest.mark.parametrize("activation", ["silu", "leaky_relu", "none"])
 @pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
 def test_activation_and_residual(
     activation: str, residual: bool, config: Config, kernel_device: torch.device

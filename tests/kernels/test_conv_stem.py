@@ -1,0 +1,115 @@
+"""The first convolution against PyTorch's, in the interpreter or on a GPU."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from yolov7.kernels.conv import pack_weight
+from yolov7.kernels.conv.stem import (
+    Stem,
+    conv_stem,
+    launch_stem,
+    space_to_depth_weight,
+    stem_config,
+    stem_reference,
+)
+from yolov7.kernels.layout import PitchedLayout
+
+TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 2e-2, torch.float32: 2e-3}
+
+
+def problem(
+    n: int, h: int, w: int, out: int, kernel: int = 3, stride: int = 1
+) -> tuple[Stem, Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    pad = (kernel - 1) // 2
+    sizes = [(side + 2 * pad - kernel) // stride + 1 for side in (h, w)]
+    stem = Stem(PitchedLayout.of(n, *sizes), kernel, stride)
+    images = torch.rand(n, 3, h, w, generator=generator)
+    weight = torch.randn(out, 3, kernel, kernel, generator=generator) * 0.3
+    return stem, images, pack_weight(weight), torch.randn(out, generator=generator)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [(1, 7, 5, 8), (2, 6, 9, 32), (2, 7, 6, 24, 3, 2), (2, 8, 6, 40, 6, 2), (1, 1, 1, 8)],
+    ids=["odd", "batch", "strided", "p6", "one-pixel"],
+)
+def test_stem(case: tuple[int, ...], dtype: torch.dtype, kernel_device: torch.device) -> None:
+    stem, images, weight, bias = problem(*case)
+    images, weight = images.to(kernel_device, dtype), weight.to(kernel_device, dtype)
+    bias = bias.to(kernel_device)
+    out = stem.target.empty(len(bias), dtype=dtype, device=kernel_device).fill_(float("nan"))
+    launch_stem(stem, images, weight, bias, out, stem_config(stem, images, out))
+    expected = stem_reference(images, weight, bias, stem)
+    assert (out[stem.target.border(kernel_device)] == 0).all()
+    error = (out.float() - expected).abs() / expected.abs().clamp_min(1)
+    assert error.max() <= TOLERANCE[dtype]
+
+
+@pytest.mark.interpreter
+def test_reads_a_pitched_map_and_writes_a_slice(kernel_device: torch.device) -> None:
+    stem, images, weight, bias = problem(2, 5, 6, 8)
+    pixels = stem.target.image_view(stem.target.from_nchw(images).half().to(kernel_device))
+    wide = stem.target.empty(24, dtype=torch.float16, device=kernel_device).fill_(float("nan"))
+    weight, bias = weight.half().to(kernel_device), bias.to(kernel_device)
+    conv_stem(pixels.permute(0, 3, 1, 2), weight, bias, stem, out=wide[:, 8:16])
+    assert wide[:, :8].isnan().all()
+    assert wide[:, 16:].isnan().all()
+    expected = stem_reference(images.half().to(kernel_device), weight, bias, stem)
+    torch.testing.assert_close(wide[:, 8:16].float(), expected, atol=2e-3, rtol=2e-3)
+
+
+def test_space_to_depth_is_a_strided_convolution() -> None:
+    images, weight = torch.randn(2, 3, 8, 12), torch.randn(5, 12, 3, 3)
+    rearranged = torch.cat(
+        [
+            images[..., ::2, ::2],
+            images[..., 1::2, ::2],
+            images[..., ::2, 1::2],
+            images[..., 1::2, 1::2],
+        ],
+        1,
+    )
+    expected = F.conv2d(rearranged, weight, padding=1)
+    actual = F.conv2d(images, space_to_depth_weight(weight), stride=2, padding=2)
+    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
+    stem = Stem(PitchedLayout.of(2, 4, 6), 6, 2, "none")
+    packed = pack_weight(space_to_depth_weight(weight))
+    out = stem.target.to_nchw(conv_stem(images, packed, torch.zeros(5), stem))
+    torch.testing.assert_close(out, expected, atol=1e-2, rtol=1e-2)
+
+
+def test_operation(kernel_device: torch.device) -> None:
+    stem, images, weight, bias = problem(1, 4, 5, 16)
+    images, weight, bias = (t.to(kernel_device) for t in (images, weight, bias))
+    out = conv_stem(images, weight, bias, stem)
+    expected = stem_reference(images, weight, bias, stem)
+    torch.testing.assert_close(out, expected, atol=2e-3, rtol=2e-3)
+    args = (images, weight, bias, out, stem.target.sizes, 3, 1, "silu", 1.0)
+    torch.library.opcheck(torch.ops.yolov7.conv_stem.default, args)
+    compiled = torch.compile(conv_stem, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(images, weight, bias, stem), out)
+    empty = Stem(PitchedLayout.of(0, 4, 5))
+    assert conv_stem(images[:0], weight, bias, empty).shape == (0, 16)
+
+
+def test_wrong_input_is_named() -> None:
+    stem, images, weight, bias = problem(1, 4, 5, 16)
+    with pytest.raises(ValueError, match=r"images \(1, 3, 4, 4\) do not give 1 x 4 x 5"):
+        conv_stem(images[..., :4], weight, bias, stem)
+    with pytest.raises(ValueError, match=r"weight \(16, 26\)"):
+        conv_stem(images, weight[:, 1:], bias, stem)
+    with pytest.raises(ValueError, match=r"bias torch.float32 \(15,\)"):
+        conv_stem(images, weight, bias[1:], stem)
+    with pytest.raises(ValueError, match="no such stem"):
+        conv_stem(images, weight.int(), bias, stem)
+    with pytest.raises(ValueError, match="not a packed matrix"):
+        conv_stem(images, weight[0], bias, stem)
+    with pytest.raises(ValueError, match="5x5"):
+        Stem(stem.target, 5)
+    with pytest.raises(ValueError, match="relu6"):
+        Stem(stem.target, activation="relu6")
