@@ -31,10 +31,10 @@ import torch
 import triton
 from torch import Tensor
 
-from ..runtime import Config, find_config, launch, processors, triton_op
-from .greedy import nms_greedy_kernel
-from .reference import CLASS_OFFSET, nms_reference
-from .select import nms_histogram_kernel, nms_scatter_kernel, nms_select_kernel
+from yolov7.kernels.nms.greedy import nms_greedy_kernel
+from yolov7.kernels.nms.reference import CLASS_OFFSET, nms_reference
+from yolov7.kernels.nms.select import nms_histogram_kernel, nms_scatter_kernel, nms_select_kernel
+from yolov7.kernels.runtime import Config, find_config, launch, processors, triton_op
 
 __all__ = ["Detections", "batched_nms", "compile_cases", "nms_reference"]
 

@@ -10,7 +10,7 @@ box that completes `max_det`.
 import triton
 import triton.language as tl
 
-from .select import corners
+from yolov7.kernels.nms.select import corners
 
 
 @triton.jit

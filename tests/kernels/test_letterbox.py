@@ -1,0 +1,171 @@
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from tests.conftest import reference_folder
+from yolov7.kernels import letterbox as kernel
+from yolov7.kernels.layout import PitchedLayout
+from yolov7.kernels.letterbox import letterbox, letterbox_reference, pack_frames
+
+CASES = sorted((reference_folder() / "letterbox").glob("*.npz"))
+SIZE = (40, 50)
+# (height, width) of the frame; top, left, height, width of its box: up, down, one side only, as it
+# is, single pixels, exactly half.
+FRAMES = [
+    ((17, 23), (3, 0, 37, 50)),
+    ((61, 47), (0, 9, 40, 31)),
+    ((33, 20), (4, 15, 33, 21)),
+    ((12, 50), (14, 0, 12, 50)),
+    ((1, 7), (18, 0, 7, 50)),
+    ((80, 1), (0, 24, 40, 1)),
+    ((64, 98), (4, 0, 32, 49)),
+]
+
+
+def make_frames() -> list[Tensor]:
+    random = torch.Generator().manual_seed(0)
+    return [
+        torch.randint(256, (*shape, 3), generator=random, dtype=torch.uint8) for shape, _ in FRAMES
+    ]
+
+
+def expected(frames: list[Tensor]) -> Tensor:
+    """[B, 3, H, W] fp32 by OpenCV."""
+    images = np.full((len(frames), *SIZE, 3), 114, dtype=np.uint8)
+    for image, frame, (_, (top, left, height, width)) in zip(images, frames, FRAMES, strict=True):
+        resized = cv2.resize(frame.numpy(), (width, height), interpolation=cv2.INTER_LINEAR)
+        image[top : top + height, left : left + width] = resized
+    return torch.from_numpy(images[..., ::-1].copy()).permute(0, 3, 1, 2).float() / 255
+
+
+def test_reference_equals_opencv() -> None:
+    frames = make_frames()
+    pixels, table = pack_frames(frames, [box for _, box in FRAMES], SIZE)
+    out = torch.empty(len(frames), 3, *SIZE)
+    letterbox_reference(
+        pixels, table, out, [out.stride(i) for i in (0, 2, 3, 1)], [len(frames), *SIZE, *SIZE]
+    )
+    assert torch.equal(out, expected(frames))
+
+
+@pytest.fixture
+def large_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few programs, for the interpreter."""
+    monkeypatch.setattr(kernel, "DEFAULT_CONFIG", {"BLOCK_Y": 64, "BLOCK_X": 32, "num_warps": 4})
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("dtype", kernel.DTYPES, ids=str)
+@pytest.mark.usefixtures("large_blocks")
+def test_kernel_equals_opencv(dtype: torch.dtype, kernel_device: torch.device) -> None:
+    frames = make_frames()
+    boxes = [box for _, box in FRAMES]
+    pixels, table = pack_frames(frames, boxes, SIZE, kernel_device)
+    images = expected(frames).to(dtype)
+    out = torch.full((len(frames), 3, *SIZE), torch.nan, dtype=dtype, device=kernel_device)
+    found = letterbox(pixels, table, out).cpu()
+    if dtype == torch.bfloat16:  # which the interpreter truncates
+        torch.testing.assert_close(found, images, rtol=2**-7, atol=0)
+    else:
+        assert torch.equal(found, images)
+
+
+@pytest.mark.interpreter
+@pytest.mark.usefixtures("large_blocks")
+def test_kernel_writes_pitched_map(kernel_device: torch.device) -> None:
+    frames = make_frames()
+    pixels, table = pack_frames(frames, [box for _, box in FRAMES], SIZE, kernel_device)
+    layout = PitchedLayout.of(len(frames), *SIZE)
+    wide = torch.full((layout.rows, 5), torch.nan, device=kernel_device)
+    letterbox(pixels, table, wide[:, 1:4], layout)
+    assert torch.equal(wide[:, 1:4].cpu(), layout.from_nchw(expected(frames)))
+    assert wide[:, [0, 4]].isnan().all()
+
+
+@pytest.mark.interpreter
+@pytest.mark.usefixtures("large_blocks")
+@pytest.mark.parametrize("path", CASES, ids=lambda path: path.stem)
+def test_kernel_equals_stored_images(path: Path, kernel_device: torch.device) -> None:
+    with np.load(path) as case:
+        frame, image = torch.from_numpy(case["input"]), torch.from_numpy(case["output"])
+        left, top = (round(pad - 0.1) for pad in case["pad"].tolist())
+        height, width = (
+            round(side * ratio)
+            for side, ratio in zip(frame.shape[:2], case["ratio"][::-1].tolist(), strict=True)
+        )
+    size = (image.shape[0], image.shape[1])
+    pixels, table = pack_frames([frame], [(top, left, height, width)], size, kernel_device)
+    out = torch.full((1, 3, *size), torch.nan, device=kernel_device)
+    letterbox(pixels, table, out)
+    assert torch.equal((out[0] * 255).round().cpu(), image.permute(2, 0, 1).flip(0).float())
+
+
+@pytest.mark.interpreter
+def test_kernel_stays_inside_the_frames(kernel_device: torch.device) -> None:
+    pixels = torch.full((12,), 200, dtype=torch.uint8, device=kernel_device)
+    table = torch.tensor([[0, 100, 100, 0, 0, 4, 4]], device=kernel_device)  # there is no such
+    out = torch.full((1, 3, 4, 4), torch.nan, device=kernel_device)
+    assert letterbox(pixels, table, out).isfinite().all()
+
+
+def test_empty_batch() -> None:
+    pixels, table = pack_frames([], [], SIZE)
+    assert letterbox(pixels, table, torch.empty(0, 3, *SIZE)).shape == (0, 3, *SIZE)
+
+
+def test_operation() -> None:
+    frames = make_frames()[:2]
+    pixels, table = pack_frames(frames, [box for _, box in FRAMES[:2]], SIZE)
+    out = torch.zeros(2, 3, *SIZE)
+    strides = [out.stride(i) for i in (0, 2, 3, 1)]
+    torch.library.opcheck(kernel._letterbox_op, (pixels, table, out, strides, [2, *SIZE, *SIZE]))
+
+
+def test_compiles_as_one_graph() -> None:
+    frames = make_frames()
+    pixels, table = pack_frames(frames, [box for _, box in FRAMES], SIZE)
+    compiled = torch.compile(letterbox, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(pixels, table, torch.empty(7, 3, *SIZE)), expected(frames))
+
+
+BYTES, TABLE = torch.zeros(12, dtype=torch.uint8), torch.zeros(2, 7, dtype=torch.int64)
+
+
+@pytest.mark.parametrize(
+    ("pixels", "table", "out", "message"),
+    [
+        (BYTES.float(), TABLE, torch.zeros(2, 3, 4, 4), r"uint8 \[n\], got torch\.float32 \[12\]"),
+        (BYTES, TABLE[:, :6], torch.zeros(2, 3, 4, 4), r"got torch\.int64 \[2, 6\]"),
+        (BYTES, TABLE, torch.zeros(3, 3, 4, 4), r"\[3, 3, 4, 4\], not \[2, 3, H, W\]"),
+        (BYTES, TABLE, torch.zeros(2, 3, 4, 4).int(), r"out is torch\.int32"),
+    ],
+)
+def test_wrong_input(pixels: Tensor, table: Tensor, out: Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        letterbox(pixels, table, out)
+
+
+def test_wrong_map() -> None:
+    layout = PitchedLayout.of(2, 4, 4)
+    with pytest.raises(ValueError, match=r"out \[\d+, 4\] of 2 images is not for 2 of 3 channels"):
+        letterbox(BYTES, TABLE, torch.zeros(layout.rows, 4), layout)
+
+
+@pytest.mark.parametrize(
+    ("frames", "boxes", "message"),
+    [
+        ([torch.zeros(4, 4, 3)], [(0, 0, 4, 4)], r"torch\.float32 \[4, 4, 3\]"),
+        ([torch.zeros(4, 4, 1).byte()], [(0, 0, 4, 4)], r"\[4, 4, 1\]"),
+        ([torch.zeros(4, 4, 3).byte()], [(38, 0, 4, 4)], r"box \(38, 0, 4, 4\) .* \(40, 50\)"),
+        ([torch.zeros(4, 4, 3).byte()], [], "1 frames, but 0 boxes"),
+    ],
+)
+def test_wrong_frames(
+    frames: list[Tensor], boxes: list[tuple[int, int, int, int]], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        pack_frames(frames, boxes, SIZE)
