@@ -26,6 +26,7 @@ from yolov7.speed import Speed
 from yolov7.tiling import drop_cut_boxes, tile_grid, to_image
 
 WINDOW = 4  # batches of images that are read before those of equal shape are put together
+MIN_TILE = 32  # pixels; less would make hundreds of thousands of tiles
 TTA_VIEWS = ((1.0, False), (0.83, True), (0.67, False))  # scale, mirrored
 
 
@@ -89,7 +90,7 @@ class Detector:
             model = load_model(weights, variant=variant)
         self.names = model.names
         self.stride = model.stride
-        self.imgsz = _round_up(imgsz or model.imgsz, self.stride)
+        self.imgsz = _round_up(model.imgsz if imgsz is None else imgsz, self.stride)
         self.conf, self.iou, self.max_det, self.agnostic = conf, iou, max_det, agnostic
         self.classes = None if classes is None else _class_numbers(classes, self.names)
         self.batch, self.tile, self.overlap, self.augment = batch, tile, overlap, augment
@@ -272,9 +273,11 @@ def _check(
             raise UserError(f"{name} is {share}: give 0 to 1")
     if not 0 <= overlap < 1:
         raise UserError(f"overlap is {overlap}: give at least 0 and less than 1")
-    for name, count in (("max_det", max_det), ("batch", batch), ("tile", tile or 1)):
+    for name, count in (("max_det", max_det), ("batch", batch)):
         if count < 1:
             raise UserError(f"{name} is {count}: give 1 or more")
+    if tile is not None and tile < MIN_TILE:
+        raise UserError(f"tile is {tile}: give {MIN_TILE} pixels or more")
 
 
 def _round_up(size: int | tuple[int, int], stride: int) -> tuple[int, int]:

@@ -2,8 +2,8 @@
 
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import closing
+from collections.abc import Iterable
+from contextlib import closing, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -103,31 +103,32 @@ def run(options: Predict) -> int:
         folder = new_run(options.project, options.name)
         arguments = {k: _plain(value) for k, value in asdict(options).items()}
         (folder / "arguments.yaml").write_text(yaml.safe_dump(arguments, sort_keys=False))
-        with Recorder(_outputs(options, folder)) as recorder:
-            for result in _results(detector, source):
+        with (
+            Recorder(_outputs(options, folder)) as recorder,
+            closing(detector.stream(source)) as results,
+            suppress(KeyboardInterrupt) if source.live else nullcontext(),  # ends a camera
+        ):
+            for result in _with_progress(results, source):
                 print(result, flush=True)
                 recorder.write(result)
                 if options.show and not _shown(result):
                     break
-    print(detector.speed)
+    if detector.speed.images:
+        print(detector.speed)
     if source.dropped:
         print(f"{source.dropped} frames dropped to keep up with the stream")
-    if errors:
+    if errors and len(source) > 1:
         print(f"{len(errors)} of {len(source)} sources could not be read", file=sys.stderr)
-    print(f"{'results' if options.nosave else 'annotated pictures'} in {folder}")
+    if detector.speed.images:
+        print(f"{'results' if options.nosave else 'annotated pictures'} in {folder}")
     return 1 if errors else 0
 
 
-def _results(detector: Detector, source: Source) -> Iterator[Results]:
-    """Results as they come; Ctrl-C ends a camera or stream, with what is written so far kept."""
-    results = detector.stream(source)
-    images = all(item.kind == "image" for item in source.items)
-    with closing(results):
-        try:
-            yield from progress(results, "detecting", len(source)) if images else results
-        except KeyboardInterrupt:
-            if not source.live:
-                raise
+def _with_progress(results: Iterable[Results], source: Source) -> Iterable[Results]:
+    """A bar for images; the lines of a video's frames say how far it is."""
+    if any(item.kind != "image" for item in source.items):
+        return results
+    return progress(results, "detecting", len(source))
 
 
 def _print_start(options: Predict, detector: Detector) -> None:

@@ -1,0 +1,305 @@
+from collections.abc import Callable, Iterator
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from yolov7 import Detector, create_model, load_model
+from yolov7.boxes import box_iou, unletterbox
+from yolov7.errors import UserError
+from yolov7.kernels.nms import batched_nms
+from yolov7.letterbox import Image, letterbox
+from yolov7.network import Network
+from yolov7.results import Results
+from yolov7.sources import Source, read_image
+from yolov7.speed import Speed
+
+SAMPLES = sorted(Path(str(files("yolov7.assets") / "images")).glob("*.jpg"))
+
+
+@pytest.fixture(scope="module")
+def images() -> list[Image]:
+    return [read_image(path) for path in SAMPLES]
+
+
+@pytest.fixture(scope="module")
+def detector() -> Detector:
+    return Detector(device="cpu")
+
+
+def same(a: Results, b: Results) -> None:
+    """Equal detections up to fp32 sums in another order."""
+    torch.testing.assert_close(a.boxes.data, b.boxes.data, rtol=1e-4, atol=1e-2)
+
+
+def test_the_samples_hold_blood_cells(detector: Detector) -> None:
+    results = detector(SAMPLES)
+    assert [result.path for result in results] == [str(path) for path in SAMPLES]
+    for result in results:
+        counts = torch.bincount(result.boxes.cls, minlength=3)
+        assert counts[0] >= 8  # red cells
+        assert counts[1] >= 1  # white ones
+        assert result.names == ["RBC", "WBC", "Platelets"]
+        assert result.input_shape == (256, 320)
+        assert set(result.speed) == {"pre", "network", "nms"}
+        height, width = result.image.shape[:2]
+        assert bool((result.boxes.xyxy >= 0).all())
+        assert bool((result.boxes.xyxy <= torch.tensor([width, height] * 2)).all())
+        assert bool((result.boxes.conf.diff() <= 0).all())
+
+
+def test_equals_the_steps_by_hand(detector: Detector, images: list[Image]) -> None:
+    model = load_model()
+    for image in images[:2]:
+        boxed, ratio, pad = letterbox(image, 320, auto=True)
+        x = torch.from_numpy(boxed[:, :, ::-1].copy()).permute(2, 0, 1)[None] / 255
+        with torch.no_grad():
+            decoded = model(x)
+        assert isinstance(decoded, torch.Tensor)
+        found = batched_nms(decoded)
+        boxes = found.boxes[0, : found.counts[0]]
+        boxes[:, :4] = unletterbox(boxes[:, :4], ratio, pad, (image.shape[0], image.shape[1]))
+        torch.testing.assert_close(detector(image)[0].boxes.data, boxes, rtol=1e-4, atol=1e-2)
+
+
+def test_batches_of_equal_shapes_keep_the_order(detector: Detector, images: list[Image]) -> None:
+    turned = np.ascontiguousarray(np.rot90(images[1]))
+    mixed = [images[0], turned, images[1], turned, images[2], images[3]]
+    batched = Detector(device="cpu", batch=3)
+    sizes: list[tuple[int, ...]] = []
+    network = batched.network
+
+    def spy(x: torch.Tensor) -> torch.Tensor:
+        sizes.append(tuple(x.shape))
+        return network(x)
+
+    batched.network = spy  # type: ignore[assignment]
+    spy.device, spy.dtype = network.device, network.dtype  # type: ignore[attr-defined]
+    for single, together in zip(detector(mixed), batched(mixed), strict=True):
+        assert together.path == single.path
+        same(together, single)
+    assert sizes == [(3, 3, 256, 320), (1, 3, 256, 320), (2, 3, 320, 256)]
+
+
+def test_a_stream_reads_only_what_it_needs(detector: Detector, images: list[Image]) -> None:
+    read: list[int] = []
+
+    class Counting(Source):
+        def __iter__(self) -> Iterator[Any]:
+            for frame in super().__iter__():
+                read.append(frame.item)
+                yield frame
+
+    results = detector.stream(Counting([images[0][:64, :64]] * 50))
+    for _ in range(3):
+        next(results)
+    assert len(read) == 3
+    results.close()
+
+
+def test_errors_are_raised_or_reported(detector: Detector, images: list[Image]) -> None:
+    source = ["absent.jpg", images[0]]
+    with pytest.raises(UserError, match=r"absent\.jpg: no such file"):
+        detector(source)
+    errors: list[UserError] = []
+    assert len(detector(source, on_error=errors.append)) == 1
+    assert len(errors) == 1
+
+
+def test_classes_by_name_and_number(images: list[Image]) -> None:
+    everything = Detector(device="cpu")(images[0])[0]
+    wanted: list[list[int | str]] = [["WBC", "Platelets"], [2, "1"], ["2", "WBC", 1]]
+    for classes in wanted:
+        result = Detector(device="cpu", classes=classes)(images[0])[0]
+        same(result, Results(**{**vars(result), "boxes": _only(everything, {1, 2})}))
+    with pytest.raises(UserError, match=r"no class 'RBB' in this model: did you mean RBC\?"):
+        Detector(device="cpu", classes=["RBB"])
+    with pytest.raises(UserError, match="no class 3 in this model: they are RBC, WBC, Platelets"):
+        Detector(device="cpu", classes=[3])
+
+
+def _only(result: Results, classes: set[int]) -> Any:
+    keep = torch.tensor([c in classes for c in result.boxes.cls.tolist()])
+    return type(result.boxes)(result.boxes.data[keep])
+
+
+def test_thresholds(images: list[Image]) -> None:
+    strict = Detector(device="cpu", conf=0.8, max_det=3)(images[0])[0]
+    assert 0 < len(strict) <= 3
+    assert strict.boxes.conf.min() > 0.8
+    loose = Detector(device="cpu", iou=0.9)(images[0])[0]
+    assert len(loose) > len(Detector(device="cpu", iou=0.1, agnostic=True)(images[0])[0])
+
+
+def test_imgsz_is_rounded_up_to_the_stride(images: list[Image]) -> None:
+    assert Detector(device="cpu", imgsz=300).imgsz == (320, 320)
+    detector = Detector(device="cpu", imgsz=(130, 200))
+    assert detector.imgsz == (160, 224)
+    assert detector(images[0])[0].input_shape == (160, 224)
+    assert detector(images[0][:1, :1])[0].input_shape == (160, 160)
+
+
+def test_tiles_find_small_cells(detector: Detector, images: list[Image]) -> None:
+    rows = [np.hstack(images[:2]), np.hstack(images[2:])]
+    large = np.vstack(rows)  # 960 x 1280: cells are a quarter as large
+    whole = detector(large)[0]
+    tiled = Detector(device="cpu", tile=640, overlap=0.25, batch=2)(large)[0]
+    parts = [detector(image)[0] for image in images]
+    assert len(tiled) > 1.4 * len(whole)
+    # Every surely seen cell of the four images is found at its place.
+    found = 0
+    wanted = 0
+    for part, (x, y) in zip(parts, ((0, 0), (640, 0), (0, 480), (640, 480)), strict=True):
+        sure = part.boxes.data[part.boxes.conf > 0.7]
+        placed = sure[:, :4] + torch.tensor([x, y, x, y])
+        overlap = box_iou(placed, tiled.boxes.xyxy)
+        overlap[sure[:, 5:6] != tiled.boxes.data[:, 5]] = 0
+        found += int((overlap.max(1).values > 0.5).sum())
+        wanted += len(sure)
+    assert found > 0.9 * wanted
+    # No two boxes for one thing: suppression went across tiles.
+    overlap = box_iou(tiled.boxes.xyxy, tiled.boxes.xyxy)
+    overlap[tiled.boxes.cls[:, None] != tiled.boxes.cls] = 0
+    assert overlap.triu(1).max() <= 0.45 + 1e-3
+
+
+def test_a_tile_larger_than_the_image_changes_nothing(
+    detector: Detector, images: list[Image]
+) -> None:
+    tiled = Detector(device="cpu", tile=1000)(images[0])[0]
+    single = detector(images[0])[0]
+    assert torch.equal(tiled.boxes.cls, single.boxes.cls)
+    # Boxes are cut at the image's border before suppression, not after.
+    same(tiled, single)
+
+
+def test_tiles_without_boxes() -> None:
+    black = np.zeros((400, 700, 3), np.uint8)
+    assert len(Detector(device="cpu", tile=320, conf=0.9)(black)[0]) == 0
+
+
+def test_augment_sees_mirrored_and_scaled_views_in_place(
+    detector: Detector, images: list[Image]
+) -> None:
+    plain = detector(images[0])[0]
+    augmented = Detector(device="cpu", augment=True)(images[0])[0]
+    sure = plain.boxes.data[plain.boxes.conf > 0.6]
+    overlap = box_iou(sure[:, :4], augmented.boxes.xyxy)
+    overlap[sure[:, 5:6] != augmented.boxes.data[:, 5]] = 0
+    assert overlap.max(1).values.min() > 0.5
+    assert not torch.equal(plain.boxes.data, augmented.boxes.data[: len(plain)])
+
+
+def test_views_of_augment_agree_about_positions() -> None:
+    """A network that marks the brightest pixel: all views have to say the same place."""
+    detector = Detector(device="cpu", augment=True, imgsz=(64, 128))
+
+    def brightest(x: torch.Tensor) -> torch.Tensor:
+        place = int(x[0].sum(0).argmax())
+        row, column = divmod(place, x.shape[3])
+        return torch.tensor([[[column + 0.5, row + 0.5, 4.0, 4.0, 1.0, 1.0, 0.0, 0.0]]])
+
+    detector.network = brightest  # type: ignore[assignment]
+    x = torch.zeros(1, 3, 64, 128)
+    x[:, :, 20:23, 100:103] = 1
+    places = detector._predict(x)[0, :, :2]
+    assert places.shape == (3, 2)
+    torch.testing.assert_close(places, torch.tensor([[101.5, 21.5]] * 3), rtol=0, atol=1.6)
+
+
+def test_nan_never_becomes_a_box(monkeypatch: pytest.MonkeyPatch, images: list[Image]) -> None:
+    real = Network.__call__
+
+    def poisoned(self: Network, x: torch.Tensor) -> torch.Tensor:
+        decoded = real(self, x)
+        decoded[:, ::2] = float("nan")
+        decoded[:, 1::4, 2] = float("nan")
+        return decoded
+
+    monkeypatch.setattr(Network, "__call__", poisoned)
+    every: list[dict[str, Any]] = [{}, {"tile": 320}, {"augment": True}]
+    for options in every:
+        detector = Detector(device="cpu", **options)
+        result = detector(images[0])[0]
+        assert bool(result.boxes.data.isfinite().all())
+        assert result.plot().shape == images[0].shape
+
+
+def test_one_shape_for_a_compiled_network(
+    monkeypatch: pytest.MonkeyPatch, images: list[Image], detector: Detector
+) -> None:
+    shapes: set[tuple[int, ...]] = set()
+
+    def compile_(model: torch.nn.Module, **_: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+        def forward(x: torch.Tensor) -> torch.Tensor:
+            shapes.add(tuple(x.shape))
+            result: torch.Tensor = model(x)
+            return result
+
+        return forward
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "set, so that the test leaves it alone")
+    monkeypatch.setattr(torch, "compile", compile_)
+    monkeypatch.setattr("shutil.which", lambda name: name)
+    compiled = Detector(device="cpu", engine="compile", batch=2)
+    assert compiled.startup_s > 0
+    results = compiled([images[0], np.ascontiguousarray(np.rot90(images[1])), images[2]])
+    assert shapes == {(2, 3, 320, 320)}
+    assert [result.input_shape for result in results] == [(320, 320)] * 3
+    assert abs(len(results[0]) - len(detector(images[0])[0])) <= 3
+
+
+def test_a_model_is_copied() -> None:
+    model = create_model("yolov7-tiny", 2, width=0.25, names=["a", "b"]).eval()
+    keys = set(model.state_dict())
+    detector = Detector(model, device="cpu", imgsz=64, conf=0.0)
+    assert set(model.state_dict()) == keys
+    assert detector.names == ["a", "b"]
+    assert len(detector(np.zeros((50, 50, 3), np.uint8))[0]) > 0
+
+
+def test_video_frames_are_numbered(tmp_path: Path, detector: Detector) -> None:
+    path = tmp_path / "v.avi"
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"MJPG"), 10.0, (96, 64))
+    for _ in range(5):
+        writer.write(np.zeros((64, 96, 3), np.uint8))
+    writer.release()
+    results = detector(path, vid_stride=2)
+    assert [result.frame.number for result in results] == [1, 3, 5]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"conf": 1.5},
+        {"iou": -0.1},
+        {"batch": 0},
+        {"max_det": 0},
+        {"tile": 0},
+        {"overlap": 1.0},
+        {"imgsz": 0},
+    ],
+    ids=lambda options: "-".join(f"{k}={v}" for k, v in options.items()),
+)
+def test_options_out_of_range(options: dict[str, Any]) -> None:
+    (name,) = options
+    with pytest.raises(UserError, match=f"{name} is .*: give"):
+        Detector(device="cpu", **options)
+
+
+def test_speed_by_percentile() -> None:
+    speed = Speed()
+    assert str(speed) == "speed: no image"
+    for ms in range(1, 102):
+        speed.add({"pre": 1.0, "network": float(ms), "nms": 0.5})
+    summary = speed.summary()
+    assert summary["network"] == {"p50": 51.0, "p99": 100.0}
+    assert summary["total"]["p50"] == 52.5
+    assert str(speed) == (
+        "speed per image (p50/p99 ms): pre 1.0/1.0, network 51.0/100.0, nms 0.5/0.5, "
+        "total 52.5/101.5; 19.0 images/s"
+    )

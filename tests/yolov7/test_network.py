@@ -1,0 +1,128 @@
+import copy
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from yolov7.checkpoint import load_model
+from yolov7.errors import UserError
+from yolov7.model import YOLOv7, create_model
+from yolov7.network import Network, PackedConv, resolve_device, resolve_precision
+
+
+@pytest.fixture(scope="module")
+def demo() -> YOLOv7:
+    return load_model()
+
+
+@pytest.fixture(scope="module")
+def images() -> torch.Tensor:
+    return torch.rand(2, 3, 96, 128, generator=torch.Generator().manual_seed(0))
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).norm() / b.norm())
+
+
+def test_fp32_equals_the_plain_model(demo: YOLOv7, images: torch.Tensor) -> None:
+    with torch.no_grad():
+        expected = demo(images)
+    result = Network(copy.deepcopy(demo), device="cpu")(images)
+    assert result.dtype == torch.float32
+    assert relative(result, expected) < 1e-5  # sums in another order
+
+
+def test_every_activation_and_repconv(images: torch.Tensor) -> None:
+    model = create_model("yolov7", 3, width=0.25).eval()
+    with torch.no_grad():
+        expected = model(images)
+    network = Network(model, device="cpu")
+    assert relative(network(images), expected) < 1e-5
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+
+
+def test_packed_convolutions_take_other_shapes(demo: YOLOv7, images: torch.Tensor) -> None:
+    network = Network(copy.deepcopy(demo), device="cpu")
+    network(images[:1, :, :64, :64])
+    with torch.no_grad():
+        expected = demo(images)
+    assert relative(network(images), expected) < 1e-5
+
+
+def test_bf16_decodes_in_fp32(demo: YOLOv7, images: torch.Tensor) -> None:
+    with torch.no_grad():
+        expected = demo(images)
+    network = Network(copy.deepcopy(demo), device="cpu", precision="bf16")
+    result = network(images)
+    assert network.dtype == torch.bfloat16
+    assert result.dtype == torch.float32
+    assert relative(result[..., :4], expected[..., :4]) < 0.02  # 8 bits of mantissa
+    # Coordinates are not rounded to bf16's steps of 1 at 128 pixels.
+    assert (result[..., :2] % 0.5 != 0).float().mean() > 0.9
+
+
+def test_an_unknown_activation_is_refused() -> None:
+    with pytest.raises(ValueError, match="no oneDNN form of ReLU"):
+        PackedConv(nn.Conv2d(3, 3, 1), nn.ReLU())
+
+
+def test_devices_and_precisions() -> None:
+    cpu = torch.device("cpu")
+    assert resolve_device("cpu") == cpu
+    assert resolve_precision("auto", cpu) == torch.float32
+    assert resolve_precision("auto", torch.device("cuda")) == torch.float16
+    for name in ("cuda:99", "mps", "gpu"):
+        with pytest.raises(UserError, match=f"device {name}: "):
+            resolve_device(name)
+    with pytest.raises(UserError, match="fp16 needs a GPU"):
+        resolve_precision("fp16", cpu)
+    with pytest.raises(UserError, match="precision int8: give auto"):
+        resolve_precision("int8", cpu)
+
+
+def test_engines(demo: YOLOv7, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="engine graph is not part of this version"):
+        Network(copy.deepcopy(demo), device="cpu", engine="graph")
+    with pytest.raises(UserError, match="engine fast: give"):
+        Network(copy.deepcopy(demo), device="cpu", engine="fast")
+    monkeypatch.setattr("shutil.which", lambda _: None)
+    with pytest.raises(UserError, match=r"needs a C\+\+ compiler: install"):
+        Network(copy.deepcopy(demo), device="cpu", engine="compile")
+
+
+def test_compile_freezes_and_keeps_its_cache(
+    demo: YOLOv7, images: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "set, so that the test leaves it alone")
+    asked: dict[str, Any] = {}
+
+    def compile_(model: YOLOv7, **options: Any) -> YOLOv7:
+        asked.update(options)
+        return model
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    monkeypatch.setattr("shutil.which", lambda name: name)
+    network = Network(copy.deepcopy(demo), device="cpu", engine="compile")
+    assert asked == {"dynamic": False, "options": {"freezing": True}}
+    assert network(images).shape == demo(images).shape
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
+def test_forwards_take_no_page_faults() -> None:
+    """In a process of its own: the allocator's settings hold for all of it."""
+    code = """
+import resource, torch
+torch.set_num_threads(1)
+from yolov7.checkpoint import load_model
+from yolov7.network import Network
+network, x = Network(load_model(), device="cpu"), torch.rand(1, 3, 640, 640)
+for _ in range(3): network(x)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(2): network(x)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 6000  # 30 000 otherwise

@@ -1,0 +1,146 @@
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from yolov7.drawing import class_colour
+from yolov7.errors import UserError
+from yolov7.results import Boxes, Results
+from yolov7.sources import Frame, read_image
+
+NAMES = ["person", "bus", "wine glass", "fire/exit"]
+SPEED = {"pre": 1.0, "network": 4.0, "nms": 1.1}
+
+
+def make(rows: list[list[float]], shape: tuple[int, int] = (100, 200), **frame: object) -> Results:
+    image = np.full((*shape, 3), 90, np.uint8)
+    where = {"path": "street.jpg", "item": 3, "items": 12, **frame}
+    boxes = Boxes(torch.tensor(rows, dtype=torch.float32).view(-1, 6))
+    return Results(Frame(image, **where), boxes, NAMES, SPEED, (448, 640))  # type: ignore[arg-type]
+
+
+BOXES = [
+    [10.0, 20.0, 50.0, 80.0, 0.9, 0.0],
+    [100.0, 10.0, 180.0, 90.0, 0.75, 1.0],
+    [0.0, 0.0, 20.0, 10.0, 0.5, 0.0],
+]
+
+
+def test_boxes_in_every_form() -> None:
+    boxes = make(BOXES).boxes
+    assert len(boxes) == 3
+    assert boxes.xyxy[0].tolist() == [10, 20, 50, 80]
+    assert boxes.xywh[0].tolist() == [30, 50, 40, 60]
+    assert boxes.conf.tolist() == [pytest.approx(0.9), 0.75, 0.5]
+    assert boxes.cls.tolist() == [0, 1, 0]
+    assert boxes.cls.dtype == torch.int64
+
+
+def test_the_line_of_an_image() -> None:
+    line = "image 3/12 street.jpg: 448x640 2 persons, 1 bus, 6.1 ms"
+    assert str(make(BOXES)) == line
+    assert str(make([])) == "image 3/12 street.jpg: 448x640 no detections, 6.1 ms"
+
+
+def test_the_line_of_a_frame() -> None:
+    video = make([], path="v.mp4", kind="video", number=7, total=300)
+    assert str(video).startswith("video 3/12 frame 7/300 v.mp4: 448x640")
+    live = make([], path="camera 0", kind="live", number=7)
+    assert str(live).startswith("video 3/12 frame 7 camera 0: 448x640")
+
+
+def test_plurals() -> None:
+    glasses = [[0.0, 0.0, 1.0, 1.0, 0.5, 2.0]] * 2 + [[0.0, 0.0, 1.0, 1.0, 0.5, 1.0]] * 2
+    assert make(glasses).summary() == "2 buses, 2 wine glasses"
+
+
+def test_plot_draws_on_a_copy_in_the_class_colour() -> None:
+    result = make(BOXES, (400, 600))
+    picture = result.plot()
+    assert (result.image == 90).all()
+    assert tuple(picture[50, 10].tolist()) == class_colour(0)
+    assert tuple(picture[50, 100].tolist()) == class_colour(1)
+    assert tuple(picture[50, 30].tolist()) == (90, 90, 90)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (8, 500), (3000, 40)])
+def test_plot_of_small_and_narrow_images(shape: tuple[int, int]) -> None:
+    h, w = shape
+    picture = make([[0.0, 0.0, w, h, 0.9, 0.0]], shape).plot()
+    assert picture.shape == (*shape, 3)
+    assert (picture != 90).any()
+
+
+def test_labels_stay_in_the_picture() -> None:
+    def tag(x: float, y: float) -> np.ndarray:
+        picture = make([[x, y, x + 30, y + 30, 0.9, 0.0]], (300, 400)).plot()
+        return (picture == class_colour(0)).all(2)
+
+    free = tag(150, 150).sum()
+    for corner in ((0, 0), (390, 0), (390, 290), (0, 290)):
+        assert tag(*corner).sum() > 0.6 * free
+
+
+def test_save(tmp_path: Path) -> None:
+    path = make(BOXES).save(tmp_path / "new" / "out.png")
+    np.testing.assert_array_equal(read_image(path), make(BOXES).plot())
+    with pytest.raises(UserError, match="cannot be written"):
+        make(BOXES).save(tmp_path / "out.unknown")
+
+
+def test_save_txt(tmp_path: Path) -> None:
+    path = make(BOXES[:2]).save_txt(tmp_path / "labels" / "a.txt")
+    assert path.read_text() == (
+        "0 0.150000 0.500000 0.200000 0.600000\n1 0.700000 0.500000 0.400000 0.800000\n"
+    )
+    make(BOXES[:1]).save_txt(path, conf=True)
+    assert path.read_text() == "0 0.150000 0.500000 0.200000 0.600000 0.900000\n"
+    assert make([]).save_txt(path).read_text() == ""
+
+
+def test_save_crops(tmp_path: Path) -> None:
+    rows = [[10.4, 20.0, 49.6, 80.0, 0.9, 0.0], [200.0, 50.0, 200.0, 50.0, 0.5, 3.0]]
+    paths = make(rows).save_crops(tmp_path, "street")
+    assert [str(p.relative_to(tmp_path)) for p in paths] == [
+        "person/street-1.jpg",
+        "fire-exit/street-2.jpg",
+    ]
+    assert read_image(paths[0]).shape == (60, 40, 3)
+    assert read_image(paths[1]).shape == (1, 1, 3)
+
+
+def test_to_dict_is_json() -> None:
+    row = make(BOXES[1:2]).to_dict()
+    assert json.loads(json.dumps(row)) == {
+        "path": "street.jpg",
+        "height": 100,
+        "width": 200,
+        "boxes": [
+            {"name": "bus", "class": 1, "confidence": 0.75, "xyxy": [100.0, 10.0, 180.0, 90.0]}
+        ],
+        "speed": SPEED,
+    }
+    assert make([], kind="video", number=7).to_dict()["frame"] == 7
+
+
+def test_to_coco() -> None:
+    row = {"image_id": 5, "category_id": 1, "bbox": [100.0, 10.0, 80.0, 80.0], "score": 0.75}
+    assert make(BOXES[1:2]).to_coco(5) == [row]
+    assert make(BOXES[1:2]).to_coco(5, [1, 90])[0]["category_id"] == 90
+
+
+def test_to_supervision(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "supervision", None)
+    with pytest.raises(UserError, match="pip install supervision"):
+        make(BOXES).to_supervision()
+    stand_in = SimpleNamespace(Detections=lambda **fields: fields)
+    monkeypatch.setitem(sys.modules, "supervision", stand_in)
+    fields = make(BOXES).to_supervision()
+    assert fields["xyxy"].shape == (3, 4)
+    assert fields["class_id"].tolist() == [0, 1, 0]
+    assert fields["data"]["class_name"].tolist() == ["person", "bus", "person"]
+    assert make([]).to_supervision()["xyxy"].shape == (0, 4)
