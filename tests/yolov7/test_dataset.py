@@ -1,22 +1,23 @@
-import json
-import os
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import pytest
 import yaml
 
-from yolov7.dataset import Dataset, load_data, reader
-from yolov7.dataset import image_size as image_size_module
-from yolov7.dataset.image_size import image_size
+from tests.yolov7.data_sets import (
+    BOX,
+    HEIGHT,
+    WIDTH,
+    assert_same,
+    coco_content,
+    coco_data,
+    write_image,
+    write_label,
+    yolo_data,
+)
+from yolov7.dataset import load_data, reader
 from yolov7.errors import UserError
-from yolov7.sources import read_image
-
-WIDTH, HEIGHT = 80, 40
-BOX = "0 0.5 0.5 0.25 0.5"  # 30 10 50 30 in pixels
 
 
 @pytest.fixture(autouse=True)
@@ -25,71 +26,6 @@ def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("YOLOV7_CACHE", str(folder))
     monkeypatch.delenv("YOLOV7_DATASETS", raising=False)
     return folder
-
-
-def write_image(path: Path, height: int = HEIGHT, width: int = WIDTH) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    noise = np.random.default_rng(0).integers(0, 255, (height, width, 3), dtype=np.uint8)
-    assert cv2.imwrite(str(path), noise)
-    return path
-
-
-def write_label(path: Path, *lines: str) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(f"{line}\n" for line in lines))
-    return path
-
-
-def yolo_data(root: Path, description: str = "names: [cell, dot]\nval: images/val\n") -> Path:
-    """Three images: a box and a polygon, a background with a file, one without."""
-    for name in ("a", "b", "c"):
-        write_image(root / f"images/val/{name}.jpg")
-    polygon = "1 0.1 0.1 0.5 0.1 0.5 0.9 0.1 0.9"
-    write_label(root / "labels/val/a.txt", BOX, "", polygon)
-    write_label(root / "labels/val/b.txt")
-    path = root / "data.yaml"
-    path.write_text(description)
-    return path
-
-
-def coco_content() -> dict[str, Any]:
-    part = [10.0, 10.0, 30.0, 10.0, 30.0, 20.0, 10.0, 20.0]
-    return {
-        "images": [
-            {"id": 7, "file_name": "7.jpg", "height": HEIGHT, "width": WIDTH},
-            {"id": 3, "file_name": "3.jpg", "height": HEIGHT, "width": WIDTH},
-        ],
-        "annotations": [
-            {"id": 1, "image_id": 7, "category_id": 18, "bbox": [10, 10, 60, 10], "area": 250.0,
-             "iscrowd": 0, "segmentation": [part, [x + 40 for x in part]]},
-            {"id": 2, "image_id": 7, "category_id": 90, "bbox": [0, 0, 80, 40], "area": 900.0,
-             "iscrowd": 1, "segmentation": {"counts": [1, 2], "size": [HEIGHT, WIDTH]}},
-        ],
-        "categories": [{"id": 90, "name": "toothbrush"}, {"id": 18, "name": "dog"}],
-    }  # fmt: skip
-
-
-def coco_data(root: Path, content: dict[str, Any] | None = None) -> Path:
-    for name in ("7", "3"):
-        write_image(root / f"val2017/{name}.jpg")
-    path = root / "annotations/instances_val2017.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content or coco_content()))
-    return path
-
-
-def assert_same(a: Dataset, b: Dataset) -> None:
-    assert (a.names, a.category_ids, a.skipped) == (b.names, b.category_ids, b.skipped)
-    assert len(a.samples) == len(b.samples)
-    for x, y in zip(a.samples, b.samples, strict=True):
-        assert (x.path, x.height, x.width, x.image_id) == (y.path, y.height, y.width, y.image_id)
-        for field in ("classes", "boxes", "crowd", "areas"):
-            first, second = getattr(x, field), getattr(y, field)
-            np.testing.assert_array_equal(first, second)
-            assert first.dtype == second.dtype
-        assert [len(parts) for parts in x.polygons] == [len(parts) for parts in y.polygons]
-        for first, second in zip(chain(*x.polygons), chain(*y.polygons), strict=True):
-            np.testing.assert_array_equal(first, second)
 
 
 # YOLO form
@@ -354,160 +290,6 @@ def test_coco_by_name_says_where_it_belongs_and_is_found_there(
     assert load_data("coco", "val").samples[0].classes.tolist() == [16, 79]  # dog, toothbrush
     with pytest.raises(UserError, match="has no split test: it has train, val"):
         load_data("coco", "test")
-
-
-# sizes of images
-
-
-def exif_jpeg(path: Path, orientation: int, order: str = "big") -> Path:
-    """A JPEG whose EXIF record, in either byte order, states an orientation."""
-    short = {"big": ">", "little": "<"}[order]
-    entry = np.array([0x0112, 3], f"{short}u2").tobytes() + np.array([1], f"{short}u4").tobytes()
-    entry += np.array([orientation, 0], f"{short}u2").tobytes()
-    tiff = (b"MM" if order == "big" else b"II") + np.array([42], f"{short}u2").tobytes()
-    tiff += np.array([8], f"{short}u4").tobytes() + np.array([1], f"{short}u2").tobytes()
-    body = b"Exif\0\0" + tiff + entry + bytes(4)
-    plain = write_image(path).read_bytes()
-    segment = b"\xff\xe1" + (len(body) + 2).to_bytes(2, "big") + body
-    path.write_bytes(plain[:2] + segment + plain[2:])
-    return path
-
-
-@pytest.mark.parametrize("order", ["big", "little"])
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_size_is_that_of_the_upright_image(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, orientation: int, order: str
-) -> None:
-    path = exif_jpeg(tmp_path / "x.jpg", orientation, order)
-    upright = read_image(path).shape[:2]
-    monkeypatch.setattr(image_size_module, "read_image", None)  # the header must do
-    assert image_size(path) == upright
-    assert upright == ((HEIGHT, WIDTH) if orientation < 5 else (WIDTH, HEIGHT))
-
-
-@pytest.mark.parametrize("suffix", [".jpg", ".png", ".bmp", ".tiff", ".webp"])
-def test_size_of_every_format(tmp_path: Path, suffix: str) -> None:
-    assert image_size(write_image(tmp_path / f"x{suffix}")) == (HEIGHT, WIDTH)
-
-
-def test_size_of_a_progressive_jpeg_and_of_one_with_bytes_after_its_end(tmp_path: Path) -> None:
-    path = tmp_path / "x.jpg"
-    image = np.zeros((HEIGHT, WIDTH, 3), np.uint8)
-    cv2.imwrite(str(path), image, [cv2.IMWRITE_JPEG_PROGRESSIVE, 1])
-    path.write_bytes(path.read_bytes() + b"maker notes")
-    assert image_size(path) == (HEIGHT, WIDTH)
-
-
-@pytest.mark.parametrize("suffix", [".jpg", ".png"])
-@pytest.mark.parametrize("share", [0, 0.02, 0.6])
-def test_a_truncated_file_is_judged_by_the_reader(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str, share: float
-) -> None:
-    path = write_image(tmp_path / f"x{suffix}")
-    data = path.read_bytes()
-    path.write_bytes(data[: int(len(data) * share)])
-    asked = []
-
-    def read(path: Path) -> np.ndarray:
-        asked.append(path)
-        return np.zeros((3, 5, 3), np.uint8)
-
-    monkeypatch.setattr(image_size_module, "read_image", read)
-    assert image_size(path) == (3, 5)
-    assert asked == [path]
-
-
-# the cache
-
-
-@pytest.fixture
-def no_parsing(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    def parse(*_: object) -> None:
-        raise AssertionError("read again")
-
-    monkeypatch.setattr(reader, "_collect", parse)
-    return monkeypatch
-
-
-@pytest.mark.parametrize("make", [yolo_data, coco_data], ids=["yolo", "coco"])
-def test_the_second_reading_comes_from_the_cache_and_is_the_same(
-    tmp_path: Path, request: pytest.FixtureRequest, make: Any
-) -> None:
-    path = make(tmp_path / "set")
-    write_image(tmp_path / "set/images/val/d.jpg").write_bytes(b"")  # one that is skipped
-    before = sorted((tmp_path / "set").rglob("*"))
-    first = load_data(path, "val")
-    assert sorted((tmp_path / "set").rglob("*")) == before  # nothing is written among the data
-    request.getfixturevalue("no_parsing")
-    assert_same(load_data(path, "val"), first)
-
-
-def touch_label(root: Path) -> None:
-    """Another label of the same size, a moment later."""
-    path = root / "labels/val/a.txt"
-    text, status = path.read_text(), path.stat()
-    path.write_text(text.replace(BOX, BOX.replace("0 0.5", "1 0.5", 1)))
-    assert path.stat().st_size == status.st_size
-    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 1000))
-
-
-CHANGES = {
-    "label edited": touch_label,
-    "label added": lambda root: write_label(root / "labels/val/c.txt", BOX),
-    "label removed": lambda root: (root / "labels/val/a.txt").unlink(),
-    "image added": lambda root: write_image(root / "images/val/d.jpg"),
-    "image removed": lambda root: (root / "images/val/a.jpg").unlink(),
-    "image replaced": lambda root: write_image(root / "images/val/a.jpg", 20, 30),
-    "classes renamed": lambda root: yolo_yaml(root, "names: [cell, spot]\nval: images/val\n"),
-}
-
-
-def yolo_yaml(root: Path, text: str) -> None:
-    (root / "data.yaml").write_text(text)
-
-
-@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
-def test_the_cache_is_never_stale(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Any
-) -> None:
-    path = yolo_data(tmp_path)
-    load_data(path, "val")
-    change(tmp_path)
-    cached = load_data(path, "val")
-    monkeypatch.setenv("YOLOV7_CACHE", str(tmp_path / "another"))
-    assert_same(cached, load_data(path, "val"))
-
-
-@pytest.mark.parametrize("what", ["json", "image"])
-def test_the_cache_of_a_coco_json_is_never_stale(tmp_path: Path, what: str) -> None:
-    path = coco_data(tmp_path)
-    load_data(path, "val")
-    if what == "json":
-        content = coco_content()
-        content["annotations"].pop()
-        path.write_text(json.dumps(content))
-        assert [len(s.classes) for s in load_data(path, "val").samples] == [1, 0]
-    else:
-        (tmp_path / "val2017/3.jpg").unlink()
-        assert [s.image_id for s in load_data(path, "val").samples] == [7]
-
-
-def test_a_damaged_cache_is_read_again(tmp_path: Path, cache_folder: Path) -> None:
-    path = yolo_data(tmp_path)
-    first = load_data(path, "val")
-    (entry,) = cache_folder.rglob("*.npz")
-    for damage in (b"", entry.read_bytes()[:200], b"PK" + bytes(500)):
-        entry.write_bytes(damage)
-        assert_same(load_data(path, "val"), first)
-
-
-def test_a_cache_that_cannot_be_written_is_done_without(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("YOLOV7_CACHE", str(tmp_path / "file"))
-    path = yolo_data(tmp_path)
-    assert_same(load_data(path, "val"), load_data(path, "val"))
 
 
 # real data
