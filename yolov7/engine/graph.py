@@ -121,5 +121,5 @@ def _module_op(node: fx.Node, module: nn.Module, values: dict[fx.Node, Value]) -
     assert conv is not None
     stride = conv.stride[0]
     out = Value(name, conv.out_channels, -(-x.height // stride), -(-x.width // stride))
-    activation = "silu" if isinstance(module.act, nn.SiLU) else "leaky"
+    activation = "silu" if isinstance(module.act, nn.SiLU) else "leaky_relu"
     return Op("conv", out, (x,), conv, activation)
