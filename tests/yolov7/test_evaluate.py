@@ -163,6 +163,16 @@ def test_the_authors_way_scales_once_and_centres(tmp_path: Path, side: int, meth
     assert torch.equal(seen[0], rgb)
 
 
+def test_sides_that_were_rounded_are_mapped_back_each_by_its_own_scale(tmp_path: Path) -> None:
+    """13 x 1000 becomes 2 x 160: rows shrink 6.5 times, columns 6.25 times."""
+    path = tmp_path / "x.png"
+    cv2.imwrite(str(path), np.zeros((13, 1000, 3), np.uint8))
+    dataset = Dataset([sample([], [], path=path, size=(13, 1000))], ["a", "b"], [0, 1])
+    network = constant_network([96, 16, 160, 2, 0.9, 1, 0])  # the image on its 32 x 192 canvas
+    (boxes,) = predict(network, dataset, Settings(imgsz=160)).detections
+    np.testing.assert_allclose(boxes[:, :4], [[0, 0, 1000, 13]], atol=1e-3)
+
+
 def test_the_network_gets_batches_of_the_dtype_it_takes(tmp_path: Path) -> None:
     settings = Settings(imgsz=64, batch=3, preparation="square")
     seen = seen_by_the_network(coloured(tmp_path), settings, torch.bfloat16)
@@ -239,7 +249,6 @@ def test_a_network_with_other_classes_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("classes", [2, 25])
 def test_pictures_are_drawn(tmp_path: Path, classes: int) -> None:
-    pytest.importorskip("matplotlib")
     names = [f"class {index}" for index in range(classes)]
     dataset = Dataset([sample([[0, 0, 20, 20], [50, 50, 90, 90]], [0, 1])], names, [])
     evaluation = measure(dataset, [found([0, 0, 20, 20, 0.9, 0], [50, 50, 90, 90, 0.8, 0])])
@@ -254,7 +263,6 @@ def test_pictures_are_drawn(tmp_path: Path, classes: int) -> None:
 
 
 def test_without_a_box_only_the_matrix_is_drawn(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     evaluation = measure(Dataset([sample([], [])], ["a"], [0]), [found()])
     assert [path.stem for path in save_pictures(evaluation, tmp_path)] == ["confusion_matrix"]
 
