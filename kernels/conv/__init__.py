@@ -5,7 +5,7 @@ result; here the result is written once, finished, into any channel slice of any
 concatenation, max-pool before a 1x1, nearest upsample and residual sums would copy is never moved.
 
 - `layer`: what is computed, and the plain PyTorch reference.
-- `tma`: the Hopper kernel. `gather`: the portable one (sm_80 and up). `epilogue`: what they share.
+- `tma`: the Hopper kernel. `gather`: the portable one (sm_80 and up). `parts`: what they share.
 - `stem`: the first layer, from an image of 3 channels.
 - `launcher`: configs and launches; takes preallocated buffers and never allocates.
 """
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from yolov7.kernels.conv.cases import compile_cases
 from yolov7.kernels.conv.launcher import choose_config, launch_conv, workspace_elements
 from yolov7.kernels.conv.layer import (
     ConvCall,
@@ -33,6 +34,7 @@ __all__ = [
     "ConvLayer",
     "check_call",
     "choose_config",
+    "compile_cases",
     "conv",
     "conv_reference",
     "launch_conv",

@@ -15,7 +15,7 @@ operations, at 60 to 75 % of its speed, since A passes through registers.
 import triton
 import triton.language as tl
 
-from yolov7.kernels.conv.epilogue import finish, multiply, store_partial, store_rows
+from yolov7.kernels.conv.parts import begin, finish, multiply, store_partial, store_rows
 
 
 @triton.jit
@@ -161,11 +161,13 @@ def conv_gather_kernel(
     PRECISION: tl.constexpr,
     EVEN_K: tl.constexpr,
     SPLIT_K: tl.constexpr,
+    PDL: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """One tile a program; the tiles of all layers of the group, one layer after the other."""
+    begin(PDL)
     tile = tl.program_id(0)
     for g in tl.static_range(GROUPS):
         tiles = tl.cdiv(shapes[g][0][0], BLOCK_M) * tl.cdiv(shapes[g][1][1], BLOCK_N) * SPLIT_K

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from yolov7.kernels.conv.epilogue import conv_reduce_kernel
 from yolov7.kernels.conv.gather import conv_gather_kernel
 from yolov7.kernels.conv.layer import ConvCall, ConvLayer
+from yolov7.kernels.conv.parts import conv_reduce_kernel
 from yolov7.kernels.conv.tma import conv_tma_kernel
 from yolov7.kernels.runtime import Config, capability, find_config, launch, processors
 
@@ -81,7 +81,8 @@ def default_config(call: ConvCall) -> Config:
     block_k = _block_k(call, tma)
     tiles = _tiles(rows, n_out, block_m, block_n)
     steps = layer.taps * -(-layer.in_channels // block_k)
-    split = max(1, min(units // max(tiles, 1), steps // 4, 8))
+    # A second launch pays where it takes at least a dozen steps away from each program.
+    split = max(1, min(2 * units // tiles, steps // 12, 8)) if 0 < tiles < units else 1
     config = {
         "TMA": int(tma),
         "BLOCK_M": block_m,
@@ -90,8 +91,10 @@ def default_config(call: ConvCall) -> Config:
         "SPLIT_K": 1 << (split.bit_length() - 1),
     }
     if not tma:
-        stages = 2 if layer.pool else 3 if layer.exact else 4
-        return {**config, "num_warps": 4, "num_stages": stages}
+        roomy = capability(device) >= (9, 0) and not layer.exact
+        stages = 2 if layer.pool else 4 if roomy else 3
+        config |= {"num_warps": 4, "num_stages": stages}
+        return config | ({"launch_pdl": 1} if capability(device) >= (9, 0) else {})
     staged = block_m * block_n * call.out.element_size() * (1 if call.residual is None else 2)
     stage = (block_m + block_n) * block_k * call.x.element_size()
     large = block_m * block_n >= 128 * 128
@@ -153,8 +156,8 @@ def launch_conv(calls: Sequence[ConvCall], config: Config, workspace: Tensor | N
         calls: one to three independent layers that agree in everything but sizes. Nothing is
             validated here; `check_call` does that once, when buffers are planned.
         config: ``TMA`` (1: the Hopper kernel, 0: the portable one), ``BLOCK_M``, ``BLOCK_N``,
-            ``BLOCK_K``, ``SPLIT_K``, ``num_warps``, ``num_stages``, and for the Hopper kernel
-            ``FLATTEN``, ``OCCUPANCY`` (programs per processor), ``launch_pdl``.
+            ``BLOCK_K``, ``SPLIT_K``, ``num_warps``, ``num_stages``, from sm_90 on ``launch_pdl``,
+            and for the Hopper kernel ``FLATTEN`` and ``OCCUPANCY`` (programs per processor).
         workspace: `workspace_elements` of fp32, needed for ``SPLIT_K > 1``.
     """
     layer = calls[0].layer
@@ -178,12 +181,12 @@ def launch_conv(calls: Sequence[ConvCall], config: Config, workspace: Tensor | N
         "partial_ptrs": partials,
         "shapes": tuple(_shape(c) for c in calls),
         "scales": tuple(_scales(c) for c in calls),
+        "PDL": bool(config.get("launch_pdl", 0)),
         **constexprs,
     }
     if config["TMA"]:
         programs = min(tiles, processors(calls[0].x.device) * config["OCCUPANCY"])
-        pdl = {"PDL": bool(config.get("launch_pdl", 0))}
-        args = {**_descriptors(calls, config), **shared, **pdl}
+        args = {**_descriptors(calls, config), **shared}
         launch(conv_tma_kernel, (programs,), args, options)
     else:
         args = {
@@ -202,7 +205,7 @@ def launch_conv(calls: Sequence[ConvCall], config: Config, workspace: Tensor | N
 
 
 def _shape(call: ConvCall) -> tuple[tuple[int, ...], ...]:
-    """The geometry as the kernels take it; see `yolov7.kernels.conv.epilogue`."""
+    """The geometry as the kernels take it; see `yolov7.kernels.conv.parts`."""
     layer = call.layer
     computed, source, target = layer.compute, layer.source, layer.target
     residual_stride = 0 if call.residual is None else call.residual.stride(0)
@@ -259,7 +262,11 @@ def _launch_reduce(call: ConvCall, partial: Tensor | None, config: Config) -> No
         "scales": _scales(call),
         "ACTIVATION": call.layer.activation,
         "UPSAMPLE": call.layer.upsample,
+        "SPLIT_K": config["SPLIT_K"],
+        "PDL": bool(config.get("launch_pdl", 0)),
     }
-    options = {"SPLIT_K": config["SPLIT_K"], "BLOCK_M": block_m, "BLOCK_N": block_n}
+    options = {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": 4}
+    if "launch_pdl" in config:
+        options["launch_pdl"] = config["launch_pdl"]
     grid = (-(-rows // block_m), -(-n_out // block_n))
-    launch(conv_reduce_kernel, grid, args, {**options, "num_warps": 4})
+    launch(conv_reduce_kernel, grid, args, options)

@@ -21,10 +21,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from yolov7.kernels.conv.epilogue import finish, multiply, store_rows
 from yolov7.kernels.conv.layer import ACTIVATIONS, DTYPES, activate, to_dtype
+from yolov7.kernels.conv.parts import begin, finish, multiply, store_rows
 from yolov7.kernels.layout import PitchedLayout
-from yolov7.kernels.runtime import Config, find_config, launch, triton_op
+from yolov7.kernels.runtime import Config, capability, find_config, launch, triton_op
 
 
 @dataclass(frozen=True)
@@ -119,11 +119,13 @@ def conv_stem_kernel(
     STRIDE: tl.constexpr,
     ACTIVATION: tl.constexpr,
     PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """One block of rows of the output map, all its channels."""
+    begin(PDL)
     _, h, w, pitch, row_pitch = shape[0]
     n_out = shape[1][1]
     length: tl.constexpr = KERNEL * KERNEL * CHANNELS
@@ -159,6 +161,8 @@ def conv_stem_kernel(
 def stem_config(stem: Stem, images: Tensor, out: Tensor) -> Config:
     """The tuned config of the nearest stem on this device, or the default one."""
     default = {"BLOCK_M": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 1}
+    if capability(images.device) >= (9, 0):
+        default["launch_pdl"] = 1
     kind = f"{stem.kernel}x{stem.kernel}s{stem.stride}"
     return find_config("conv_stem", kind, (stem.target.rows, out.shape[1]), default, images.device)
 
@@ -174,7 +178,7 @@ def launch_stem(
         weight: ``[out, kernel * kernel * c]``.
         bias: ``[out]`` fp32.
         out: ``[target.rows, out]``, a channel slice or whole.
-        config: ``BLOCK_M``, ``BLOCK_K``, ``num_warps``, ``num_stages``.
+        config: ``BLOCK_M``, ``BLOCK_K``, ``num_warps``, ``num_stages``, ``launch_pdl``.
     """
     t, n_out = stem.target, out.shape[1]
     args = {
@@ -201,6 +205,7 @@ def launch_stem(
         "STRIDE": stem.stride,
         "ACTIVATION": stem.activation,
         "PRECISION": "tf32",
+        "PDL": bool(config.get("launch_pdl", 0)),
         "BLOCK_N": max(16, triton.next_power_of_2(n_out)),
     }
     launch(conv_stem_kernel, (triton.cdiv(t.rows, config["BLOCK_M"]),), args, config)

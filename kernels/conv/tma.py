@@ -14,9 +14,15 @@ and computes 0.47 GFLOP in 0.6 us), 1x1 layers by memory (256x80x80 -> 128: 4.9 
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from yolov7.kernels.conv.epilogue import cast_output, finish, multiply, store_partial, store_rows
+from yolov7.kernels.conv.parts import (
+    begin,
+    cast_output,
+    finish,
+    multiply,
+    store_partial,
+    store_rows,
+)
 
 
 @triton.jit
@@ -149,9 +155,7 @@ def conv_tma_kernel(
     x_descs = (x_desc_0, x_desc_1, x_desc_2)
     weight_descs = (weight_desc_0, weight_desc_1, weight_desc_2)
     outs = (out_0, out_1, out_2)
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
+    begin(PDL)
     programs = tl.num_programs(0)
     first_tile = tl.program_id(0)
     for g in tl.static_range(GROUPS):

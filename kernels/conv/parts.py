@@ -1,4 +1,4 @@
-"""What both convolution kernels share: the product, and what follows the sum.
+"""What the convolution kernels share: their start, the product, and what follows the sum.
 
 The geometry of a layer reaches every kernel as one tuple of tuples of integers, ``shape``:
 ``(rows, h, w, pitch, row_pitch)`` of the computed map, ``(c_in, n_out)``,
@@ -8,10 +8,23 @@ The geometry of a layer reaches every kernel as one tuple of tuples of integers,
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from yolov7.kernels.runtime import INTERPRET
 
 INTERPRETED = tl.constexpr(INTERPRET)
+
+
+@triton.jit
+def begin(PDL: tl.constexpr):
+    """Wait for the kernel before, and let the one after be launched, under programmatic launch.
+
+    Its programs then stand ready when this kernel's last one ends: inside a CUDA graph at batch 1
+    the gap between kernels is as long as a layer.
+    """
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
 
 
 @triton.jit
@@ -128,10 +141,12 @@ def conv_reduce_kernel(
     ACTIVATION: tl.constexpr,
     UPSAMPLE: tl.constexpr,
     SPLIT_K: tl.constexpr,
+    PDL: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """Add the splits' shares, always in the same order, and finish the convolution."""
+    begin(PDL)
     rows = shape[0][0]
     n_out = shape[1][1]
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)

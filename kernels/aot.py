@@ -1,0 +1,309 @@
+"""Compile every kernel for a GPU that is not there, and say what the compiler made of it.
+
+``python -m yolov7.kernels.aot --target sm_90 --variant yolov7 --batch 1`` compiles what a model
+launches, with the default and every shipped config, and prints one row for each kernel: registers,
+shared and local memory, matrix instructions and where their first operand comes from, loads
+through tensor descriptors, instructions. It exits with 1 when a row passes a limit: local memory
+(spilled registers), more shared memory than the device has (the compiler does not check that), a
+convolution without matrix instructions, a descriptor convolution whose operands are not both in
+shared memory on Hopper.
+
+Kernel files take part by a function ``compile_cases`` (see `CompileSpec`); its parameters are
+filled by name from `workload`. The numbers are exact and the same on every machine, so comparing
+them with a stored table (`worse`) is a regression check that needs no GPU.
+"""
+
+import argparse
+import importlib
+import inspect
+import json
+import pkgutil
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from yolov7.kernels import runtime
+from yolov7.kernels.runtime import CompileSpec, recording
+
+SHARED_LIMITS = {"sm_80": 166_912, "sm_89": 101_376, "sm_90": 232_448, "sm_100": 232_448}
+"""Bytes of shared memory a program may use, by target."""
+REGISTER_LIMIT = 255
+TOLERANCE = 0.05
+"""How much worse than the stored table a number may be."""
+COMPARED = ("registers", "shared_bytes", "local_bytes", "instructions")
+_MATRIX = ("HMMA", "HGMMA", "QGMMA", "QMMA", "UTCHMMA", "UTCQMMA", "IMMA")
+_INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)([^;]*);")
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one kernel became."""
+
+    kernel: str
+    shape: str
+    target: str
+    config: str
+    registers: int
+    shared_bytes: int
+    local_bytes: int
+    mma: str
+    """Kind of matrix instruction, empty without any."""
+    mma_count: int
+    mma_operand: str
+    """Where the first operand comes from: shared, registers, or empty."""
+    tma_loads: int
+    instructions: int
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """What identifies the row in another table of the same target."""
+        return self.kernel, self.shape, self.config
+
+
+def capability_of(target: str) -> tuple[int, int]:
+    """(9, 0) for ``sm_90``.
+
+    Raises:
+        ValueError: a target without known limits.
+    """
+    if target not in SHARED_LIMITS:
+        raise ValueError(f"target {target!r} is none of {', '.join(SHARED_LIMITS)}")
+    number = int(target.removeprefix("sm_"))
+    return number // 10, number % 10
+
+
+def compile_spec(spec: CompileSpec, target: str, shape: str = "") -> Row:
+    """Compile one specialisation for a target such as ``sm_90`` and read the machine code."""
+    major, minor = capability_of(target)
+    source = ASTSource(spec.fn, spec.signature, spec.constexprs, spec.attrs)
+    options = {"enable_fp_fusion": True, **spec.options}
+    compiled = triton.compile(
+        source, target=GPUTarget("cuda", 10 * major + minor, 32), options=options
+    )
+    text = _disassemble(compiled.asm["cubin"])
+    usage = re.search(r"REG:(\d+) STACK:(\d+).*? LOCAL:(\d+)", text)
+    if usage is None:
+        raise RuntimeError(f"cuobjdump says nothing about {spec.fn.__name__}")
+    found = [(name.split(".")[0], operands) for name, operands in _INSTRUCTION.findall(text)]
+    counts = Counter(name for name, _ in found)
+    mma = next((kind for kind in _MATRIX if counts[kind]), "")
+    return Row(
+        kernel=spec.fn.__name__,
+        shape=shape,
+        target=target,
+        config=" ".join(f"{k}={v}" for k, v in spec.config.items()),
+        registers=int(usage[1]),
+        shared_bytes=compiled.metadata.shared,
+        local_bytes=int(usage[2]) + int(usage[3]),
+        mma=mma,
+        mma_count=counts[mma] if mma else 0,
+        mma_operand=_operand([text for name, text in found if name == mma]),
+        tma_loads=counts["UTMALDG"],
+        instructions=sum(counts.values()),
+    )
+
+
+def _operand(operands: Sequence[str]) -> str:
+    """Where warp-group matrix instructions find A: HGMMA D, A, B or HGMMA D, descriptor."""
+    firsts = [text.split(",")[1].strip() for text in operands if "gdesc" in text]
+    if not firsts:
+        return ""
+    return "shared" if all(first.startswith("gdesc") for first in firsts) else "registers"
+
+
+def _disassemble(cubin: bytes) -> str:
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        parts = [
+            subprocess.run([tool, flag, file.name], capture_output=True, text=True, check=True)
+            for flag in ("-sass", "-res-usage")
+        ]
+    return "\n".join(part.stdout for part in parts)
+
+
+def passed_limits(row: Row) -> list[str]:
+    """The limits that a row passes, in words."""
+    limit = SHARED_LIMITS[row.target]
+    found = []
+    if row.local_bytes:
+        found.append(f"{row.local_bytes} bytes of local memory")
+    if row.shared_bytes > limit:
+        found.append(f"{row.shared_bytes} bytes of shared memory, {row.target} has {limit}")
+    if row.registers > REGISTER_LIMIT:
+        found.append(f"{row.registers} registers")
+    if row.kernel in _CONVOLUTIONS and not row.mma and " exact" not in row.shape:
+        found.append("no matrix instructions")
+    if row.kernel == "conv_tma_kernel" and row.target == "sm_90" and row.mma_operand != "shared":
+        found.append("the first operand passes through registers")
+    if row.kernel == "conv_tma_kernel" and not row.tma_loads:
+        found.append("no loads through tensor descriptors")
+    return found
+
+
+_CONVOLUTIONS = ("conv_tma_kernel", "conv_gather_kernel", "conv_stem_kernel")
+
+
+def worse(rows: Sequence[Row], baseline: Sequence[Row]) -> list[str]:
+    """What became worse than the stored table: numbers by more than 5 %, lost matrix instructions.
+
+    Rows that only one table has are named too, so that a baseline can't go stale unseen.
+    """
+    before = {row.key: row for row in baseline}
+    after = {row.key: row for row in rows}
+    found = [f"{' | '.join(key)}: not in the table" for key in after.keys() - before.keys()]
+    found += [f"{' | '.join(key)}: only in the table" for key in before.keys() - after.keys()]
+    for key in after.keys() & before.keys():
+        old, new = before[key], after[key]
+        for field in COMPARED:
+            was, now = getattr(old, field), getattr(new, field)
+            if now > was * (1 + TOLERANCE):
+                found.append(f"{' | '.join(key)}: {field} {was} -> {now}")
+        was, now = (f"{r.mma} {r.mma_operand}, {r.tma_loads} TMA loads" for r in (old, new))
+        lost_loads = old.tma_loads > 0 and new.tma_loads == 0
+        if (old.mma, old.mma_operand) != (new.mma, new.mma_operand) or lost_loads:
+            found.append(f"{' | '.join(key)}: {was} -> {now}")
+    return sorted(found)
+
+
+def workload(variant: str | None, batch: int, precision: str) -> dict[str, Any]:
+    """What ``compile_cases`` of any kernel may ask for by name.
+
+    Args:
+        variant: a model's name, whose layers are taken from `yolov7.info`; None for samples.
+        batch: images.
+        precision: fp16, bf16, fp8 or fp32.
+    """
+    known: dict[str, Any] = {"batch": batch, "precision": precision}
+    if variant is None:
+        return known
+    # The command line may look up the arrow: nothing else in this package knows the models.
+    model_module = importlib.import_module("yolov7.model")
+    info = importlib.import_module("yolov7.info")
+    model = model_module.create_model(variant, form="deploy").fuse()
+    size = model.variant.imgsz
+    strides = model.head.strides
+    return {
+        **known,
+        "layers": info.conv_layers(model, size, size),
+        "size": size,
+        "rows": 3 * sum((size // int(stride)) ** 2 for stride in strides),
+        "nc": 80,
+    }
+
+
+def kernel_cases(
+    known: Mapping[str, Any], only: Sequence[str] = ()
+) -> Iterator[tuple[str, Callable[[], object]]]:
+    """The cases of every kernel file of this package, (shape, launch on meta tensors)."""
+    package = importlib.import_module("yolov7.kernels")
+    for info in pkgutil.iter_modules(package.__path__):
+        if info.name in ("aot", "tune") or (only and info.name not in only):
+            continue
+        module = importlib.import_module(f"yolov7.kernels.{info.name}")
+        cases = getattr(module, "compile_cases", None)
+        if cases is not None:
+            wanted = inspect.signature(cases).parameters
+            yield from cases(**{name: known[name] for name in wanted if name in known})
+
+
+def compile_all(
+    target: str, known: Mapping[str, Any], *, only: Sequence[str] = ()
+) -> Iterator[Row]:
+    """Compile every case for a target, with the default and with every shipped config."""
+    capability = capability_of(target)
+    done: dict[str, Row] = {}
+    seen: set[tuple[str, str, str]] = set()
+    for device in (None, *shipped_devices(capability)):
+        for shape, case in kernel_cases(known, only):
+            with recording(capability, device) as specs:
+                case()
+            for spec in specs:
+                # Most shapes differ only in numbers that the machine code does not contain.
+                identity = repr(replace(spec, fn=spec.fn.__name__))
+                if identity not in done:
+                    done[identity] = compile_spec(spec, target)
+                row = replace(done[identity], shape=shape)
+                if row.key not in seen:
+                    seen.add(row.key)
+                    yield row
+
+
+def shipped_devices(capability: tuple[int, int]) -> list[str]:
+    """Folders of ``configs`` that hold files tuned on a device of this capability."""
+    return sorted(
+        {
+            path.parent.name
+            for path in runtime.CONFIGS.glob("*/*.json")
+            if json.loads(path.read_text())["capability"] == list(capability)
+        }
+    )
+
+
+def table(rows: Sequence[Row]) -> dict[str, Any]:
+    """The JSON form: the compiler's version, the rows, and how many pass a limit."""
+    return {
+        "triton": triton.__version__,
+        "rows": [asdict(row) for row in rows],
+        "totals": {"rows": len(rows), "over_limit": sum(bool(passed_limits(r)) for r in rows)},
+    }
+
+
+def load_table(path: Path) -> tuple[str, list[Row]]:
+    """(Triton's version, rows) of a stored table."""
+    data = json.loads(path.read_text())
+    return data["triton"], [Row(**row) for row in data["rows"]]
+
+
+def _print_row(row: Row) -> None:
+    operand = f" {row.mma_operand}" if row.mma_operand else ""
+    mma = f"{row.mma_count} {row.mma}{operand}" if row.mma else "-"
+    print(
+        f"{row.kernel:22} {row.shape:48} {row.registers:4} {row.shared_bytes:7} "
+        f"{row.local_bytes:5} {mma:18} {row.tma_loads:3} {row.instructions:6}  {row.config}"
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Compile, print the table, return 1 when a limit is passed."""
+    parser = argparse.ArgumentParser(prog="python -m yolov7.kernels.aot", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--target", default="sm_90", choices=SHARED_LIMITS)
+    parser.add_argument("--variant", help="a model such as yolov7; default: a sample of layers")
+    parser.add_argument("--batch", type=int, default=1, help="images (default %(default)s)")
+    parser.add_argument("--precision", default="fp16", choices=("fp16", "bf16", "fp8", "fp32"))
+    parser.add_argument("--only", nargs="+", default=(), help="kernel files, such as conv nms")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows")
+    options = parser.parse_args(arguments)
+    if options.precision == "fp8" and options.target == "sm_80":
+        parser.error("sm_80 has no fp8; use sm_89 or later")
+    print(
+        f"{'kernel':22} {'shape':48} {'regs':>4} {'shared':>7} {'local':>5} {'matrix':18} "
+        f"{'tma':>3} {'instr':>6}  config"
+    )
+    rows, over = [], []
+    known = workload(options.variant, options.batch, options.precision)
+    for row in compile_all(options.target, known, only=options.only):
+        _print_row(row)
+        rows.append(row)
+        over += [f"{row.kernel} {row.shape}: {limit}" for limit in passed_limits(row)]
+    if options.json:
+        options.json.write_text(json.dumps(table(rows), indent=1) + "\n")
+    for line in over:
+        print(f"over the limit: {line}", file=sys.stderr)
+    return 1 if over else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
