@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional as differentiable
 from torch import Tensor, nn
 
 TIMEOUT = timedelta(minutes=30)  # for a rank that waits while another evaluates
@@ -77,10 +76,25 @@ def synchronise(model: nn.Module, ranks: Ranks) -> None:
             dist.broadcast(tensor, src=0)
 
 
+class _SumOverRanks(torch.autograd.Function):
+    """Sum of a tensor over all processes; its gradient is the sum of theirs."""
+
+    @staticmethod
+    def forward(_: Any, x: Tensor) -> Tensor:
+        total = x.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(_: Any, *gradients: Tensor) -> Tensor:
+        total = gradients[0].clone()
+        dist.all_reduce(total)
+        return total
+
+
 def _sum_over_ranks(x: Tensor) -> Tensor:
-    """Differentiable sum over all processes."""
-    result: Tensor = differentiable.all_reduce(x)  # type: ignore[no-untyped-call]  # untyped
-    return result
+    total: Tensor = _SumOverRanks.apply(x)  # type: ignore[no-untyped-call]  # torch's is untyped
+    return total
 
 
 class SyncBatchNorm(nn.BatchNorm2d):

@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.util import find_spec
@@ -32,7 +33,7 @@ from yolov7.train.data import (
     rectangles,
     stretch,
 )
-from yolov7.train.distributed import Ranks, process_group, share, synchronise_batch_norms
+from yolov7.train.distributed import Ranks, collect, process_group, share, synchronise_batch_norms
 from yolov7.train.ema import EMA
 from yolov7.train.loss import LossWeights
 from yolov7.train.optimizer import (
@@ -45,7 +46,7 @@ from yolov7.train.optimizer import (
 )
 from yolov7.train.options import Train
 from yolov7.train.plots import Plotter, can_plot, save_batch
-from yolov7.train.report import Callback, CsvWriter, Meter, Result, TensorBoard, epoch_line
+from yolov7.train.report import Callback, CsvWriter, Meter, Result, TensorBoard, epoch_line, merged
 from yolov7.train.schedule import Schedule
 from yolov7.train.state import load_state, save_state
 from yolov7.train.validation import fitness, validate
@@ -189,7 +190,8 @@ class Run:
             terms = self._train_batch(batch)
             report = self.weights.weigh(terms) | {k: terms[k] for k in ("matches", "overflow")}
             meter.add(report, len(batch.images))
-        return {"epoch": self.epoch + 1, "lr": lr, **meter.row(), "skipped": self.skipped}
+        row = merged(collect(meter.row(), self.ranks))
+        return {"epoch": self.epoch + 1, "lr": lr, **row, "skipped": self.skipped}
 
     def _train_batch(self, batch: Batch) -> dict[str, Tensor]:
         """Forward, backward, and where it is due the optimizer's step."""
@@ -337,6 +339,8 @@ class Run:
             synchronise_batch_norms(self.model, self.device)
         if self.ranks.world == 1:
             return self.model
+        # Vectors stored channels last: DDP's remark on their strides is about nothing.
+        warnings.filterwarnings("ignore", message="Grad strides do not match")
         ids = [self.device.index] if self.device.type == "cuda" else None
         return DistributedDataParallel(self.model, device_ids=ids)
 

@@ -194,6 +194,15 @@ class Meter:
 
 
 LOSSES = ("box", "objectness", "classes")
+SUMMED = ("matches", "overflow", "images_per_s")  # over ranks; of the rest the mean is taken
+
+
+def merged(rows: list[dict[str, float]]) -> dict[str, float]:
+    """One row of the rows of all ranks."""
+    return {
+        name: sum(row[name] for row in rows) / (1 if name in SUMMED else len(rows))
+        for name in rows[0]
+    }
 
 
 def peak_memory() -> float:
