@@ -72,7 +72,7 @@ def default_config(call: ConvCall) -> Config:
     width = max(16, _power_of_two(n_out))
     fitting = [(m, n) for m, n in sizes if n <= width] or [(64, width)]
     if layer.exact:
-        fitting = fitting[-1:]
+        fitting = [(64, min(32, width))]  # multiplied one by one: operands live in registers
     elif not _plain_store(call) or capability(device) >= (10, 0):  # larger ones spill
         largest = 64 * 64 if call.out.dtype == torch.float32 else 128 * 128
         fitting = [(m, n) for m, n in fitting if m * n <= largest]
@@ -91,8 +91,8 @@ def default_config(call: ConvCall) -> Config:
         "SPLIT_K": 1 << (split.bit_length() - 1),
     }
     if not tma:
-        roomy = capability(device) >= (9, 0) and not layer.exact
-        stages = 2 if layer.pool else 4 if roomy else 3
+        roomy = capability(device) >= (9, 0)
+        stages = 2 if layer.pool or layer.exact else 4 if roomy else 3
         config |= {"num_warps": 4, "num_stages": stages}
         return config | ({"launch_pdl": 1} if capability(device) >= (9, 0) else {})
     staged = block_m * block_n * call.out.element_size() * (1 if call.residual is None else 2)
