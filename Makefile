@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint test-triton clean
+.PHONY: demo test lint test-triton bench bench-compare clean
 
 demo: $(VENV)/.runtime  ## detect blood cells on four sample images
 	$(BIN)/yolov7 predict
@@ -25,6 +25,12 @@ test-triton:
 	  $(if $(filter 3.6.%,$(TRITON)),'numpy<2.4')  # its interpreter needs it
 	.venv-triton-$(TRITON)/bin/pytest -n 2 -m aot tests/kernels
 	TRITON_INTERPRET=1 .venv-triton-$(TRITON)/bin/pytest -n 2 -m interpreter tests/kernels
+
+bench: $(VENV)/.dev  ## time everything beside its baselines; ARGS=--save keeps the results
+	$(BIN)/python -m pytest bench --benchmark-quiet $(ARGS)
+
+bench-compare: $(VENV)/.dev  ## is this tree faster or slower than BASE, a git ref?
+	$(BIN)/python -m bench.compare $(BASE)
 
 $(VENV)/.runtime: pyproject.toml constraints.txt
 	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)

@@ -1,0 +1,76 @@
+"""What this machine reaches at best, measured in the run that is held against it."""
+
+import functools
+import statistics
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.race import Clock, Run, Work
+
+REPEATS = 5
+
+
+def _best(clock: Clock, run: Run) -> float:
+    """Median seconds of a call, after one that warms up."""
+    clock(run)
+    return statistics.median(clock(run) for _ in range(REPEATS))
+
+
+class Ceilings:
+    """Rates of the largest copy and of large matrix products, each measured when first asked for.
+
+    Args:
+        device: To measure.
+        small: Measure toy sizes, for a dry run.
+    """
+
+    def __init__(self, device: torch.device, *, small: bool = False) -> None:
+        self.device = device
+        self.small = small
+        self.clock = Clock(device)
+        self._measured: dict[str, float] = {}
+
+    @functools.cached_property
+    def bandwidth(self) -> float:
+        """Bytes per second of a copy, those read and those written."""
+        size = 1 << 16 if self.small else (4 << 30) if self.device.type == "cuda" else (256 << 20)
+        source = torch.ones(size, dtype=torch.uint8, device=self.device)
+        target = torch.empty_like(source)
+        rate = 2 * size / _best(self.clock, lambda: target.copy_(source))
+        self._measured["copy GB/s"] = rate / 1e9
+        return rate
+
+    def flops(self, dtype: torch.dtype) -> float:
+        """Operations per second of a matrix product in `dtype`, on random numbers."""
+        name = f"{str(dtype).removeprefix('torch.')} TFLOP/s"
+        if name not in self._measured:
+            side = 64 if self.small else 8192 if self.device.type == "cuda" else 1536
+            a, b = (torch.randn(side, side, device=self.device) for _ in range(2))
+            rate = 2 * side**3 / _best(self.clock, _product(a, b, dtype))
+            self._measured[name] = rate / 1e12
+        return self._measured[name] * 1e12
+
+    def share(self, work: Work, seconds: float) -> float:
+        """Of the ceilings' time in `seconds`: 1 is as fast as can be, 0 nothing was counted."""
+        least = 0.0
+        if work.flops:
+            least = work.flops / self.flops(work.dtype)
+        if work.bytes:
+            least = max(least, work.bytes / self.bandwidth)
+        return least / seconds
+
+    def as_dict(self) -> dict[str, float]:
+        """What was measured, by name with its unit."""
+        return {name: round(value, 3) for name, value in self._measured.items()}
+
+
+def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Run:
+    if dtype != torch.float8_e4m3fn:
+        a, b = a.to(dtype), b.to(dtype)
+        return lambda: a @ b
+    one = torch.ones((), device=a.device)
+    a, b = a.to(dtype), b.t().contiguous().to(dtype).t()
+    multiply: Any = torch._scaled_mm
+    return lambda: multiply(a, b, scale_a=one, scale_b=one, out_dtype=torch.float16)

@@ -1,0 +1,124 @@
+"""What a suite says: which contenders, how they must agree, what work they do.
+
+A benchmark is a pytest function `bench_*` with the axis `body`, whose values are the contenders.
+The first of them that runs times them all by turns; each then reports its own times to
+pytest-benchmark.
+"""
+
+import statistics
+from collections.abc import Callable, Mapping
+from itertools import chain
+
+import pytest
+from pytest_benchmark.fixture import BenchmarkFixture
+
+from bench.ceilings import Ceilings
+from bench.race import OURS, SMOKE, Agree, Missing, Pace, Run, Work, race
+from bench.results import Row
+
+Contenders = Callable[[], Mapping[str, Run | Missing]]
+Times = Mapping[str, list[float] | Missing]
+
+ROWS = pytest.StashKey[list[Row]]()
+TIMES = pytest.StashKey[dict[str, Times]]()
+CEILINGS = pytest.StashKey[Ceilings]()
+
+
+def bodies(*baselines: str) -> pytest.MarkDecorator:
+    """The axis of a benchmark, its innermost: ours, and what it is held against."""
+    return pytest.mark.parametrize("body", [OURS, *baselines])
+
+
+class Comparison:
+    """The fixture `compete`: check contenders against each other, time them, report one.
+
+    Args:
+        request: Of the benchmark.
+        benchmark: Of pytest-benchmark, which is given the times.
+        body: Which contender it reports.
+    """
+
+    def __init__(
+        self, request: pytest.FixtureRequest, benchmark: BenchmarkFixture, body: str
+    ) -> None:
+        self.config = request.config
+        self.benchmark = benchmark
+        self.name = request.node.nodeid
+        self.body = body
+        self.case = request.node.callspec.id.removeprefix(body).removeprefix("-")
+        self.suite = request.node.function.__name__.removeprefix("bench_")
+        self.ceilings = request.config.stash[CEILINGS]
+
+    def __call__(
+        self,
+        contenders: Contenders,
+        *,
+        agree: Agree | None,
+        work: Work | None = None,
+    ) -> None:
+        """Report the body that is this benchmark's.
+
+        Args:
+            contenders: Make the functions to time, by body, ours among them; called once for all.
+            agree: Compares the result of each with ours; None where there is nothing to compare.
+            work: What has to be done at the least.
+        """
+        turns = self.config.pluginmanager.get_plugin("turns")
+        if turns is not None:
+            ours = contenders()[OURS]
+            assert not isinstance(ours, Missing), ours.reason
+            turns.take(self.name, ours, self.ceilings.clock)
+            return
+        times = self.config.stash[TIMES]
+        group = f"{self.suite} {self.case}"
+        if group not in times:
+            times[group] = self._measure(contenders(), agree)
+        seconds = times[group][self.body]
+        if isinstance(seconds, Missing):
+            self._report(Row(self.suite, self.case, self.body, missing=seconds.reason))
+            pytest.skip(seconds.reason)
+        self._replay(seconds, group)
+        self._report(self._row(seconds, work or Work()))
+
+    def _measure(self, runs: Mapping[str, Run | Missing], agree: Agree | None) -> Times:
+        present = {name: run for name, run in runs.items() if not isinstance(run, Missing)}
+        absent = {name: run for name, run in runs.items() if isinstance(run, Missing)}
+        expected = present[OURS]()
+        for name, run in present.items():
+            if name != OURS:
+                result = run()
+                if agree is not None:
+                    agree(result, expected)
+        option = self.config.getoption
+        pace = SMOKE if option("--smoke") else Pace(option("--seconds"))
+        return {**race(present, self.ceilings.clock, pace), **absent}
+
+    def _replay(self, seconds: list[float], group: str) -> None:
+        """Give pytest-benchmark the times, by a clock that shows them one after the other."""
+        marks = chain.from_iterable((0.0, duration) for duration in seconds)
+        self.benchmark._timer = marks.__next__
+        self.benchmark.group = group
+        self.benchmark.pedantic(int, rounds=len(seconds))  # type: ignore[no-untyped-call]  # untyped
+
+    def _row(self, seconds: list[float], work: Work) -> Row:
+        median = statistics.median(seconds)
+        share = self.ceilings.share(work, median)
+        return Row(
+            self.suite,
+            self.case,
+            self.body,
+            turns=len(seconds),
+            p50_ms=median * 1e3,
+            p99_ms=sorted(seconds)[min(len(seconds) - 1, int(0.99 * len(seconds)))] * 1e3,
+            tflops=work.flops / median / 1e12,
+            gbps=work.bytes / median / 1e9,
+            ceiling_percent=100 * share,
+            images_per_s=work.items / median,
+        )
+
+    def _report(self, row: Row) -> None:
+        self.benchmark.extra_info.update(row.as_dict())
+        self.config.stash[ROWS].append(row)
+        if path := self.config.getoption("--rows"):
+            with path.open("a") as file:
+                file.write(row.as_line())

@@ -1,0 +1,67 @@
+"""What every suite shares: options, the device, and the comparison that it reports."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from pytest_benchmark.fixture import BenchmarkFixture
+from rich.console import Console
+
+from bench.ceilings import Ceilings
+from bench.comparison import CEILINGS, ROWS, TIMES, Comparison
+from bench.race import Pace
+from bench.results import Report, comparison_table
+from bench.turns import Turns
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("bench")
+    group.addoption("--smoke", action="store_true", help="toy sizes, one turn: does it run?")
+    group.addoption("--seconds", type=float, default=Pace.seconds, help="of each comparison")
+    group.addoption("--rows", type=Path, help="append every result to this file, a JSON a line")
+    group.addoption("--save", action="store_true", help="keep the results under bench/results")
+    group.addoption("--turns", type=int, help="be timed over this connection (see compare)")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[ROWS], config.stash[TIMES] = [], {}
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    config.stash[CEILINGS] = Ceilings(device, small=config.getoption("--smoke"))
+    if handle := config.getoption("--turns"):
+        config.pluginmanager.register(Turns(handle), "turns")
+
+
+def pytest_terminal_summary(config: pytest.Config) -> None:
+    """The table, and with --save the file."""
+    rows, ceilings = config.stash[ROWS], config.stash[CEILINGS]
+    if rows:
+        Console(width=120).print(comparison_table(rows))
+    if rows and config.getoption("--save"):
+        print("kept:", Report.of(ceilings.device, rows, ceilings.as_dict()).save())
+
+
+@pytest.fixture(scope="session")
+def smoke(request: pytest.FixtureRequest) -> bool:
+    """Whether toy sizes are wanted."""
+    return bool(request.config.getoption("--smoke"))
+
+
+@pytest.fixture(scope="session")
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """CUDA where there is one."""
+    return request.config.stash[CEILINGS].device
+
+
+@pytest.fixture(scope="session")
+def kernel_device(device: torch.device) -> torch.device:
+    """Where Triton kernels run: the GPU, or the CPU in the interpreter."""
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("needs a GPU: on a CPU the operation is its plain PyTorch reference")
+    return device
+
+
+@pytest.fixture
+def compete(request: pytest.FixtureRequest, benchmark: BenchmarkFixture, body: str) -> Comparison:
+    """See `Comparison`."""
+    return Comparison(request, benchmark, body)

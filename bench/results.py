@@ -1,0 +1,203 @@
+"""Results: a row for each contender, a report for each run, the table that compares.
+
+A report lies at ``bench/results/DEVICE/DATE-COMMIT.json``:
+``{"environment": {...}, "ceilings": {...}, "rows": [...]}``.
+"""
+
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from bench.race import OURS
+
+ROOT = Path(__file__).parent.parent
+RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("torch", "triton", "numpy", "opencv-python", "torchvision", "onnxruntime", "openvino")
+EVEN = 0.02  # ratios this close to 1 are neither a win nor a loss
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one contender took; zero is what was not counted.
+
+    Attributes:
+        suite: The benchmark's function.
+        case: Sizes and options.
+        body: The contender, `ours` or a baseline.
+        turns: How often it was timed.
+        p50_ms: Median.
+        p99_ms: 99th percentile.
+        tflops: 10^12 operations per second.
+        gbps: 10^9 bytes per second, of the least traffic.
+        ceiling_percent: Of the time that the work takes at the ceilings measured in the same run.
+        images_per_s: Images per second.
+        missing: Why it took no part.
+    """
+
+    suite: str
+    case: str
+    body: str
+    turns: int = 0
+    p50_ms: float = 0.0
+    p99_ms: float = 0.0
+    tflops: float = 0.0
+    gbps: float = 0.0
+    ceiling_percent: float = 0.0
+    images_per_s: float = 0.0
+    missing: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Fields by name, numbers to five digits."""
+        return {
+            name: float(f"{value:.5g}") if isinstance(value, float) else value
+            for name, value in asdict(self).items()
+        }
+
+    def as_line(self) -> str:
+        """JSON on a line."""
+        return json.dumps(self.as_dict()) + "\n"
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a file with a JSON a line; a line that was cut off is left out."""
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            rows.append(Row(**json.loads(line)))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+@dataclass
+class Report:
+    """One run on one machine."""
+
+    environment: dict[str, Any]
+    ceilings: dict[str, float]
+    rows: list[Row] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, device: torch.device, rows: list[Row], ceilings: dict[str, float]) -> "Report":
+        """Of this process's machine, now."""
+        return cls(environment(device), ceilings, rows)
+
+    @classmethod
+    def load(cls, path: Path) -> "Report":
+        """Read one."""
+        content = json.loads(path.read_text())
+        rows = [Row(**row) for row in content["rows"]]
+        return cls(content["environment"], content["ceilings"], rows)
+
+    def save(self, folder: Path = RESULTS) -> Path:
+        """Write it where it belongs."""
+        known = self.environment
+        name = f"{known['date'][:10]}-{known['commit']}.json"
+        path = folder / known["device"].replace(" ", "_") / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(self.as_json())
+        return path
+
+    def as_json(self) -> str:
+        """The file's content."""
+        rows = [row.as_dict() for row in self.rows]
+        content = {"environment": self.environment, "ceilings": self.ceilings, "rows": rows}
+        return json.dumps(content, indent=1) + "\n"
+
+    def find(self, suite: str, case: str, body: str = OURS) -> Row | None:
+        """The row of a contender that took part."""
+        for row in self.rows:
+            if (row.suite, row.case, row.body) == (suite, case, body) and not row.missing:
+                return row
+        return None
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """What a number needs to be had again: device, driver, versions, commit, clocks, date."""
+    known: dict[str, Any] = {
+        "device": _cpu_name(),
+        "cores": len(os.sched_getaffinity(0)),
+        "threads": torch.get_num_threads(),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in PACKAGES if _version(name)},
+        "commit": _git("rev-parse", "--short=12", "HEAD") or "unknown",
+        "changed": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    if device.type == "cuda":
+        query = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit,temperature.gpu"
+        known |= {
+            "device": torch.cuda.get_device_name(device),
+            "cuda": torch.version.cuda,
+            "capability": list(torch.cuda.get_device_capability(device)),
+        }
+        command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"]
+        values = _output(command).splitlines()[:1]
+        known |= dict(
+            zip(query.split(","), [v.strip() for v in ",".join(values).split(",")], strict=False)
+        )
+    return known
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
+
+
+def _git(*arguments: str) -> str:
+    return _output(["git", "-C", str(ROOT), *arguments]).strip()
+
+
+def _output(command: Sequence[str]) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def verdict(ratio: float) -> str:
+    """Win, loss or even, by the baseline's time over ours."""
+    return "even" if abs(ratio - 1) <= EVEN else "win" if ratio > 1 else "loss"
+
+
+def comparison_table(rows: Sequence[Row]) -> Table:
+    """Ours beside each baseline, losses and what is missing too."""
+    table = Table(title="ours against baselines (ratio: the baseline's time over ours)")
+    for name in ("suite", "case", "ours ms", "ceiling %", "baseline", "its ms", "ratio", ""):
+        right = name in ("ours ms", "ceiling %", "its ms", "ratio")
+        table.add_column(name, justify="right" if right else "left")
+    ours = {(row.suite, row.case): row for row in rows if row.body == OURS}
+    for key, mine in ours.items():
+        baselines = [row for row in rows if (row.suite, row.case) == key and row.body != OURS]
+        ceiling = f"{mine.ceiling_percent:.0f}" if mine.ceiling_percent else ""
+        first = [*key, f"{mine.p50_ms:.4g}" if mine.turns else mine.missing, ceiling]
+        for row in baselines:
+            if row.missing or mine.missing:
+                table.add_row(*first, row.body, "", "", row.missing)
+            else:
+                ratio = row.p50_ms / mine.p50_ms
+                table.add_row(*first, row.body, f"{row.p50_ms:.4g}", f"{ratio:.2f}", verdict(ratio))
+            first = [""] * 4
+        if not baselines:
+            table.add_row(*first, "", "", "", "")
+    return table
