@@ -1,7 +1,7 @@
 """The passes that turn traced operations into steps over planned buffers; see `plan`."""
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 from yolov7.engine.graph import Op, Value
 from yolov7.engine.steps import Buffer, Slice, Step, Task
@@ -127,6 +127,29 @@ class Placement:
             self.homes[value] = Slice(self.buffer(value), 0, value.channels)
         return self.homes[value]
 
+    def set_item_sizes(self, tasks: list[Task], itemsize: int, quantised: Collection[str]) -> None:
+        """Bytes of an element of every buffer: 1 (fp8) where it may be, else `itemsize`."""
+        for buffer in self.buffers:
+            buffer.itemsize = itemsize
+        if not quantised:
+            return
+        precise = {
+            where.buffer.index
+            for task in tasks
+            for where in (*task.reads, *task.writes)
+            if task.kind != "conv"
+            and not (task.kind == "stem" and task.outputs[0].name in quantised)
+        }
+        precise |= {
+            where.buffer.index
+            for task in tasks
+            for value, where in zip(task.outputs, task.writes, strict=True)
+            if value.name not in quantised
+        }
+        for buffer in self.buffers:
+            if buffer.index not in precise:
+                buffer.itemsize = 1
+
 
 def merge(tasks: list[Task]) -> list[Task]:
     """One product for 1x1 convolutions of one input that write neighbouring slices.
@@ -183,7 +206,7 @@ def group(tasks: list[Task], cats: dict[Value, tuple[Value, ...]]) -> list[Step]
     return steps
 
 
-def allocate(steps: list[Step], buffers: list[Buffer], itemsize: int) -> int:
+def allocate(steps: list[Step], buffers: list[Buffer]) -> int:
     """Give buffers their lives and their offsets in the arena; its size in bytes.
 
     The largest buffer first, each at the lowest offset where no buffer that lives at the same
@@ -196,7 +219,7 @@ def allocate(steps: list[Step], buffers: list[Buffer], itemsize: int) -> int:
                 lives[where.buffer.index].append(i)
     for buffer in buffers:
         buffer.first, buffer.last = min(lives[buffer.index]), max(lives[buffer.index])
-        size = buffer.layout.rows * buffer.channels * itemsize
+        size = buffer.layout.rows * buffer.channels * buffer.itemsize
         buffer.bytes = -(-size // ALIGNMENT) * ALIGNMENT
     placed: list[Buffer] = []
     for buffer in sorted(buffers, key=lambda b: -b.bytes):

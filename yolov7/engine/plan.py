@@ -11,6 +11,7 @@ What the passes do, in order:
 5. allocate: buffers whose lives do not overlap share memory.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from torch import nn
@@ -42,7 +43,7 @@ class Plan:
     batch: int
     height: int
     width: int
-    itemsize: int  # bytes of an element
+    itemsize: int  # bytes of an element of a map that is not fp8
     steps: list[Step]
     buffers: list[Buffer]
     peak_bytes: int  # size of the arena
@@ -50,13 +51,18 @@ class Plan:
 
     def step_bytes(self, step: Step) -> int:
         """Bytes of feature maps that a step reads and writes."""
-        values = [v for task in step.tasks for v in (*task.needs, *task.outputs)]
-        return self.batch * self.itemsize * sum(v.elements for v in values)
+        slices = [where for task in step.tasks for where in (*task.reads, *task.writes)]
+        images = [v for task in step.tasks for v in task.inputs if v.name == "image"]
+        image_bytes = self.batch * self.itemsize * sum(v.elements for v in images)
+        return image_bytes + sum(where.bytes for where in slices)
 
     def step_weight_bytes(self, step: Step) -> int:
-        """Bytes of weights that a step reads."""
-        convs = [conv for task in step.tasks for conv in task.convs]
-        return self.itemsize * sum(conv.weight.numel() for conv in convs)
+        """Bytes of weights that a step reads; they are of the type of what they multiply."""
+        return sum(
+            conv.weight.numel() * (task.reads[0].buffer.itemsize if task.reads else self.itemsize)
+            for task in step.tasks
+            for conv in task.convs
+        )
 
     def step_flops(self, step: Step) -> int:
         """Of all images, two per multiply-add."""
@@ -82,7 +88,14 @@ class Plan:
         }
 
 
-def make_plan(model: YOLOv7, batch: int, height: int, width: int, itemsize: int = 2) -> Plan:
+def make_plan(
+    model: YOLOv7,
+    batch: int,
+    height: int,
+    width: int,
+    itemsize: int = 2,
+    quantised: Collection[str] = (),
+) -> Plan:
     """Lower a fused model.
 
     Args:
@@ -91,6 +104,8 @@ def make_plan(model: YOLOv7, batch: int, height: int, width: int, itemsize: int 
         height: of the network's input in pixels, a multiple of the model's stride.
         width: likewise.
         itemsize: bytes of an element of a feature map.
+        quantised: names of the maps that may be fp8. A buffer is fp8 when all maps in it may be
+            and only convolutions read and write it.
 
     Raises:
         ValueError: the model is not fused, or a side is not a multiple of the stride.
@@ -109,8 +124,9 @@ def make_plan(model: YOLOv7, batch: int, height: int, width: int, itemsize: int 
     for task in tasks:
         task.reads = [placement.slice(v) for v in task.needs if v.name != "image"]
         task.writes = [placement.slice(v) for v in task.outputs]
+    placement.set_item_sizes(tasks, itemsize, quantised)
     steps = group(merge(tasks), cats)
-    peak = allocate(steps, placement.buffers, itemsize)
+    peak = allocate(steps, placement.buffers)
     # An operation at a time, activations in place.
     elements = sum(v.elements for op in ops for v in (*op.inputs, op.output))
     unfused = elements * batch * itemsize

@@ -17,6 +17,7 @@ class Buffer:
     height: int
     width: int
     layout: PitchedLayout
+    itemsize: int = 2  # bytes of an element; 1: fp8
     bytes: int = 0
     offset: int = 0  # in the arena, in bytes
     first: int = 0  # step that writes it first
@@ -30,6 +31,12 @@ class Slice:
     buffer: Buffer
     start: int
     channels: int
+
+    @property
+    def bytes(self) -> int:
+        """Of the pixels of all images, the border apart."""
+        b = self.buffer
+        return b.layout.n * b.height * b.width * self.channels * b.itemsize
 
     def describe(self) -> str:
         """`b3[64:128]`."""

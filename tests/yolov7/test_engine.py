@@ -1,0 +1,202 @@
+"""The plan, run through the kernels' references, against the eager model; fp8; whole frames."""
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from importlib.resources import as_file, files
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from yolov7.checkpoint import load_model
+from yolov7.detector import Detector
+from yolov7.engine.calibrate import Histogram, calibrate
+from yolov7.engine.network import PlannedNetwork
+from yolov7.engine.pipeline import FramePipeline, Suppression
+from yolov7.kernels.conv.layer import FP8_MAX
+from yolov7.letterbox import Image, letterbox, letterbox_geometry
+from yolov7.model import YOLOv7
+from yolov7.sources import read_image
+from yolov7.variants import VARIANTS, scaled
+
+CPU = torch.device("cpu")
+SMALL = {
+    name: scaled(spec, 0.5, 0.125 if spec.imgsz == 1280 else 0.25)
+    for name, spec in VARIANTS.items()
+}
+
+
+def small_model(name: str, num_classes: int = 3) -> YOLOv7:
+    torch.manual_seed(0)
+    model = YOLOv7(SMALL[name], num_classes, "training")
+    for key, tensor in model.state_dict().items():
+        if key.endswith("running_var"):
+            tensor.uniform_(0.5, 1.5)
+        elif key.endswith("running_mean"):
+            tensor.normal_(0, 0.1)
+    return model.fuse()
+
+
+def planned(
+    model: YOLOv7, shape: Sequence[int], dtype: torch.dtype = torch.float32, **options: object
+) -> PlannedNetwork:
+    network = PlannedNetwork(model, *shape, dtype=dtype, device=CPU, **options)  # type: ignore[arg-type]  # ranges
+    network.poison()
+    return network
+
+
+def relative_rms(a: Tensor, b: Tensor) -> float:
+    return float(((a - b).double().square().mean() / b.double().square().mean()).sqrt())
+
+
+@pytest.mark.parametrize("shape", [(1, 128, 128), (3, 64, 192)], ids=str)
+@pytest.mark.parametrize("name", SMALL)
+@torch.no_grad()
+def test_plan_equals_the_eager_model(name: str, shape: tuple[int, int, int]) -> None:
+    model = small_model(name)
+    network = planned(model, shape)
+    for seed in (0, 1):  # the second run finds the first one's leftovers in every buffer
+        x = torch.rand(shape[0], 3, *shape[1:], generator=torch.Generator().manual_seed(seed))
+        expected = model(x)
+        assert relative_rms(network(x), expected) <= 1e-5
+        assert network(x).shape == expected.shape
+
+
+@torch.no_grad()
+def test_candidates_are_the_dense_rows_above_the_threshold() -> None:
+    model = load_model().fuse()
+    network = planned(model, (1, 64, 96))
+    dense = network(torch.rand(1, 3, 64, 96))
+    conf = float(dense[0, :, 4].quantile(0.9))
+    rows, counts = network.decode(conf)
+    segments = rows.view(1, counts.shape[1], -1, rows.shape[2])
+    kept = torch.cat([segments[0, i, :n] for i, n in enumerate(counts[0].tolist())])
+    torch.testing.assert_close(kept, dense[0][dense[0, :, 4] > conf])
+
+
+@torch.no_grad()
+def test_bf16_stays_near() -> None:
+    model = load_model().fuse()
+    x = torch.rand(1, 3, 96, 96)
+    expected = model(x)
+    error = relative_rms(planned(model, (1, 96, 96), torch.bfloat16)(x), expected)
+    assert 1e-6 < error < 0.02
+
+
+@torch.no_grad()
+def test_calibrated_fp8_stays_near_and_really_is_fp8() -> None:
+    model = load_model().fuse()
+    detector = Detector()
+    x = next(iter(sample_batches(detector)))
+    ranges = calibrate(model, [x])
+    network = planned(model, (1, *x.shape[2:]), ranges=ranges)
+    expected = model(x)
+    error = relative_rms(network(x)[..., 4:], expected[..., 4:])
+    assert 1e-3 < error < 0.1
+    fp8 = [b for b in network.plan.buffers if b.itemsize == 1]
+    assert len(fp8) > len(network.plan.buffers) / 2
+    head = {w.buffer.index for w in network.plan.steps[-1].tasks[0].reads}
+    assert not head & {b.index for b in fp8}
+
+
+def sample_batches(detector: Detector) -> list[Tensor]:
+    batches = []
+    for frame in sample_frames():
+        image, _, _ = letterbox(frame, detector.imgsz, stride=32, auto=True)
+        pixels = torch.from_numpy(image[..., ::-1].copy()).permute(2, 0, 1)
+        batches.append(pixels[None].float() / 255)
+    return batches
+
+
+@torch.no_grad()
+def test_a_range_that_is_too_small_saturates() -> None:
+    model = load_model().fuse()
+    x = sample_batches(Detector())[0]
+    ranges = calibrate(model, [x])
+    shape = (1, *x.shape[2:])
+    good = relative_rms(planned(model, shape, ranges=ranges)(x), model(x))
+    tight = {name: limit / 8 for name, limit in ranges.items()}
+    assert relative_rms(planned(model, shape, ranges=tight)(x), model(x)) > 2 * good
+
+
+def test_calibration_needs_one_shape() -> None:
+    model = load_model().fuse()
+    with pytest.raises(ValueError, match="one shape"):
+        calibrate(model, [])
+    with pytest.raises(ValueError, match="one shape"):
+        calibrate(model, [torch.zeros(1, 3, 32, 32), torch.zeros(1, 3, 32, 64)])
+
+
+def test_fp8_range_of_a_map_ignores_one_outlier() -> None:
+    histogram = Histogram()
+    values = torch.randn(200_000)
+    histogram.add(values)
+    first = histogram.range()
+    histogram.add(torch.tensor([40.0]))  # larger than the first limit: the bins double
+    assert histogram.counts.sum() == 200_001
+    assert 3 < first < 6
+    assert 0 < histogram.range() <= 40.5
+    assert FP8_MAX == 448
+
+
+def sample_frames() -> list[Image]:
+    with as_file(files("yolov7.assets") / "images") as folder:
+        return [read_image(path) for path in sorted(folder.glob("*.jpg"))]
+
+
+def submitted(pipeline: FramePipeline, frames: list[Image]) -> list[Tensor]:
+    boxes = [letterbox_geometry(f.shape[:2], 320, stride=32, auto=True) for f in frames]
+    found = pipeline.submit([torch.from_numpy(f) for f in frames], boxes).wait()
+    return [rows[:n] for rows, n in zip(found.boxes, found.counts.tolist(), strict=True)]
+
+
+def test_frames_of_several_sizes_give_the_detectors_boxes() -> None:
+    model = load_model()
+    frames = sample_frames()[:3]
+    frames[1] = np.asarray(cv2.resize(frames[1], (500, 375)), np.uint8)
+    expected = Detector(model)(frames)
+    network = PlannedNetwork(model.fuse(), 3, 256, 320, dtype=torch.float32, device=CPU)
+    pipeline = FramePipeline(network, Suppression(), capacity=sum(f.size for f in frames))
+    for rows, result in zip(submitted(pipeline, frames), expected, strict=True):
+        torch.testing.assert_close(rows, result.boxes.data, rtol=1e-4, atol=1e-2)
+    # Fewer frames than the batch, after a full one.
+    (rows,) = submitted(pipeline, frames[2:])
+    torch.testing.assert_close(rows, expected[2].boxes.data, rtol=1e-4, atol=1e-2)
+
+
+def test_two_threads_do_not_corrupt_each_other() -> None:
+    model = load_model().fuse()
+    frames = sample_frames()[:2]
+    network = PlannedNetwork(model, 1, 256, 320, dtype=torch.float32, device=CPU)
+    pipeline = FramePipeline(network, Suppression(), capacity=max(f.size for f in frames))
+    alone = [submitted(pipeline, [frame])[0] for frame in frames]
+    with ThreadPoolExecutor(2) as pool:
+        order = [i % 2 for i in range(8)]
+        results = pool.map(lambda i: submitted(pipeline, [frames[i]])[0], order)
+        for i, rows in zip(order, results, strict=True):
+            assert torch.equal(rows, alone[i])
+
+
+def test_overflow_is_counted() -> None:
+    model = load_model().fuse()
+    network = PlannedNetwork(model, 1, 256, 320, dtype=torch.float32, device=CPU)
+    frame = sample_frames()[0]
+    few = FramePipeline(network, Suppression(conf=0.1, max_candidates=5), capacity=frame.size)
+    box = letterbox_geometry(frame.shape[:2], 320, stride=32, auto=True)
+    found = few.submit([torch.from_numpy(frame)], [box]).wait()
+    assert int(found.counts[0]) <= 5
+    assert int(found.overflow[0]) > 0
+
+
+def test_pipeline_refuses_what_does_not_fit() -> None:
+    model = load_model().fuse()
+    network = PlannedNetwork(model, 1, 64, 64, dtype=torch.float32, device=CPU)
+    pipeline = FramePipeline(network, Suppression(), capacity=1000)
+    frame = torch.zeros(64, 64, 3, dtype=torch.uint8)
+    box = letterbox_geometry((64, 64), 64)
+    with pytest.raises(ValueError, match="more than 1000 bytes"):
+        pipeline.submit([frame], [box])
+    with pytest.raises(ValueError, match="2 frames and 2 boxes for a batch of 1"):
+        pipeline.submit([frame, frame], [box, box])

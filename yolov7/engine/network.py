@@ -1,0 +1,243 @@
+"""A plan made ready to run: buffers allocated, weights packed, every launch prepared.
+
+On CUDA, and in Triton's interpreter, a step is a launch of a kernel; on a CPU it is the kernels'
+plain PyTorch references over the same buffers, slices and groups.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from yolov7.engine.plan import Plan, make_plan
+from yolov7.engine.steps import Slice, Step, Task
+from yolov7.head import Detect
+from yolov7.kernels.conv import (
+    ConvCall,
+    ConvLayer,
+    check_call,
+    choose_config,
+    conv_reference,
+    launch_conv,
+    pack_weight,
+    quantise_weight,
+    workspace_elements,
+)
+from yolov7.kernels.conv.launcher import fits_tma
+from yolov7.kernels.conv.layer import FP8_MAX, to_dtype
+from yolov7.kernels.conv.stem import Stem, conv_stem, space_to_depth_weight
+from yolov7.kernels.decode import decode
+from yolov7.kernels.pool import max_pool, spp, upsample
+from yolov7.kernels.runtime import INTERPRET
+from yolov7.model import YOLOv7
+
+
+class PlannedNetwork:
+    """The network of a fused model for one batch, size and precision.
+
+    Args:
+        model: in fused form, on `device`.
+        batch: images.
+        height: of the input in pixels, a multiple of the model's stride.
+        width: likewise.
+        dtype: of feature maps and weights: fp32, fp16 or bf16.
+        device: where it runs.
+        ranges: largest magnitude of each map by name, from `calibrate`; maps that it names and
+            that only convolutions touch are fp8 e4m3, with one scale per buffer.
+
+    Attributes:
+        images: [batch, 3, height, width] the input, to be written before `run`.
+        features: the head's inputs after `run`, [batch, C, H, W] views of the buffers.
+        plan: what is run.
+    """
+
+    def __init__(
+        self,
+        model: YOLOv7,
+        batch: int,
+        height: int,
+        width: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        ranges: Mapping[str, float] | None = None,
+    ) -> None:
+        ranges = ranges or {}
+        self.plan = make_plan(model, batch, height, width, dtype.itemsize, ranges.keys())
+        self._scales = _buffer_scales(self.plan, ranges)
+        self.dtype, self.device = dtype, device
+        self._kernels = device.type == "cuda" or INTERPRET
+        self._arena = torch.empty(self.plan.peak_bytes, dtype=torch.uint8, device=device)
+        self._workspace: Tensor | None = None
+        self.images = torch.empty(
+            (batch, 3, height, width),
+            dtype=dtype,
+            device=device,
+            memory_format=torch.channels_last,
+        )
+        self._launches: list[tuple[Step, list[Callable[[], object]]]] = []
+        for step in self.plan.steps:
+            if step.kind == "head":
+                self.features = [self._pixels(where) for where in step.tasks[0].reads]
+                self._decode = self._prepare_head(step.tasks[0], model.head)
+            else:
+                self._launches.append((step, self._prepare(step)))
+
+    def poison(self) -> None:
+        """Fill every buffer with NaN: what is read before it is written shows in the result."""
+        self._arena.fill_(0xFF)  # of fp32, fp16, bf16 and fp8 e4m3 alike
+
+    def run(self, observe: Callable[[str, Tensor], None] | None = None) -> None:
+        """From `images` to `features`.
+
+        Args:
+            observe: called with the name and the pixels [batch, C, H, W] of every map, written.
+        """
+        for step, launches in self._launches:
+            for launch in launches:
+                launch()
+            if observe is not None:
+                for name, where in _written(step):
+                    observe(name, self._pixels(where))
+
+    @torch.no_grad()
+    def __call__(self, x: Tensor) -> Tensor:
+        """Decoded boxes [B, N, 5 + classes] in fp32 of x [B, 3, H, W], RGB in 0..1."""
+        self.images.copy_(x)
+        self.run()
+        return self.decode()[0]
+
+    def decode(self, conf: float | None = None) -> tuple[Tensor, Tensor]:
+        """Boxes of `features`: dense, or above a confidence; see `yolov7.kernels.decode`."""
+        rows, counts = self._decode(conf=conf)
+        return rows, counts
+
+    def _map(self, where: Slice) -> Tensor:
+        """The pitched map [rows, channels] of a slice, a view of the arena."""
+        buffer = where.buffer
+        dtype = torch.float8_e4m3fn if buffer.index in self._scales else self.dtype
+        elements = buffer.layout.rows * buffer.channels
+        data = self._arena[buffer.offset : buffer.offset + elements * dtype.itemsize]
+        matrix = data.view(dtype).view(buffer.layout.rows, buffer.channels)
+        return matrix[:, where.start : where.start + where.channels]
+
+    def _scale(self, where: Slice) -> float:
+        """What one unit of the slice's elements stands for."""
+        return self._scales.get(where.buffer.index, 1.0)
+
+    def _pixels(self, where: Slice) -> Tensor:
+        return where.buffer.layout.image_view(self._map(where)).permute(0, 3, 1, 2)
+
+    def _weights(self, convs: Sequence[nn.Conv2d]) -> tuple[Tensor, Tensor]:
+        """Packed weights of neighbouring convolutions, and their biases in fp32."""
+        weight = pack_weight(*(conv.weight.detach() for conv in convs))
+        bias = torch.cat([conv.bias.detach().float() for conv in convs if conv.bias is not None])
+        return weight.to(self.device, self.dtype), bias.to(self.device)
+
+    def _prepare(self, step: Step) -> list[Callable[[], object]]:
+        (task, *_) = step.tasks
+        match step.kind:
+            case "conv":
+                return self._prepare_convs([self._call(task) for task in step.tasks])
+            case "stem":
+                return [self._prepare_stem(task)]
+            case "spp":
+                (source,), targets = task.reads, [self._map(w) for w in task.writes]
+                return [partial(spp, self._map(source), source.buffer.layout, targets)]
+            case "maxpool" | "upsample" as kind:
+                move = max_pool if kind == "maxpool" else upsample
+                (source,), (target,) = task.reads, task.writes
+                maps = self._map(source), source.buffer.layout, self._map(target)
+                return [partial(move, *maps, target.buffer.layout)]
+            case kind:
+                raise ValueError(f"the engine has no kernel for the step {kind} ({task.name})")
+
+    def _prepare_stem(self, task: Task) -> Callable[[], object]:
+        weight, bias = self._weights(task.convs)
+        kernel, stride = task.kernel, task.stride
+        if task.reorg:  # a 3x3 over 2x2 cells is a 6x6 of stride 2 over pixels
+            weight = pack_weight(space_to_depth_weight(task.convs[0].weight.detach()))
+            weight, kernel, stride = weight.to(self.device, self.dtype), 6, 2
+        out = self._map(task.writes[0])
+        scale = self._scale(task.writes[0])
+        stem = Stem(task.writes[0].buffer.layout, kernel, stride, task.activation, scale)
+        return lambda: conv_stem(self.images, weight, bias, stem, out=out)
+
+    def _prepare_head(self, task: Task, head: Detect) -> Callable[..., tuple[Tensor, Tensor]]:
+        weights, biases = zip(*(self._weights([conv]) for conv in task.convs), strict=True)
+        return partial(
+            decode,
+            [self._map(where) for where in task.reads],
+            weights,
+            biases,
+            head.anchors.to(self.device, torch.float32),
+            [where.buffer.layout for where in task.reads],
+            head.strides,
+            exact=self.dtype == torch.float32,
+        )
+
+    def _call(self, task: Task) -> ConvCall:
+        (source, *residual), (target,) = task.reads, task.writes
+        weight, bias = self._weights(task.convs)
+        scale = None
+        if source.buffer.index in self._scales:
+            weight, scale = quantise_weight(weight)
+            scale = scale * self._scale(source)
+        layer = ConvLayer(
+            source.buffer.layout,
+            target.buffer.layout,
+            source.channels,
+            target.channels,
+            task.kernel,
+            task.stride,
+            task.activation,
+            pool=task.pool,
+            upsample=task.upsample,
+            exact=self.dtype == torch.float32,
+            out_scale=self._scale(target),
+            residual_scale=self._scale(residual[0]) if residual else 1.0,
+        )
+        added = self._map(residual[0]) if residual else None
+        out = self._map(target)
+        call = ConvCall(layer, self._map(source), weight, bias, out, scale, added)
+        check_call(call)
+        return call
+
+    def _prepare_convs(self, calls: list[ConvCall]) -> list[Callable[[], object]]:
+        if not self._kernels:
+            return [partial(_run_reference, call) for call in calls]
+        config = choose_config(max(calls, key=lambda call: call.layer.flops))
+        if config["TMA"] and not all(map(fits_tma, calls)):
+            return [launch for call in calls for launch in self._prepare_convs([call])]
+        elements = workspace_elements([call.layer for call in calls], config)
+        if elements and (self._workspace is None or self._workspace.numel() < elements):
+            self._workspace = torch.empty(elements, device=self.device)
+        return [lambda: launch_conv(calls, config, self._workspace)]
+
+
+def _run_reference(call: ConvCall) -> None:
+    call.out.copy_(to_dtype(conv_reference(call), call.out.dtype, call.layer.out_scale))
+
+
+def _written(step: Step) -> Iterator[tuple[str, Slice]]:
+    """The maps that a step writes, each with its slice; products write several side by side."""
+    for task in step.tasks:
+        if len(task.writes) == len(task.outputs):
+            yield from ((v.name, w) for v, w in zip(task.outputs, task.writes, strict=True))
+            continue
+        start = task.writes[0].start
+        for value in task.outputs:
+            yield value.name, Slice(task.writes[0].buffer, start, value.channels)
+            start += value.channels
+
+
+def _buffer_scales(plan: Plan, ranges: Mapping[str, float]) -> dict[int, float]:
+    """Buffer -> scale, of the buffers that are fp8: the largest range in it fills fp8's."""
+    scales: dict[int, float] = {}
+    for step in plan.steps:
+        for name, where in _written(step):
+            if where.buffer.itemsize == 1:
+                scale = max(ranges[name] / FP8_MAX, torch.finfo(torch.float32).tiny)
+                scales[where.buffer.index] = max(scale, scales.get(where.buffer.index, 0.0))
+    return scales
