@@ -33,7 +33,7 @@ from yolov7.kernels.layout import PitchedLayout
 from yolov7.kernels.runtime import Config, find_config, launch, triton_op
 
 GREY = 114
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 DEFAULT_CONFIG: Config = {"BLOCK_Y": 4, "BLOCK_X": 64, "num_warps": 4}
 
 
@@ -276,8 +276,8 @@ def letterbox(
         raise ValueError(f"pixels must be uint8 [n], got {pixels.dtype} {list(pixels.shape)}")
     if table.ndim != 2 or table.shape[1] != 7 or table.dtype != torch.int64:
         raise ValueError(f"table must be int64 [B, 7], got {table.dtype} {list(table.shape)}")
-    if out.dtype not in DTYPES:
-        raise ValueError(f"out is {out.dtype}, none of {DTYPES}")
+    if out.dtype not in DTYPES.values():
+        raise ValueError(f"out is {out.dtype}, none of {', '.join(DTYPES)}")
     if not pixels.device == table.device == out.device:
         raise ValueError(f"devices differ: {pixels.device}, {table.device}, {out.device}")
     batch, shape = table.shape[0], list(out.shape)
@@ -297,22 +297,26 @@ def letterbox(
     return out
 
 
-def compile_cases(size: int = 640, batch: int = 16) -> Iterator[tuple[str, Callable[[], object]]]:
+def compile_cases(
+    size: int = 640, batch: int = 16, precision: str = "fp16"
+) -> Iterator[tuple[str, Callable[[], object]]]:
     """Launches to compile ahead of time, see `yolov7.kernels.runtime.CompileSpec`."""
     pixels = torch.empty(batch * 1080 * 1920 * 3, dtype=torch.uint8, device="meta")
     table = torch.empty((batch, 7), dtype=torch.int64, device="meta")
     layout = PitchedLayout.of(batch, size, size)
+    dtype = DTYPES.get(precision, torch.float16)
+    image = torch.empty((batch, 3, size, size), dtype=dtype, device="meta")
+    matrix = layout.empty(3, dtype=dtype, device="meta")
     planes = [3 * size * size, size, 1, size * size]
+    packed = [3 * size * size, 3 * size, 3, 1]
     line = layout.pitch * 3
     rows = [layout.row_pitch * line, line, 3, 1]
-    lines = [layout.row_pitch, layout.pitch]
-    for dtype in DTYPES:
-        image = torch.empty((batch, 3, size, size), dtype=dtype, device="meta")
-        matrix = layout.empty(3, dtype=dtype, device="meta")
-        cases = (
-            ("NCHW", image, planes, [batch, size, size, size, size]),
-            ("pitched", matrix, rows, [batch, size, size, *lines]),
-        )
-        for name, out, strides, extent in cases:
-            call = partial(_letterbox_triton, pixels, table, out, strides, extent)
-            yield f"{batch}x3x{size}x{size} {name} {dtype}", call
+    whole = [batch, size, size, size, size]
+    cases = (
+        ("NCHW", image, planes, whole),
+        ("NHWC", image, packed, whole),
+        ("pitched", matrix, rows, [batch, size, size, layout.row_pitch, layout.pitch]),
+    )
+    for name, out, strides, extent in cases:
+        call = partial(_letterbox_triton, pixels, table, out, strides, extent)
+        yield f"{batch}x3x{size}x{size} {name} {precision}", call

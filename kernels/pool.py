@@ -30,7 +30,7 @@ from yolov7.kernels.layout import PitchedLayout
 from yolov7.kernels.runtime import Config, find_config, launch, triton_op
 
 SPP_SIZES = (1, 5, 9, 13)
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @triton.jit
@@ -257,8 +257,8 @@ _resize_op = triton_op(
 
 def _check(x: Tensor, source: PitchedLayout, outs: Sequence[Tensor], to: PitchedLayout) -> None:
     source.check(x, "input")
-    if x.dtype not in DTYPES:
-        raise ValueError(f"input {x.dtype} is none of {DTYPES}")
+    if x.dtype not in DTYPES.values():
+        raise ValueError(f"input {x.dtype} is none of {', '.join(DTYPES)}")
     for i, out in enumerate(outs):
         to.check(out, f"output {i}")
         if out.shape[1] != x.shape[1] or (out.dtype, out.device) != (x.dtype, x.device):
@@ -318,17 +318,18 @@ def upsample(x: Tensor, source: PitchedLayout, out: Tensor, target: PitchedLayou
     _resize_op(x, out, source.sizes, target.sizes, True)
 
 
-def compile_cases(batch: int = 1) -> Iterator[tuple[str, Callable[[], object]]]:
+def compile_cases(
+    batch: int = 1, precision: str = "fp16"
+) -> Iterator[tuple[str, Callable[[], object]]]:
     """Launches to compile ahead of time, see `yolov7.kernels.runtime.CompileSpec`."""
     small, large = PitchedLayout.of(batch, 20, 20), PitchedLayout.of(batch, 40, 40)
-    for dtype in DTYPES:
-        a = small.empty(2048, dtype=dtype, device="meta")
-        b = large.empty(512, dtype=dtype, device="meta")
-        x, *outs = a.split(512, 1)
-        shape = f"{batch}x512x20x20 {dtype}"
-        yield f"spp {shape}", partial(_spp_triton, x, outs, small.sizes, [5, 9, 13])
-        yield f"upsample {shape}", partial(_resize_triton, x, b, small.sizes, large.sizes, True)
-        yield (
-            f"2x2 {batch}x512x40x40 {dtype}",
-            partial(_resize_triton, b, x, large.sizes, small.sizes, False),
-        )
+    dtype = DTYPES.get(precision, torch.float16)
+    a = small.empty(2048, dtype=dtype, device="meta")
+    b = large.empty(512, dtype=dtype, device="meta")
+    x, *outs = a.split(512, 1)
+    for name, call in (
+        ("spp", partial(_spp_triton, x, outs, small.sizes, [5, 9, 13])),
+        ("upsample", partial(_resize_triton, x, b, small.sizes, large.sizes, True)),
+        ("2x2", partial(_resize_triton, b, x, large.sizes, small.sizes, False)),
+    ):
+        yield f"{name} {batch}x512 {precision}", call

@@ -59,7 +59,7 @@ def large_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("dtype", kernel.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", kernel.DTYPES.values(), ids=kernel.DTYPES)
 @pytest.mark.usefixtures("large_blocks")
 def test_kernel_equals_opencv(dtype: torch.dtype, kernel_device: torch.device) -> None:
     frames = make_frames()

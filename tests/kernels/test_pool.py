@@ -54,7 +54,7 @@ def test_spp(layout: PitchedLayout, kernel_device: torch.device) -> None:
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("dtype", pool.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", pool.DTYPES.values(), ids=pool.DTYPES)
 def test_spp_into_slices_beside_its_input(dtype: torch.dtype, kernel_device: torch.device) -> None:
     layout = PitchedLayout.of(1, 6, 5)
     wide = layout.empty(4 * 16, dtype=dtype, device=kernel_device).fill_(torch.nan)
@@ -67,7 +67,7 @@ def test_spp_into_slices_beside_its_input(dtype: torch.dtype, kernel_device: tor
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("dtype", pool.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", pool.DTYPES.values(), ids=pool.DTYPES)
 @pytest.mark.parametrize("size", [(7, 9), (8, 6), (2, 2)], ids=str)
 def test_max_pool(size: tuple[int, int], dtype: torch.dtype, kernel_device: torch.device) -> None:
     source = PitchedLayout.of(2, *size)
