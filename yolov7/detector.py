@@ -14,12 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from yolov7.boxes import clip_boxes, unletterbox
-from yolov7.checkpoint import load_model
 from yolov7.errors import UserError
+from yolov7.exported import ExportedNetwork
 from yolov7.kernels.nms import batched_nms
 from yolov7.letterbox import GREY, Image, letterbox
 from yolov7.model import YOLOv7
-from yolov7.network import Network
+from yolov7.network import Network, load_network
 from yolov7.results import Boxes, Results
 from yolov7.sources import Frame, OnError, Source
 from yolov7.speed import Speed
@@ -34,8 +34,8 @@ class Detector:
     """Finds objects in images.
 
     Args:
-        weights: A file, the name of a published one, or a model (which is copied); None: the
-            embedded demo weights (blood cells).
+        weights: A file (an exported one, too), the name of a published one, or a model (which is
+            copied); None: the embedded demo weights (blood cells).
         variant: Of a bare state dict, where its tensors do not tell.
         device: "auto", "cpu", "cuda", "cuda:N".
         precision: "auto" (fp16 on CUDA, fp32 on a CPU), "fp32", "fp16", "bf16".
@@ -52,6 +52,8 @@ class Detector:
             small objects; None: none.
         overlap: Least share of a tile that its neighbour covers too.
         augment: Look at three scales, one mirrored (test-time augmentation).
+        names: Class names of an ONNX file that `yolov7 export` did not write.
+        layout: Of its output: "grid" or "classes-first".
 
     Attributes:
         names: Class names by number.
@@ -82,24 +84,37 @@ class Detector:
         tile: int | None = None,
         overlap: float = 0.2,
         augment: bool = False,
+        names: Sequence[str] | None = None,
+        layout: str | None = None,
     ) -> None:
         _check(conf=conf, iou=iou, max_det=max_det, batch=batch, tile=tile, overlap=overlap)
         if isinstance(weights, YOLOv7):
-            model = copy.deepcopy(weights)
+            self.network: Network | ExportedNetwork = Network(
+                copy.deepcopy(weights), device=device, precision=precision, engine=engine
+            )
         else:
-            model = load_model(weights, variant=variant)
-        self.names = model.names
-        self.stride = model.stride
-        self.imgsz = _round_up(model.imgsz if imgsz is None else imgsz, self.stride)
+            self.network = load_network(
+                weights,
+                variant=variant,
+                device=device,
+                precision=precision,
+                engine=engine,
+                imgsz=imgsz,
+                names=names,
+                layout=layout,
+            )
+        self.names = self.network.names
+        self.stride = self.network.stride
+        self.imgsz = _round_up(self.network.imgsz if imgsz is None else imgsz, self.stride)
         self.conf, self.iou, self.max_det, self.agnostic = conf, iou, max_det, agnostic
         self.classes = None if classes is None else _class_numbers(classes, self.names)
         self.batch, self.tile, self.overlap, self.augment = batch, tile, overlap, augment
-        self.network = Network(model, device=device, precision=precision, engine=engine)
-        # Every new shape would be compiled anew: all images get the same one.
-        self._one_shape = self.network.engine == "compile"
+        self._one_shape = self.network.one_shape
+        if augment and isinstance(self.network, ExportedNetwork):
+            raise UserError(f"{weights}: takes one size only: leave augment out")
         self.speed = Speed()
         self.startup_s = 0.0
-        if self._one_shape:
+        if self.network.engine == "compile":
             start = time.perf_counter()
             self._predict(torch.zeros(batch, 3, *self.imgsz))
             self.startup_s = time.perf_counter() - start

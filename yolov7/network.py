@@ -11,7 +11,8 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -19,7 +20,9 @@ from torch import Tensor, nn
 
 from yolov7.blocks import Conv, RepConv
 from yolov7.cache import cache_folder
+from yolov7.checkpoint import load_model
 from yolov7.errors import UserError
+from yolov7.exported import SUFFIXES, ExportedNetwork
 from yolov7.model import YOLOv7
 
 Precision = Literal["auto", "fp32", "fp16", "bf16"]
@@ -77,6 +80,11 @@ class Network:
         device: Where it runs.
         dtype: Of the input and the convolutions.
         engine: "eager" or "compile".
+        names: Class names by number.
+        stride: Of the coarsest level; sides of the input are multiples of it.
+        imgsz: Side in pixels that the model is meant for.
+        title: The variant and its size, in words.
+        one_shape: Whether every input should have the same shape: each is compiled for itself.
 
     Raises:
         UserError: The device, the precision or the engine is not to be had here.
@@ -93,9 +101,13 @@ class Network:
         self.device = resolve_device(device)
         self.dtype = resolve_precision(precision, self.device)
         self.engine = _resolve_engine(engine)
+        self.one_shape = self.engine == "compile"
+        self.names, self.stride, self.imgsz = model.names, model.stride, model.imgsz
         anchors = model.head.anchors.to(self.device, torch.float32)
         model = model.fuse().requires_grad_(False).to(self.device, self.dtype)
         model.head.anchors = anchors  # 459 pixels would be 460 in bf16
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        self.title = f"{model.variant.name}, {parameters / 1e6:.1f} M parameters"
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # stub lacks it
         self._forward: Callable[[Tensor], Tensor] = model
         if self.device.type == "cpu":
@@ -117,6 +129,42 @@ class Network:
         start = time.perf_counter()
         self(torch.zeros(shape[0], 3, *shape[1:]))
         return time.perf_counter() - start
+
+
+def load_network(
+    weights: str | Path | None,
+    *,
+    variant: str | None = None,
+    device: str | torch.device = "auto",
+    precision: str = "auto",
+    engine: str = "auto",
+    imgsz: int | tuple[int, int] | None = None,
+    names: Sequence[str] | None = None,
+    layout: str | None = None,
+) -> Network | ExportedNetwork:
+    """The network of weights, or of an exported .onnx or .pt2 file.
+
+    Args:
+        weights: What `load_model` takes, or an exported file.
+        variant: Of a bare state dict.
+        device: See `Network` and `ExportedNetwork`.
+        precision: Likewise; that of an exported file is its own.
+        engine: Likewise.
+        imgsz: Longer side, or (height, width), that is wanted; an exported file has its own.
+        names: Class names of an ONNX file that is not ours.
+        layout: Its layout, "grid" or "classes-first".
+
+    Raises:
+        UserError: The file cannot be read, or has not got what is wanted.
+    """
+    if weights is not None and Path(weights).suffix in SUFFIXES:
+        network = ExportedNetwork(weights, device=device, engine=engine, names=names, layout=layout)
+        network.check_wishes(variant=variant, precision=precision, imgsz=imgsz)
+        return network
+    if names or layout:
+        raise UserError(f"{weights}: names and layout are for ONNX files: leave them out")
+    model = load_model(weights, variant=variant)
+    return Network(model, device=device, precision=precision, engine=engine)
 
 
 def _resolve_engine(name: str) -> Literal["eager", "compile"]:

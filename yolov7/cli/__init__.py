@@ -13,6 +13,7 @@ from yolov7.errors import UserError
 VERBS = {
     "predict": "Detect objects in images, videos, cameras and streams.",
     "val": "Measure a model's accuracy on a data set.",
+    "export": "Write a model for other runtimes: ONNX, torch.export, AOTInductor.",
     "info": "Show what a model is made of.",
     "convert": "Write weights in this project's safetensors format.",
 }

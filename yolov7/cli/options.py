@@ -1,10 +1,15 @@
 """Options that several verbs share, with one meaning everywhere."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
+import yaml
+
+from yolov7.errors import UserError
+
 Precision = Literal["auto", "fp32", "fp16", "bf16"]
-Engine = Literal["auto", "eager", "compile"]
+Engine = Literal["auto", "eager", "compile", "openvino"]
 
 
 @dataclass(kw_only=True)
@@ -12,8 +17,8 @@ class ModelOptions:
     """The model, and how it runs."""
 
     weights: str | None = None
-    """.safetensors, the authors' .pt, or a published name such as yolov7.pt (None: the embedded
-    blood-cell demo weights)"""
+    """.safetensors, the authors' .pt, an exported .onnx or .pt2, or a published name such as
+    yolov7.pt (None: the embedded blood-cell demo weights)"""
     variant: str | None = None
     """variant of a bare state dict, where its tensors do not tell (None: recognised)"""
     imgsz: int | None = None
@@ -23,4 +28,24 @@ class ModelOptions:
     precision: Precision = "auto"
     """arithmetic of the network; auto: fp16 on CUDA, fp32 on a CPU"""
     engine: Engine = "auto"
-    """eager: PyTorch, fused; compile: torch.compile, slower to start"""
+    """eager: PyTorch, fused; compile: torch.compile, slower to start; openvino: for .onnx files,
+    which ONNX Runtime runs else"""
+    names: tuple[str, ...] = ()
+    """class names of an .onnx file that yolov7 export did not write, or a data.yaml with them"""
+    layout: Literal["grid", "classes-first"] | None = None
+    """of such a file's output: grid [B, N, 5 + classes] or classes-first [B, 4 + classes, N]"""
+
+
+def class_names(names: tuple[str, ...]) -> list[str] | None:
+    """The class names of the option `names`; None where it is not given.
+
+    Raises:
+        UserError: A data.yaml without names.
+    """
+    if len(names) != 1 or Path(names[0]).suffix not in (".yaml", ".yml"):
+        return list(names) or None
+    try:
+        found = yaml.safe_load(Path(names[0]).read_text())["names"]
+        return [str(n) for n in (found.values() if isinstance(found, dict) else found)]
+    except (OSError, yaml.YAMLError, KeyError, TypeError):
+        raise UserError(f"{names[0]}: holds no list of names: give a data.yaml") from None

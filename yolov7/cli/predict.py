@@ -13,7 +13,7 @@ import yaml
 
 from yolov7.cache import cache_folder
 from yolov7.checkpoint import DEMO_WEIGHTS
-from yolov7.cli.options import ModelOptions
+from yolov7.cli.options import ModelOptions, class_names
 from yolov7.detector import Detector
 from yolov7.errors import UserError
 from yolov7.progress import progress
@@ -89,6 +89,8 @@ def run(options: Predict) -> int:
         tile=options.tile,
         overlap=options.overlap,
         augment=options.augment,
+        names=class_names(options.names),
+        layout=options.layout,
     )
     _print_start(options, detector)
     errors: list[UserError] = []

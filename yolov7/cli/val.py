@@ -11,15 +11,15 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from yolov7.checkpoint import DEMO_WEIGHTS, load_model
-from yolov7.cli.options import ModelOptions
+from yolov7.checkpoint import DEMO_WEIGHTS
+from yolov7.cli.options import ModelOptions, class_names
 from yolov7.dataset import Dataset, load_data
 from yolov7.errors import UserError
 from yolov7.evaluate import Evaluation, Predictions, Settings, measure, predict, to_coco
 from yolov7.evaluate.run import Preparation
 from yolov7.evaluate.sheet import draw_sheet
-from yolov7.model import YOLOv7
-from yolov7.network import Network
+from yolov7.exported import ExportedNetwork
+from yolov7.network import Network, load_network
 from yolov7.progress import working
 from yolov7.runs import new_run
 
@@ -72,26 +72,31 @@ class Val(ModelOptions):
 def run(options: Val) -> int:
     """Evaluate, print, and write the run folder; 1 if images had to be left out."""
     _check(options)
-    model = load_model(options.weights, variant=options.variant)
-    stride, imgsz = model.stride, options.imgsz or model.imgsz
-    dataset = load_data(options.data, options.split)
-    _check_classes(model, dataset)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    weights = options.weights or f"embedded demo weights {DEMO_WEIGHTS}"
-    network = Network(
-        model, device=options.device, precision=options.precision, engine=options.engine
+    network = load_network(
+        options.weights,
+        variant=options.variant,
+        device=options.device,
+        precision=options.precision,
+        engine=options.engine,
+        imgsz=options.imgsz,
+        names=class_names(options.names),
+        layout=options.layout,
     )
+    imgsz, preparation = _preparation(options, network)
+    dataset = load_data(options.data, options.split)
+    _check_classes(network.names, dataset)
+    weights = options.weights or f"embedded demo weights {DEMO_WEIGHTS}"
     settings = Settings(
-        imgsz=math.ceil(imgsz / stride) * stride,
-        stride=stride,
+        imgsz=math.ceil(imgsz / network.stride) * network.stride,
+        stride=network.stride,
         batch=options.batch or BATCH[network.device.type],
         conf=options.conf,
         iou=options.iou,
         max_det=options.max_det,
-        preparation=options.preparation,
+        preparation=preparation,
     )
     how = f"{network.device}, {str(network.dtype).removeprefix('torch.')}, {network.engine}"
-    print(f"{weights}: {model.variant.name}, {parameters / 1e6:.1f} M parameters; {how}")
+    print(f"{weights}: {network.title}; {how}")
     print(f"{options.data} {options.split}: {len(dataset.samples)} images, {settings.imgsz} px")
 
     folder = new_run(options.project, options.name)
@@ -117,15 +122,34 @@ def _check(options: Val) -> None:
             raise UserError(f"--{name.replace('_', '-')} {value}: give 1 or more")
 
 
-def _check_classes(model: YOLOv7, dataset: Dataset) -> None:
-    if len(model.names) != len(dataset.names):
+def _preparation(options: Val, network: Network | ExportedNetwork) -> tuple[int, Preparation]:
+    """The images' longer side in pixels and how they are prepared, as far as a file allows."""
+    if isinstance(network, Network):
+        return options.imgsz or network.imgsz, options.preparation
+    height, width = network.imgsz
+    if height != width:
+        raise UserError(f"{options.weights}: takes {height} x {width} pixels; val needs a square")
+    if options.preparation != "square":
+        print(f"note: {options.weights} takes one size only: preparation square", file=sys.stderr)
+    if network.metadata.nms is not None:
+        conf = network.metadata.nms.conf
+        print(
+            f"note: {options.weights} drops what is below confidence {conf} by itself, and all "
+            "but a box's best class: its AP is lower than that of --nms none",
+            file=sys.stderr,
+        )
+    return height, "square"
+
+
+def _check_classes(names: list[str], dataset: Dataset) -> None:
+    if len(names) != len(dataset.names):
         raise UserError(
-            f"the weights know {len(model.names)} classes ({_some(model.names)}), the data set has "
+            f"the weights know {len(names)} classes ({_some(names)}), the data set has "
             f"{len(dataset.names)} ({_some(dataset.names)}): give weights that were trained on it"
         )
-    if model.names != dataset.names:
+    if names != dataset.names:
         print(
-            f"note: the weights call their classes {_some(model.names)}, "
+            f"note: the weights call their classes {_some(names)}, "
             f"the data set {_some(dataset.names)}; taken in this order",
             file=sys.stderr,
         )

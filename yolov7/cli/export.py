@@ -1,0 +1,83 @@
+"""`yolov7 export`: a model as a file for another runtime."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from yolov7.checkpoint import DEMO_WEIGHTS, load_model
+from yolov7.export import Settings, export, fitted_size
+from yolov7.export.write import SUFFIX
+from yolov7.exported import Suppression
+from yolov7.progress import working
+
+
+@dataclass(kw_only=True)
+class Export:
+    """Write a model for ONNX Runtime, TensorRT, OpenVINO, browsers or PyTorch without its code."""
+
+    weights: str | None = None
+    """.safetensors, the authors' .pt, or a published name such as yolov7.pt (None: the embedded
+    blood-cell demo weights)"""
+    variant: str | None = None
+    """variant of a bare state dict, where its tensors do not tell (None: recognised)"""
+    output: Path | None = None
+    """file to write (None: the weights' name with .onnx or .pt2, in this folder)"""
+    format: Literal["onnx", "torch-export", "aoti"] = "onnx"
+    """torch-export: a .pt2 for this version of PyTorch; aoti: a .pt2 compiled for this machine"""
+    imgsz: int | tuple[int, int] | None = None
+    """side, or height and width, in pixels, rounded up to the model's stride (None: the
+    checkpoint's)"""
+    batch: int | Literal["dynamic"] = 1
+    """images per call"""
+    nms: Literal["none", "onnx"] = "none"
+    """onnx: suppress inside the graph, with standard operators"""
+    precision: Literal["fp32", "fp16"] = "fp32"
+    """of weights and convolutions; inputs and outputs are fp32"""
+    layout: Literal["grid", "classes-first"] = "grid"
+    """grid: [B, N, 5 + classes] as the authors have it; classes-first: [B, 4 + classes, N], scores
+    multiplied by the objectness"""
+    with_letterbox: bool = False
+    """take one uint8 image [H, W, 3] (BGR) of any size; boxes are in its pixels"""
+    conf: float = 0.25
+    """with --nms onnx: confidence that a box must exceed, 0 to 1"""
+    iou: float = 0.45
+    """with --nms onnx: overlap with a surer box of its class above which one is dropped, 0 to 1"""
+    max_det: int = 300
+    """with --nms onnx: boxes per image at most"""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """where a .pt2 is to run"""
+
+
+def run(options: Export) -> int:
+    """Export, compare with PyTorch, and say what there is now."""
+    model = load_model(options.weights, variant=options.variant)
+    imgsz = None
+    if options.imgsz is not None:
+        wanted = options.imgsz
+        wanted = (wanted, wanted) if isinstance(wanted, int) else wanted
+        imgsz = fitted_size(wanted, model.stride)
+        if imgsz != wanted:
+            print(
+                f"note: {wanted[0]} x {wanted[1]} pixels rounded up to {imgsz[0]} x {imgsz[1]}, "
+                f"multiples of the stride {model.stride}",
+                file=sys.stderr,
+            )
+    stem = Path(options.weights or DEMO_WEIGHTS).stem
+    settings = Settings(
+        kind=options.format,
+        imgsz=imgsz,
+        batch=options.batch,
+        precision=options.precision,
+        layout=options.layout,
+        nms=Suppression(options.conf, options.iou, options.max_det)
+        if options.nms == "onnx"
+        else None,
+        letterbox=options.with_letterbox,
+        device=options.device,
+    )
+    output = options.output or Path(stem + SUFFIX[options.format])
+    with working(f"exporting {output}"):
+        exported = export(model, output, settings)
+    print(exported)
+    return 0
