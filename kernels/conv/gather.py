@@ -80,6 +80,7 @@ def _gather_tile(
     UPSAMPLE: tl.constexpr,
     ACTIVATION: tl.constexpr,
     PRECISION: tl.constexpr,
+    PROMOTE: tl.constexpr,
     EVEN_K: tl.constexpr,
     SPLIT_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -126,7 +127,7 @@ def _gather_tile(
             b = tl.load(weight_ptrs)
         else:
             b = tl.load(weight_ptrs, mask=(offs_k < c_in)[:, None], other=0.0)
-        acc = multiply(a, b, acc, PRECISION)
+        acc = multiply(a, b, acc, PRECISION, PROMOTE)
 
     if SPLIT_K > 1:
         store_partial(partial_ptr, acc, split, offs_m, offs_n, shape)
@@ -159,6 +160,7 @@ def conv_gather_kernel(
     UPSAMPLE: tl.constexpr,
     ACTIVATION: tl.constexpr,
     PRECISION: tl.constexpr,
+    PROMOTE: tl.constexpr,
     EVEN_K: tl.constexpr,
     SPLIT_K: tl.constexpr,
     PDL: tl.constexpr,
@@ -175,7 +177,7 @@ def conv_gather_kernel(
             _gather_tile(
                 x_ptrs[g], weight_ptrs[g], scale_ptrs[g], bias_ptrs[g], residual_ptrs[g],
                 out_ptrs[g], partial_ptrs[g], tile, shapes[g], scales[g],
-                KERNEL, REDUCTION, POOL, UPSAMPLE, ACTIVATION, PRECISION, EVEN_K, SPLIT_K,
+                KERNEL, REDUCTION, POOL, UPSAMPLE, ACTIVATION, PRECISION, PROMOTE, EVEN_K, SPLIT_K,
                 BLOCK_M, BLOCK_N, BLOCK_K,
             )  # fmt: skip
         tile -= tiles

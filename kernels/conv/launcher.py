@@ -67,13 +67,14 @@ def default_config(call: ConvCall) -> Config:
     layer, device = call.layer, call.x.device
     rows, n_out, _ = config_size(layer)
     units = processors(device)
+    hopper = (9, 0) <= capability(device) < (10, 0)
     tma = capability(device) >= (9, 0) and fits_tma(call)
     sizes = _TMA_TILES if tma else _GATHER_TILES
     width = max(16, _power_of_two(n_out))
     fitting = [(m, n) for m, n in sizes if n <= width] or [(64, width)]
     if layer.exact:
         fitting = [(64, min(32, width))]  # multiplied one by one: operands live in registers
-    elif not _plain_store(call) or capability(device) >= (10, 0):  # larger ones spill
+    elif not _plain_store(call) or _long_fp8_sum(call) or not hopper:  # larger ones spill
         largest = 64 * 64 if call.out.dtype == torch.float32 else 128 * 128
         fitting = [(m, n) for m, n in fitting if m * n <= largest]
     filled = (tile for tile in fitting if _busy(_tiles(rows, n_out, *tile), units) >= 0.75)
@@ -102,7 +103,7 @@ def default_config(call: ConvCall) -> Config:
         **config,
         "num_warps": 8 if large else 4,
         "num_stages": min(4, (_SHARED_BYTES - staged) // stage),
-        "FLATTEN": int(_plain_store(call)),
+        "FLATTEN": int(hopper and _plain_store(call)),
         "OCCUPANCY": 1 if large else 2,
         "launch_pdl": 1,
     }
@@ -111,6 +112,11 @@ def default_config(call: ConvCall) -> Config:
 _TMA_TILES = ((128, 256), (256, 128), (128, 128), (256, 64), (128, 64), (64, 64))
 _GATHER_TILES = ((64, 128), (64, 64))
 _SHARED_BYTES = 224 * 1024  # of Hopper's 227 KiB; the rest holds barriers
+
+
+def _long_fp8_sum(call: ConvCall) -> bool:
+    """Whether a sum of fp8 products is so long that it needs more than 14 bits."""
+    return call.x.dtype == torch.float8_e4m3fn and config_size(call.layer)[2] >= 1024
 
 
 def _plain_store(call: ConvCall) -> bool:
@@ -167,6 +173,7 @@ def launch_conv(calls: Sequence[ConvCall], config: Config, workspace: Tensor | N
         "UPSAMPLE": layer.upsample,
         "ACTIVATION": layer.activation,
         "PRECISION": "ieee" if layer.exact else "tf32",
+        "PROMOTE": any(_long_fp8_sum(c) for c in calls),
     }
     partials = _partials(calls, config, workspace)
     options = {key: value for key, value in config.items() if key not in _LAUNCHER_KEYS}

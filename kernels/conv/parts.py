@@ -28,11 +28,17 @@ def begin(PDL: tl.constexpr):
 
 
 @triton.jit
-def multiply(a, b, acc, PRECISION: tl.constexpr):
-    """``acc + a @ b``, through fp32 for bf16 in the interpreter, which lacks that type."""
+def multiply(a, b, acc, PRECISION: tl.constexpr, PROMOTE: tl.constexpr):
+    """``acc + a @ b``.
+
+    Hopper sums fp8 products with about 14 bits; under PROMOTE every block is summed apart and
+    added in fp32. The interpreter lacks bf16 and multiplies it as fp32.
+    """
     if INTERPRETED and a.dtype == tl.bfloat16:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
+    if PROMOTE:
+        return tl.dot(a, b, acc, max_num_imprecise_acc=a.shape[1])
     return tl.dot(a, b, acc, input_precision=PRECISION)
 
 

@@ -153,7 +153,7 @@ def conv_stem_kernel(
         weight_ptrs = weight_ptr + offs_n[None, :] * length + offs_k[:, None]
         mask_b = (offs_n < n_out)[None, :] & mask_k[:, None]
         b = tl.load(weight_ptrs, mask=mask_b, other=0.0)
-        acc = multiply(a.to(b.dtype), b, acc, PRECISION)
+        acc = multiply(a.to(b.dtype), b, acc, PRECISION, False)
     acc = finish(acc, None, bias_ptr, None, offs_m, offs_n, shape, scales, ACTIVATION)
     store_rows(out_ptr, acc, offs_m, offs_n, shape, scales, False)
 

@@ -39,6 +39,7 @@ def _tma_sum(
     # Constexprs
     KERNEL: tl.constexpr,
     PRECISION: tl.constexpr,
+    PROMOTE: tl.constexpr,
     SPLIT_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -59,7 +60,7 @@ def _tma_sum(
         shift = (tap // KERNEL - KERNEL // 2) * source_pitch + tap % KERNEL - KERNEL // 2
         a = x_desc.load([row + shift, k])
         b = weight_desc.load([column, tap * c_in + k])
-        acc = multiply(a, b.T, acc, PRECISION)
+        acc = multiply(a, b.T, acc, PRECISION, PROMOTE)
     return acc
 
 
@@ -83,6 +84,7 @@ def _tma_layer(
     UPSAMPLE: tl.constexpr,
     ACTIVATION: tl.constexpr,
     PRECISION: tl.constexpr,
+    PROMOTE: tl.constexpr,
     SPLIT_K: tl.constexpr,
     FLATTEN: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -101,7 +103,7 @@ def _tma_layer(
         column = tile % tiles_n * BLOCK_N
         acc = _tma_sum(
             x_desc, weight_desc, row, column, split, c_in, shape[2][1],
-            KERNEL, PRECISION, SPLIT_K, BLOCK_M, BLOCK_N, BLOCK_K,
+            KERNEL, PRECISION, PROMOTE, SPLIT_K, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
         offs_m = row + tl.arange(0, BLOCK_M)
         offs_n = column + tl.arange(0, BLOCK_N)
@@ -144,6 +146,7 @@ def conv_tma_kernel(
     UPSAMPLE: tl.constexpr,
     ACTIVATION: tl.constexpr,
     PRECISION: tl.constexpr,
+    PROMOTE: tl.constexpr,
     SPLIT_K: tl.constexpr,
     FLATTEN: tl.constexpr,
     PDL: tl.constexpr,
@@ -162,7 +165,8 @@ def conv_tma_kernel(
         _tma_layer(
             x_descs[g], weight_descs[g], scale_ptrs[g], bias_ptrs[g], residual_ptrs[g], outs[g],
             partial_ptrs[g], first_tile, shapes[g], scales[g],
-            KERNEL, UPSAMPLE, ACTIVATION, PRECISION, SPLIT_K, FLATTEN, BLOCK_M, BLOCK_N, BLOCK_K,
+            KERNEL, UPSAMPLE, ACTIVATION, PRECISION, PROMOTE, SPLIT_K, FLATTEN,
+            BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
         # The next layer's first tile goes to the program after the one of this layer's last.
         tiles = tl.cdiv(shapes[g][0][0], BLOCK_M) * tl.cdiv(shapes[g][1][1], BLOCK_N) * SPLIT_K

@@ -227,6 +227,15 @@ def test_types(
 
 @pytest.mark.interpreter
 @PATHS
+def test_long_fp8_sum(config: Config, kernel_device: torch.device) -> None:
+    """From 1024 terms on every block is added in fp32."""
+    call = call_of(layer_of(1, 2, 3, 128, 16, kernel=3), kernel_device, torch.float8_e4m3fn)
+    run(call, config)
+    assert_correct(call)
+
+
+@pytest.mark.interpreter
+@PATHS
 def test_fp8_output_saturates(config: Config, kernel_device: torch.device) -> None:
     layer = layer_of(1, 4, 5, 32, 32, activation="none", out_scale=1 / 256)
     call = call_of(
