@@ -18,9 +18,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from yolov7.checkpoint import load_model, save_model
 from yolov7.errors import UserError
-from yolov7.evaluate import Evaluation, Settings
+from yolov7.evaluate import Settings
 from yolov7.model import YOLOv7
 from yolov7.network import keep_freed_memory, resolve_device
+from yolov7.runs import new_run
 from yolov7.train import prepare
 from yolov7.train.autobatch import largest_batch
 from yolov7.train.config import Augmentation, HyperParameters
@@ -49,7 +50,7 @@ from yolov7.train.plots import Plotter, can_plot, save_batch
 from yolov7.train.report import Callback, CsvWriter, Meter, Result, TensorBoard, epoch_line, merged
 from yolov7.train.schedule import Schedule
 from yolov7.train.state import load_state, save_state
-from yolov7.train.validation import fitness, validate
+from yolov7.train.validation import Validation, fitness, validate
 
 MAX_SKIPPED = 20  # steps in a row without finite gradients
 PICTURED = 3  # batches that are drawn
@@ -75,14 +76,11 @@ def train(options: Train, callbacks: Sequence[Callback] = ()) -> Result:
     with process_group(device) as ranks:
         if device.type == "cuda" and ranks.world > 1:
             device = torch.device("cuda", ranks.local)
+        state = {}
         if options.resume is not None:
-            folder = Path(options.resume)
-            state = load_state(folder)
+            state = load_state(Path(options.resume))
             options = prepare.resumed_options(options, state)
-        else:
-            made = prepare.run_folder(options.project, options.name) if ranks.main else None
-            folder, state = share(made, ranks), {}
-        return Run(options, folder, device, ranks, state).train(callbacks)
+        return Run(options, device, ranks, state).train(callbacks)
 
 
 class Run:
@@ -90,7 +88,6 @@ class Run:
 
     Args:
         options: what to do.
-        folder: of the run.
         device: to train on.
         ranks: which process this is.
         state: to go on from; empty for a new run.
@@ -99,12 +96,12 @@ class Run:
     def __init__(
         self,
         options: Train,
-        folder: Path,
         device: torch.device,
         ranks: Ranks,
         state: dict[str, Any],
     ) -> None:
-        self.options, self.folder, self.device, self.ranks = options, folder, device, ranks
+        self.options, self.device, self.ranks = options, device, ranks
+        self.folder = Path(options.resume or options.project)
         self.epochs = options.epochs or prepare.EPOCHS
         self.epoch = self.step = 0  # finished epochs, batches
         self.last_step = -1  # batch of the last optimizer step
@@ -150,6 +147,9 @@ class Run:
 
     def train(self, callbacks: Sequence[Callback] = ()) -> Result:
         """Train until the epochs are done, or another limit is reached."""
+        if self.options.resume is None:
+            made = new_run(self.folder, self.options.name) if self.ranks.main else None
+            self.folder = share(made, self.ranks)
         callbacks = [*self._own_callbacks(), *callbacks] if self.ranks.main else []
         for callback in callbacks:
             callback.on_start(self.folder, asdict(self.options))
@@ -158,12 +158,12 @@ class Run:
         while self.epoch < self.epochs:
             row = self._train_epoch()
             self.epoch += 1
-            evaluation = self._evaluate()
-            row |= {name: self.stats[name] if evaluation else math.nan for name in STATS}
+            validation = self._validate()
+            row |= {name: self.stats[name] if validation else math.nan for name in STATS}
             self.seconds = share(time.perf_counter() - started, self.ranks)
             self._save()
             for callback in callbacks:
-                callback.on_epoch(row, evaluation)
+                callback.on_epoch(row, validation)
             self._say(epoch_line(row, self.epochs))
             if reason := self._limit():
                 stopped = reason
@@ -182,8 +182,8 @@ class Run:
         prepare.frozen_to_eval(self.model, self.options.freeze)
         self.sampler.epoch = self.epoch
         title = f"epoch {self.epoch + 1}/{self.epochs}"
-        meter = Meter(title, len(self.sampler), show=self.ranks.main)
         lr = self.schedule.at(self.epoch, self.step).lr
+        meter = Meter(f"{title}, lr {lr:.5f}", len(self.sampler), show=self.ranks.main)
         for number, batch in enumerate(meter.follow(self.loader)):
             if self.ranks.main and self.epoch == 0 and number < PICTURED:
                 save_batch(batch, self.dataset.names, self.folder / f"train_batch{number}.jpg")
@@ -206,7 +206,7 @@ class Run:
             outputs = self.network(images)
         terms: dict[str, Tensor] = self.loss(outputs, batch.labels)
         total = torch.stack(list(self.weights.weigh(terms).values())).sum() * self.batch
-        self.scaler.scale(total).backward()  # type: ignore[no-untyped-call]  # untyped
+        torch.autograd.backward(self.scaler.scale(total))
         if self.step - self.last_step >= rates.accumulate:
             self._optimizer_step(terms)
             self.last_step = self.step
@@ -236,19 +236,24 @@ class Run:
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
 
-    def _evaluate(self) -> Evaluation | None:
-        """Evaluate the moving average where it is due; note and keep the best."""
+    def _validate(self) -> Validation | None:
+        """Evaluate the moving average where it is due; note whether it is the best."""
         if self.epoch % self.options.val_every and self.epoch < self.epochs:
             return None
-        settings = Settings(imgsz=self.size, stride=self.model.stride)
-        evaluation = validate(self.ema.model, self.val, settings, self.device, self.ranks)
+        settings = Settings(
+            imgsz=self.size,
+            stride=self.model.stride,
+            batch=32 if self.device.type == "cuda" else 4,
+        )
+        validation = validate(self.ema.model, self.val, settings, self.device, self.ranks)
+        evaluation = validation.evaluation
         self.stats = {name: float(value) for name, value in evaluation.stats.items()}
         if self.options.image_weights:
             ap = np.array([max(row.ap, 0.0) for row in evaluation.per_class])
             self.sampler.weights = image_weights(self.dataset, ap)
         if (value := fitness(self.stats)) > self.best:
             self.best, self.best_epoch = value, self.epoch
-        return evaluation
+        return validation
 
     def _limit(self) -> str:
         """Why the run is to end before its last epoch; empty: it is not."""

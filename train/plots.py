@@ -11,12 +11,13 @@ from numpy.typing import NDArray
 
 from yolov7.dataset import Dataset
 from yolov7.drawing import draw_boxes
+from yolov7.evaluate.sheet import draw_sheet
 from yolov7.letterbox import GREY, Image
 from yolov7.train.data import Batch
 from yolov7.train.report import Callback, Result, read_rows
 
 if TYPE_CHECKING:
-    from yolov7.evaluate import Evaluation
+    from yolov7.train.validation import Validation
 
 SHOWN = 16  # images of a batch
 CURVES = ("box", "objectness", "classes", "lr", "AP", "AP50", "precision", "recall")
@@ -89,7 +90,7 @@ def results_picture(csv: Path, path: Path) -> None:
 
 
 class Plotter(Callback):
-    """Draws the labels at the start, results and the evaluation's curves at the end.
+    """Draws the labels at the start, the course of the run and its last evaluation at the end.
 
     Args:
         folder: of the run.
@@ -98,24 +99,27 @@ class Plotter(Callback):
 
     def __init__(self, folder: Path, dataset: Dataset) -> None:
         self.folder = folder
-        self.evaluation: Evaluation | None = None
+        self.validation: Validation | None = None
         label_picture(dataset, folder / "labels.png")
 
     def on_epoch(
         self,
         row: dict[str, float],  # noqa: ARG002  # the callback's signature
-        evaluation: "Evaluation | None",
+        validation: "Validation | None",
     ) -> None:
-        """Remember the evaluation."""
-        self.evaluation = evaluation or self.evaluation
+        """Remember the validation."""
+        self.validation = validation or self.validation
 
     def on_end(self, result: Result) -> None:  # noqa: ARG002  # the callback's signature
         """Draw."""
         from yolov7.evaluate.pictures import save_pictures
 
         results_picture(self.folder / "results.csv", self.folder / "results.png")
-        if self.evaluation is not None:
-            save_pictures(self.evaluation, self.folder)
+        if self.validation is not None:
+            evaluation, found = self.validation
+            save_pictures(evaluation, self.folder)
+            sheet = draw_sheet(found.dataset.samples, found.detections, found.dataset.names)
+            cv2.imwrite(str(self.folder / "val_samples.jpg"), sheet)
 
 
 def can_plot() -> bool:

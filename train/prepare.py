@@ -2,7 +2,6 @@
 
 import os
 from dataclasses import fields
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -166,26 +165,6 @@ def head_loss(model: YOLOv7, hyper: HyperParameters, *, plain: bool) -> Loss:
         ota=not plain,
         label_smoothing=hyper.label_smoothing,
     )
-
-
-def run_folder(project: str, name: str | None) -> Path:
-    """A new folder for a run: the name, or the next free number.
-
-    Raises:
-        UserError: the name is taken, or the folder cannot be made.
-    """
-    root = Path(project)
-    if name is None:
-        taken = [int(p.name) for p in root.glob("*") if p.name.isdigit()]
-        name = str(max(taken, default=0) + 1)
-    folder = root / name
-    if (folder / "state.pt").exists():
-        raise UserError(f"{folder} holds a run already: take another --name, or --resume it")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be made ({error.strerror})") from None
-    return folder
 
 
 def resumed_options(given: Train, state: dict[str, Any]) -> Train:

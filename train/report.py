@@ -18,7 +18,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from yolov7.evaluate import Evaluation
+    from yolov7.train.validation import Validation
 
 T = TypeVar("T")
 REFRESH_S = 1.0  # between updates of the bar, each of which reads the losses from the device
@@ -53,7 +53,7 @@ class Callback:
     def on_start(self, folder: Path, options: dict[str, Any]) -> None:
         """The run's folder exists, training begins."""
 
-    def on_epoch(self, row: dict[str, float], evaluation: "Evaluation | None") -> None:
+    def on_epoch(self, row: dict[str, float], validation: "Validation | None") -> None:
         """An epoch has ended; `row` is its line of results.csv."""
 
     def on_end(self, result: Result) -> None:
@@ -78,7 +78,7 @@ class CsvWriter(Callback):
     def on_epoch(
         self,
         row: dict[str, float],
-        evaluation: "Evaluation | None",  # noqa: ARG002  # the callback's signature
+        validation: "Validation | None",  # noqa: ARG002  # the callback's signature
     ) -> None:
         """Append a row."""
         new = not self.path.exists()
@@ -111,7 +111,7 @@ class TensorBoard(Callback):
     def on_epoch(
         self,
         row: dict[str, float],
-        evaluation: "Evaluation | None",  # noqa: ARG002  # the callback's signature
+        validation: "Validation | None",  # noqa: ARG002  # the callback's signature
     ) -> None:
         """Add the numbers of an epoch."""
         for name, value in row.items():

@@ -2,17 +2,25 @@
 
 import copy
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 
 from yolov7.dataset import Dataset
-from yolov7.evaluate import Evaluation, Settings, measure, predict
+from yolov7.evaluate import Evaluation, Predictions, Settings, measure, predict
 from yolov7.evaluate.run import GROUP
 from yolov7.model import YOLOv7
 from yolov7.network import Network
 from yolov7.train.distributed import Ranks, collect, synchronise
 
 FITNESS = {"AP50": 0.1, "AP": 0.9}
+
+
+class Validation(NamedTuple):
+    """An evaluation, and the detections that it is about."""
+
+    evaluation: Evaluation
+    predictions: Predictions
 
 
 def fitness(stats: dict[str, float]) -> float:
@@ -22,7 +30,7 @@ def fitness(stats: dict[str, float]) -> float:
 
 def validate(
     model: YOLOv7, dataset: Dataset, settings: Settings, device: torch.device, ranks: Ranks
-) -> Evaluation:
+) -> Validation:
     """Evaluate a model, which stays as it is; every rank gets the result.
 
     Images share canvases in groups of like aspect: each rank takes whole groups, so that the
@@ -46,4 +54,5 @@ def validate(
     merged = {i: boxes for part in collect(found, ranks) for i, boxes in part.items()}
     seen = sorted(merged)
     whole = replace(dataset, samples=[samples[i] for i in seen])
-    return measure(whole, [merged[i] for i in seen], speed)
+    predictions = Predictions(whole, [merged[i] for i in seen], speed)
+    return Validation(measure(whole, predictions.detections, speed), predictions)

@@ -61,7 +61,7 @@ def test_loss_and_gradients(reference_dir: Path, path: Path, form: str) -> None:
     batch = len(raw[0])
     items = weights.weigh(loss(raw, pad_labels(torch.from_numpy(data["targets"]), batch)))
     total = torch.stack(list(items.values())).sum() * batch
-    total.backward()  # type: ignore[no-untyped-call]
+    total.backward()
 
     got = [items["box"], items["objectness"], items["classes"], total / batch]
     torch.testing.assert_close(

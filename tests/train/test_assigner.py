@@ -172,7 +172,7 @@ def test_overflow_is_counted_per_image() -> None:
         assert listed(kept, 0) == listed(full, 0)[:7]
 
 
-class NoSynchronisation(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's is untyped
+class NoSynchronisation(TorchDispatchMode):
     """Fails on the operators that read a value or a size from the device."""
 
     def __torch_dispatch__(

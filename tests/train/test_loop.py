@@ -180,6 +180,7 @@ def test_the_run_folder_explains_itself(
         "PR_curve.png",
         "train_batch0.jpg",
         "train_batch1.jpg",
+        "val_samples.jpg",
         "state.pt",
         "weights/last.safetensors",
         "weights/best.safetensors",
@@ -213,6 +214,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "plain loss": {"plain_loss": True},
     "rectangular": {"rect": True},
     "bf16": {"precision": "bf16"},
+    "automatic batch": {"batch": 0},
     "clipped, ram": {"clip": 0.5, "cache": "ram", "linear_lr": True},
 }
 
@@ -224,6 +226,14 @@ def test_forms_of_training(name: str, options: Train) -> None:
     assert all(np.isfinite(row[term]) for term in ("box", "objectness", "classes"))
     assert row["matches"] > 0
     assert row["skipped"] == row["overflow"] == 0
+
+
+def test_losses_fall(options: Train) -> None:
+    hyper = {"warmup_epochs": 0, "lr0": 0.1, "mosaic": 0, "scale": 0.1, "translate": 0.05}
+    result = train(replace(options, epochs=10, batch=64, val_every=100, set=hyper))
+    first, *_, last = read_rows(result.folder / "results.csv")
+    assert last["box"] < 0.75 * first["box"]
+    assert last["classes"] < 0.85 * first["classes"]
 
 
 def poison(monkeypatch: pytest.MonkeyPatch, batches: range) -> None:
@@ -300,8 +310,8 @@ class Recorder(Callback):
     def on_start(self, folder: Path, options: dict[str, Any]) -> None:
         self.calls.append(f"start {folder.name} {options['epochs']}")
 
-    def on_epoch(self, row: dict[str, float], evaluation: Any) -> None:
-        self.calls.append(f"epoch {row['epoch']} {evaluation is not None}")
+    def on_epoch(self, row: dict[str, float], validation: Any) -> None:
+        self.calls.append(f"epoch {row['epoch']} {validation is not None}")
 
     def on_end(self, result: Result) -> None:
         self.calls.append(result.stopped)

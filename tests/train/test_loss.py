@@ -34,7 +34,7 @@ def test_fixed_capacity_gives_the_same_loss_and_gradients(form: str) -> None:
     for capacity in (None, 300):
         raw = outputs(0, form)
         terms = build_loss(ANCHORS, NC, capacity=capacity, **FORMS[form])(raw, labels)
-        total(terms).backward()  # type: ignore[no-untyped-call]
+        total(terms).backward()
         gradients.append([x.grad for x in raw])
         assert int(terms["overflow"]) == 0
     torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-8)
@@ -45,14 +45,14 @@ def test_loss_never_waits_for_the_device(form: str) -> None:
     raw, labels = outputs(0, form), batch(0)[1]
     loss = build_loss(ANCHORS, NC, capacity=50, **FORMS[form])
     with no_synchronisation():
-        total(loss(raw, labels)).backward()  # type: ignore[no-untyped-call]
+        total(loss(raw, labels)).backward()
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_a_batch_without_boxes_trains_objectness_only(form: str) -> None:
     raw = outputs(0, form)
     terms = build_loss(ANCHORS, NC, **FORMS[form])(raw, pad_labels(torch.zeros(0, 6), 2))
-    total(terms).backward()  # type: ignore[no-untyped-call]
+    total(terms).backward()
     assert terms["box"] == terms["classes"] == terms["matches"] == 0
     assert terms["objectness"] > 0
     for x in raw:
@@ -74,7 +74,7 @@ def test_extreme_outputs_stay_finite() -> None:
     raw, labels = outputs(0, "ota"), batch(0)[1]
     raw = [(x.detach() * 1e4).requires_grad_() for x in raw]
     loss = total(build_loss(ANCHORS, NC, **FORMS["ota"])(raw, labels))
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     assert loss.isfinite()
     assert all(x.grad is not None and x.grad.isfinite().all() for x in raw)
 
