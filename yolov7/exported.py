@@ -5,7 +5,6 @@ made of it takes and returns what the model itself does.
 """
 
 import json
-import time
 import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -308,12 +307,6 @@ class ExportedNetwork:
             outputs = self._session(torch.cat([part, empty]) if len(empty) else part.contiguous())
             decoded.append(self._decoded(outputs[0])[: len(part)])
         return torch.cat(decoded)
-
-    def warm_up(self, shape: tuple[int, int, int]) -> float:
-        """Run once on an empty batch (images, height, width); the seconds that it took."""
-        start = time.perf_counter()
-        self(torch.zeros(shape[0], 3, *shape[1:]))
-        return time.perf_counter() - start
 
     def _decoded(self, output: Tensor) -> Tensor:
         """The first output in the layout "grid"."""

@@ -10,7 +10,6 @@ import ctypes
 import os
 import platform
 import shutil
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
@@ -123,12 +122,6 @@ class Network:
         """Decoded boxes [B, N, 5 + classes] in fp32 of images x [B, 3, H, W], RGB in 0..1."""
         x = x.to(self.device, self.dtype).contiguous(memory_format=torch.channels_last)
         return self._forward(x)
-
-    def warm_up(self, shape: tuple[int, int, int]) -> float:
-        """Run once on an empty batch (images, height, width); the seconds that it took."""
-        start = time.perf_counter()
-        self(torch.zeros(shape[0], 3, *shape[1:]))
-        return time.perf_counter() - start
 
 
 def load_network(

@@ -1,0 +1,98 @@
+"""The network alone, batch 1: ours beside a plain fused forward, torch.compile and OpenVINO.
+
+The plain forward is NCHW in fp32, of the same weights, once in a process of its own, as it comes,
+and once in ours, whose allocator keeps freed memory for it too.
+"""
+
+import tempfile
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from bench.baselines.plain import PlainProcess, image, model, sampled
+from bench.comparison import Comparison, bodies
+from bench.race import Missing, Run, Work, close
+from yolov7.errors import UserError
+from yolov7.info import conv_layers
+from yolov7.model import YOLOv7
+from yolov7.network import Network
+
+# Sampled boxes, of which bf16 keeps 8 bits through a hundred layers.
+TOLERANCE = {"fp32": 1e-4, "bf16": 1e-2}
+
+
+def openvino(network: YOLOv7, x: Tensor, precision: str) -> Run | Missing:
+    """OpenVINO on the same graph and the same number of threads."""
+    if not find_spec("openvino"):
+        return Missing("openvino is not installed")
+    import openvino
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        torch.onnx.export(network.fuse(), (x,), path, dynamo=False)
+        config = {
+            "INFERENCE_PRECISION_HINT": "f32" if precision == "fp32" else precision,
+            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+            "PERFORMANCE_HINT": "LATENCY",
+        }
+        request = openvino.Core().compile_model(path, "CPU", config).create_infer_request()
+    pixels = x.numpy()
+
+    def run() -> Tensor:
+        (decoded,) = request.infer([pixels], share_inputs=True, share_outputs=True).values()
+        return sampled(torch.from_numpy(decoded))
+
+    return run
+
+
+def compiled(network: YOLOv7, x: Tensor, precision: str) -> Run | Missing:
+    """Our `compile` engine."""
+    try:
+        fast = Network(network, device="cpu", precision=precision, engine="compile")
+    except UserError as error:
+        return Missing(str(error))
+    return lambda: sampled(fast(x))
+
+
+@pytest.mark.parametrize("variant", ["yolov7-tiny", "yolov7"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@bodies("plain", "plain in our process", "compile", "openvino")
+def bench_network(
+    variant: str,
+    precision: str,
+    compete: Comparison,
+    device: torch.device,
+    smoke: bool,
+    request: pytest.FixtureRequest,
+) -> None:
+    """Decoded boxes of a 640-pixel image on a CPU."""
+    if device.type != "cpu":
+        pytest.skip("of a machine without a GPU; bench_engine is that of the others")
+    size = 64 if smoke else 640
+
+    def contenders() -> dict[str, Run | Missing]:
+        x = image(size)
+        ours = Network(model(variant), device="cpu", precision=precision, engine="eager")
+        plain, process = model(variant).fuse(), PlainProcess(variant, size)
+        request.session.addfinalizer(process.close)
+
+        @torch.inference_mode()
+        def run() -> Tensor:
+            return sampled(plain(x))
+
+        slow = Missing("minutes to start: not for a smoke test")
+        return {
+            "ours": lambda: sampled(ours(x)),
+            "plain": process,
+            "plain in our process": run,
+            "compile": slow if smoke else compiled(model(variant), x, precision),
+            "openvino": slow if smoke else openvino(model(variant), x, precision),
+        }
+
+    flops = sum(layer.flops for layer in conv_layers(model(variant).fuse(), size, size))
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+    work = Work(flops=flops, dtype=dtype, items=1)
+    compete(contenders, agree=close(TOLERANCE[precision]), work=work)
