@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,7 +15,6 @@ from yolov7.train.assigner import (
     SimOTAAssigner,
     Slots,
     gather_boxes,
-    gather_cells,
     scale_boxes,
     to_device,
 )
@@ -147,7 +147,7 @@ class Loss(nn.Module):
         for level, (x, part, stride) in enumerate(
             zip(raw, parts, self.anchors.strides, strict=True)
         ):
-            rows = gather_cells(x, part).float()
+            rows, logits = _read(x, part)
             target = gather_boxes(labels, part)
             wanted = scale_boxes(target, x.shape[3], x.shape[2])
             wanted[..., :2] -= torch.stack([part.column, part.row], -1)
@@ -156,7 +156,8 @@ class Loss(nn.Module):
             count = positives[level].clamp(min=1)
             box.append(torch.where(part.mask, 1 - iou, 0).sum() / count)
             classes.append(self._class_term(rows[..., 5:], target[..., 0], part.mask) / count)
-            objectness.append(self._objectness_term(x, part, iou.detach()) * self.balance[level])
+            term = self._objectness_term(logits, part, iou.detach())
+            objectness.append(term * self.balance[level])
         return {
             "box": torch.stack(box).sum(),
             "objectness": torch.stack(objectness).sum(),
@@ -176,17 +177,48 @@ class Loss(nn.Module):
         )
         return torch.where(mask[..., None], loss, 0).sum() / self.nc
 
-    def _objectness_term(self, raw: Tensor, slots: Slots, iou: Tensor) -> Tensor:
-        """Mean BCE over all cells; a cell's target is the CIoU of its last match, else 0."""
-        b, na, ny, nx, _ = raw.shape
+    def _objectness_term(self, logits: Tensor, slots: Slots, iou: Tensor) -> Tensor:
+        """Mean BCE over all cells `[B, na, ny, nx]`; a cell's target is its last match's CIoU."""
+        b, na, ny, nx = logits.shape
         cell = (slots.anchor * ny + slots.row) * nx + slots.column  # [B, C]
         order = torch.arange(cell.shape[1], device=cell.device)
         last = cell.new_full((b, na * ny * nx), -1)
         last.scatter_reduce_(1, cell, torch.where(slots.mask, order, -1), "amax")
         target = torch.where(last < 0, 0, iou.clamp(min=0).gather(1, last.clamp(min=0)))
-        logits = raw[..., 4].float()
         weight = torch.full((), self.objectness_positive_weight, device=logits.device)
         return F.binary_cross_entropy_with_logits(logits, target.view_as(logits), pos_weight=weight)
+
+
+class _Reader(torch.autograd.Function):
+    """What the loss reads of a level: a row of each slot, and the objectness of every cell.
+
+    Both gradients go into one tensor of the layout of the outputs, written once: 80 classes on
+    320 pixels, this is a third of the loss's time.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, raw: Tensor, *cells: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(*cells)
+        ctx.layout = (raw.shape, raw.stride(), raw.dtype, raw.device)
+        return raw[cells].float(), raw[..., 4].to(torch.float32, copy=True)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        shape, stride, dtype, device = ctx.layout
+        rows, objectness = gradients
+        grad = torch.empty_strided(shape, stride, dtype=dtype, device=device).zero_()
+        grad[..., 4] = objectness
+        # Unsafe: without a look at the indices, which would have to wait for the device.
+        torch.ops.aten._index_put_impl_(grad, ctx.saved_tensors, rows.to(dtype), True, True)
+        return grad, None, None, None, None
+
+
+def _read(raw: Tensor, slots: Slots) -> tuple[Tensor, Tensor]:
+    """Rows `[B, C, no]` and objectness `[B, na, ny, nx]` of raw outputs, in fp32."""
+    image = torch.arange(len(raw), device=raw.device)[:, None]
+    cells = (image, slots.anchor, slots.row, slots.column)
+    read: tuple[Tensor, Tensor] = _Reader.apply(raw, *cells)  # type: ignore[no-untyped-call]
+    return read
 
 
 def _decode(rows: Tensor, anchors: Tensor) -> Tensor:

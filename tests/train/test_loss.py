@@ -100,3 +100,56 @@ def test_wrong_inputs_are_refused() -> None:
         loss(raw, labels)
     with pytest.raises(ValueError, match=r"expected labels \[B, M >= 1, 5\], got \(2, 0, 5\)"):
         loss(raw * 2, labels[:, :0])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("form", FORMS)
+def test_a_cuda_graph_captures_loss_and_gradients(form: str) -> None:
+    """Replayed on other predictions and labels, in fixed buffers, it gives what eager gives."""
+    loss = build_loss(ANCHORS, NC, capacity=400, **FORMS[form])
+    raw = [x.detach().cuda().requires_grad_() for x in outputs(0, form)]
+    labels = batch(0)[1].cuda()
+
+    def step() -> torch.Tensor:
+        value = total(loss(raw, labels))
+        torch.autograd.backward(value)
+        return value
+
+    def clear() -> None:
+        for x in raw:
+            x.grad = None
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+            clear()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    gradients = [x.grad for x in raw]
+    with torch.no_grad():
+        for x, y in zip(raw, outputs(5, form), strict=True):
+            x.copy_(y)
+        labels.copy_(batch(5)[1])
+    graph.replay()
+    clear()
+    torch.testing.assert_close(captured, step())
+    torch.testing.assert_close(gradients, [x.grad for x in raw], rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("form", FORMS)
+def test_cuda_reports_no_synchronisation(form: str) -> None:
+    loss = build_loss(ANCHORS, NC, **FORMS[form])
+    raw = [x.detach().cuda().requires_grad_() for x in outputs(0, form)]
+    labels = batch(0)[1]  # on the host, as the loader gives them
+    torch.autograd.backward(total(loss(raw, labels)))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        torch.autograd.backward(total(loss(raw, labels)))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
