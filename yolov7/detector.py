@@ -6,6 +6,7 @@ from collections.abc import Generator, Iterable, Iterator, Sequence
 from difflib import get_close_matches
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import cv2
 import numpy as np
@@ -17,13 +18,16 @@ from yolov7.boxes import clip_boxes, unletterbox
 from yolov7.errors import UserError
 from yolov7.exported import ExportedNetwork
 from yolov7.kernels.nms import batched_nms
-from yolov7.letterbox import GREY, Image, letterbox
+from yolov7.letterbox import GREY, Image, letterbox, letterbox_geometry
 from yolov7.model import YOLOv7
 from yolov7.network import Network, load_network
 from yolov7.results import Boxes, Results
 from yolov7.sources import Frame, OnError, Source
 from yolov7.speed import Speed
 from yolov7.tiling import drop_cut_boxes, tile_grid, to_image
+
+if TYPE_CHECKING:
+    from yolov7.pipelines import Pipelines
 
 WINDOW = 4  # batches of images that are read before those of equal shape are put together
 MIN_TILE = 32  # pixels; less would make hundreds of thousands of tiles
@@ -39,7 +43,8 @@ class Detector:
         variant: Of a bare state dict, where its tensors do not tell.
         device: "auto", "cpu", "cuda", "cuda:N".
         precision: "auto" (fp16 on CUDA, fp32 on a CPU), "fp32", "fp16", "bf16".
-        engine: "auto", "eager", or "compile" (a longer start; one shape for all images).
+        engine: "auto", "eager", "compile" (a longer start; one shape for all images), or "graph"
+            (CUDA: our kernels; whole images from the frame to the boxes in one captured graph).
         imgsz: Longer side, or (height, width), that images are scaled to, in pixels; rounded up to
             the model's stride. None: the checkpoint's.
         conf: What a box's confidence must exceed, 0..1.
@@ -112,6 +117,9 @@ class Detector:
         self._one_shape = self.network.one_shape
         if augment and isinstance(self.network, ExportedNetwork):
             raise UserError(f"{weights}: takes one size only: leave augment out")
+        self._pipelines: Pipelines | None = None
+        if self.network.engine == "graph" and not (tile or augment):
+            self._pipelines = self._make_pipelines()
         self.speed = Speed()
         self.startup_s = 0.0
         if self.network.engine == "compile":
@@ -139,10 +147,13 @@ class Detector:
         if not isinstance(source, Source):
             source = Source(source, vid_stride=vid_stride, on_error=on_error)
         # A camera's newest frame is worth more than a full batch.
-        size = 1 if source.live or self.batch == 1 else WINDOW * self.batch
+        alone = self.batch == 1 and self._pipelines is None
+        size = 1 if source.live or alone else WINDOW * self.batch
         frames = iter(source)
         while window := list(islice(frames, size)):
-            if self.tile is None:
+            if self._pipelines is not None:
+                yield from self._detect_graph(window, self._pipelines)
+            elif self.tile is None:
                 yield from self._detect(window)
             else:
                 yield from (self._detect_tiled(frame) for frame in window)
@@ -153,7 +164,7 @@ class Detector:
         start = self._now()
         boxed = [self._letterbox(frame.image) for frame in frames]
         pre = (self._now() - start) / len(frames)
-        for chunk in self._chunks([image for image, _, _ in boxed]):
+        for chunk in self._chunks([image.shape for image, _, _ in boxed]):
             start = self._now()
             x = self._tensor([boxed[index][0] for index in chunk])
             ready = self._now()
@@ -175,6 +186,38 @@ class Detector:
                 results[index] = self._result(frame, detections, speed, image.shape[:2])
         yield from (results[index] for index in range(len(frames)))
 
+    def _detect_graph(self, frames: list[Frame], pipelines: "Pipelines") -> Iterator[Results]:
+        """Images as a whole, several batches on their way at a time."""
+        start = self._now()
+        geometries = [
+            letterbox_geometry(frame.image.shape[:2], self.imgsz, stride=self.stride, auto=True)
+            for frame in frames
+        ]
+        under_way = []
+        for chunk in self._chunks([geometry.shape for geometry in geometries]):
+            images = [frames[index].image for index in chunk]
+            under_way.append((chunk, pipelines.submit(images, [geometries[i] for i in chunk])))
+        detections = {}
+        for chunk, pending in under_way:
+            found = pending.wait()
+            for row, index in enumerate(chunk):
+                detections[index] = found.boxes[row, : found.counts[row]]
+        # One graph from frame to boxes: its stages have no times of their own.
+        speed = {"pre": 0.0, "network": (self._now() - start) / len(frames), "nms": 0.0}
+        for index, frame in enumerate(frames):
+            yield self._result(frame, detections[index], speed, geometries[index].shape)
+
+    def _make_pipelines(self) -> "Pipelines":
+        from yolov7.engine.pipeline import Suppression
+        from yolov7.pipelines import Pipelines
+
+        assert isinstance(self.network, Network)
+        classes = None if self.classes is None else tuple(self.classes.tolist())
+        kept = Suppression(
+            self.conf, self.iou, self.max_det, agnostic=self.agnostic, classes=classes
+        )
+        return Pipelines(self.network, self.batch, kept)
+
     def _detect_tiled(self, frame: Frame) -> Results:
         """One image as a whole and in tiles, with one suppression over all of it."""
         height, width = shape = frame.image.shape[:2]
@@ -189,7 +232,7 @@ class Detector:
         # for coordinates below 4096.
         scale = boxed[0][1][0]
         candidates = []
-        for chunk in self._chunks([image for image, _, _ in boxed]):
+        for chunk in self._chunks([image.shape for image, _, _ in boxed]):
             start = self._now()
             x = self._tensor([boxed[index][0] for index in chunk])
             ready = self._now()
@@ -214,12 +257,12 @@ class Detector:
     def _letterbox(self, image: Image) -> tuple[Image, tuple[float, float], tuple[float, float]]:
         return letterbox(image, self.imgsz, stride=self.stride, auto=not self._one_shape)
 
-    def _chunks(self, images: Sequence[Image]) -> Iterator[list[int]]:
+    def _chunks(self, shapes: Sequence[tuple[int, ...]]) -> Iterator[list[int]]:
         """Indices of images of equal shape, at most ``batch`` at a time."""
-        shapes: dict[tuple[int, ...], list[int]] = {}
-        for index, image in enumerate(images):
-            shapes.setdefault(image.shape, []).append(index)
-        for indices in shapes.values():
+        equal: dict[tuple[int, ...], list[int]] = {}
+        for index, shape in enumerate(shapes):
+            equal.setdefault(shape, []).append(index)
+        for indices in equal.values():
             for start in range(0, len(indices), self.batch):
                 yield indices[start : start + self.batch]
 

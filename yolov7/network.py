@@ -12,7 +12,7 @@ import platform
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
@@ -24,9 +24,16 @@ from yolov7.errors import UserError
 from yolov7.exported import SUFFIXES, ExportedNetwork
 from yolov7.model import YOLOv7
 
-Precision = Literal["auto", "fp32", "fp16", "bf16"]
-Engine = Literal["auto", "eager", "compile"]
+if TYPE_CHECKING:
+    from yolov7.engine.network import PlannedNetwork
 
+Precision = Literal["auto", "fp32", "fp16", "bf16"]
+Engine = Literal["auto", "eager", "compile", "graph"]
+
+PLANS = 4  # input shapes that the graph engine is ready for
+GRAPH_DEVICES = ("cuda",)
+
+OLDEST = (8, 0)  # compute capability that the kernels are made for
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -72,13 +79,14 @@ class Network:
         model: Fused and changed in place.
         device: "auto", "cpu", "cuda", "cuda:N".
         precision: "auto", "fp32", "fp16" (CUDA) or "bf16". Boxes are decoded in fp32 always.
-        engine: "eager", or "compile": torch.compile with frozen weights, once per input shape; its
-            results are kept in the user's cache folder. "auto" is eager.
+        engine: "eager"; "compile": torch.compile with frozen weights, once per input shape, its
+            results kept in the user's cache folder; "graph": our kernels, planned per input shape
+            (CUDA). "auto" is eager.
 
     Attributes:
         device: Where it runs.
         dtype: Of the input and the convolutions.
-        engine: "eager" or "compile".
+        engine: "eager", "compile" or "graph".
         names: Class names by number.
         stride: Of the coarsest level; sides of the input are multiples of it.
         imgsz: Side in pixels that the model is meant for.
@@ -99,7 +107,7 @@ class Network:
     ) -> None:
         self.device = resolve_device(device)
         self.dtype = resolve_precision(precision, self.device)
-        self.engine = _resolve_engine(engine)
+        self.engine = _resolve_engine(engine, self.device)
         self.one_shape = self.engine == "compile"
         self.names, self.stride, self.imgsz = model.names, model.stride, model.imgsz
         anchors = model.head.anchors.to(self.device, torch.float32)
@@ -108,20 +116,35 @@ class Network:
         parameters = sum(parameter.numel() for parameter in model.parameters())
         self.title = f"{model.variant.name}, {parameters / 1e6:.1f} M parameters"
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # stub lacks it
+        self._model, self._planned = model, dict[tuple[int, ...], "PlannedNetwork"]()
         self._forward: Callable[[Tensor], Tensor] = model
         if self.device.type == "cpu":
             keep_freed_memory()
         if self.engine == "compile":
             os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder("inductor")))
             self._forward = torch.compile(model, dynamic=False, options={"freezing": True})
-        elif self.device.type == "cpu" and _has_packed_convolutions():
+        elif self.engine == "eager" and self.device.type == "cpu" and _has_packed_convolutions():
             pack_convolutions(model)
 
     @torch.no_grad()
     def __call__(self, x: Tensor) -> Tensor:
         """Decoded boxes [B, N, 5 + classes] in fp32 of images x [B, 3, H, W], RGB in 0..1."""
         x = x.to(self.device, self.dtype).contiguous(memory_format=torch.channels_last)
+        if self.engine == "graph":
+            return self.planned(x.shape[0], x.shape[2], x.shape[3])(x)
         return self._forward(x)
+
+    def planned(self, *shape: int) -> "PlannedNetwork":
+        """The plan for (batch, height, width); the latest few are kept."""
+        from yolov7.engine.network import PlannedNetwork  # Triton is for those who want it
+
+        network = self._planned.pop(shape, None)
+        if network is None:
+            network = PlannedNetwork(self._model, *shape, dtype=self.dtype, device=self.device)
+        self._planned[shape] = network
+        if len(self._planned) > PLANS:
+            del self._planned[next(iter(self._planned))]
+        return network
 
 
 def load_network(
@@ -160,17 +183,20 @@ def load_network(
     return Network(model, device=device, precision=precision, engine=engine)
 
 
-def _resolve_engine(name: str) -> Literal["eager", "compile"]:
-    if name in ("auto", "eager"):
-        return "eager"
-    if name == "graph":
-        raise UserError("engine graph is not part of this version: use eager or compile")
-    if name != "compile":
-        raise UserError(f"engine {name}: give auto, eager or compile")
-    compilers = [os.environ.get("CXX", "g++"), "clang++"]
-    if not any(shutil.which(compiler) for compiler in compilers):
-        raise UserError("engine compile needs a C++ compiler: install g++, or use eager")
-    return "compile"
+def _resolve_engine(name: str, device: torch.device) -> Literal["eager", "compile", "graph"]:
+    if name not in ("auto", "eager", "compile", "graph"):
+        raise UserError(f"engine {name}: give auto, eager, compile or graph")
+    if name == "compile":
+        compilers = [os.environ.get("CXX", "g++"), "clang++"]
+        if not any(shutil.which(compiler) for compiler in compilers):
+            raise UserError("engine compile needs a C++ compiler: install g++, or use eager")
+        return "compile"
+    old = device.type == "cuda" and torch.cuda.get_device_capability(device) < OLDEST
+    if name == "graph" and old:
+        raise UserError(f"engine graph needs compute capability 8.0 or later: {device} is older")
+    if name == "graph" or (name == "auto" and device.type == "cuda" and not old):
+        return "graph"
+    return "eager"
 
 
 def keep_freed_memory() -> None:

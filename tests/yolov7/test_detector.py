@@ -253,6 +253,28 @@ def test_one_shape_for_a_compiled_network(
     assert abs(len(results[0]) - len(detector(images[0])[0])) <= 3
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_graph_equals_eager(
+    device: str, monkeypatch: pytest.MonkeyPatch, images: list[Image], detector: Detector
+) -> None:
+    """On a CPU the kernels' references run."""
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    monkeypatch.setattr("yolov7.network.GRAPH_DEVICES", ("cpu", "cuda"))
+    turned = np.ascontiguousarray(np.rot90(images[1]))
+    mixed = [images[0], turned, images[1], images[2], images[3][:100, :120]]
+    options: dict[str, Any] = {"device": device, "engine": "graph", "precision": "fp32"}
+    graph = Detector(batch=2, **options)
+    for expected, result in zip(detector(mixed), graph(mixed), strict=True):
+        assert result.path == expected.path
+        assert result.input_shape == expected.input_shape
+        same(result, expected)
+    few = Detector(classes=["WBC"], max_det=1, **options)(images[0])[0]
+    assert few.boxes.cls.tolist() == [1]
+    tiled = Detector(tile=320, **options)(images[0])[0]
+    same(tiled, Detector(device="cpu", tile=320)(images[0])[0])
+
+
 def test_a_model_is_copied() -> None:
     model = create_model("yolov7-tiny", 2, width=0.25, names=["a", "b"]).eval()
     keys = set(model.state_dict())

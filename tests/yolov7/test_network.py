@@ -10,7 +10,7 @@ from torch import nn
 from yolov7.checkpoint import load_model
 from yolov7.errors import UserError
 from yolov7.model import YOLOv7, create_model
-from yolov7.network import Network, PackedConv, resolve_device, resolve_precision
+from yolov7.network import PLANS, Network, PackedConv, resolve_device, resolve_precision
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +84,7 @@ def test_devices_and_precisions() -> None:
 
 
 def test_engines(demo: YOLOv7, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UserError, match="engine graph is not part of this version"):
+    with pytest.raises(UserError, match="engine graph needs a CUDA GPU"):
         Network(copy.deepcopy(demo), device="cpu", engine="graph")
     with pytest.raises(UserError, match="engine fast: give"):
         Network(copy.deepcopy(demo), device="cpu", engine="fast")
@@ -108,6 +108,23 @@ def test_compile_freezes_and_keeps_its_cache(
     network = Network(copy.deepcopy(demo), device="cpu", engine="compile")
     assert asked == {"dynamic": False, "options": {"freezing": True}}
     assert network(images).shape == demo(images).shape
+
+
+def test_graph_plans_for_every_shape_and_keeps_a_few(
+    demo: YOLOv7, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU the kernels' references run."""
+    monkeypatch.setattr("yolov7.network.GRAPH_DEVICES", ("cpu",))
+    network = Network(copy.deepcopy(demo), device="cpu", engine="graph")
+    sizes = [(1, 3, 32, 32 * columns) for columns in range(1, PLANS + 3)]
+    for size in [*sizes, sizes[-1]]:
+        x = torch.rand(size, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            expected = demo(x)
+        assert relative(network(x), expected) < 1e-4
+    plans = [network.planned(*(size[0], *size[2:])) for size in sizes[-PLANS:]]
+    assert network.planned(1, 32, 32 * (PLANS + 2)) is plans[-1]
+    assert len({id(plan) for plan in plans}) == len(network._planned) == PLANS
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")

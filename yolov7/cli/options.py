@@ -9,7 +9,7 @@ import yaml
 from yolov7.errors import UserError
 
 Precision = Literal["auto", "fp32", "fp16", "bf16"]
-Engine = Literal["auto", "eager", "compile", "openvino"]
+Engine = Literal["auto", "eager", "compile", "graph", "openvino"]
 
 
 @dataclass(kw_only=True)
@@ -28,8 +28,8 @@ class ModelOptions:
     precision: Precision = "auto"
     """arithmetic of the network; auto: fp16 on CUDA, fp32 on a CPU"""
     engine: Engine = "auto"
-    """eager: PyTorch, fused; compile: torch.compile, slower to start; openvino: for .onnx files,
-    which ONNX Runtime runs else"""
+    """eager: PyTorch, fused; compile: torch.compile, slower to start; graph: our kernels (CUDA);
+    openvino: for .onnx files, which ONNX Runtime runs else"""
     names: tuple[str, ...] = ()
     """class names of an .onnx file that yolov7 export did not write, or a data.yaml with them"""
     layout: Literal["grid", "classes-first"] | None = None
