@@ -86,8 +86,8 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize(("batch", "options"), CASES.values(), ids=CASES)
 @bodies("eager", "torchvision")
+@pytest.mark.parametrize(("batch", "options"), CASES.values(), ids=CASES)
 def bench_nms(
     batch: int, options: dict[str, Any], compete: Comparison, device: torch.device, smoke: bool
 ) -> None:

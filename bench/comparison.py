@@ -25,7 +25,7 @@ CEILINGS = pytest.StashKey[Ceilings]()
 
 
 def bodies(*baselines: str) -> pytest.MarkDecorator:
-    """The axis of a benchmark, its innermost: ours, and what it is held against."""
+    """The axis of a benchmark, topmost of its decorators: ours, and what it is held against."""
     return pytest.mark.parametrize("body", [OURS, *baselines])
 
 
@@ -45,7 +45,7 @@ class Comparison:
         self.benchmark = benchmark
         self.name = request.node.nodeid
         self.body = body
-        self.case = request.node.callspec.id.removeprefix(body).removeprefix("-")
+        self.case = request.node.callspec.id.removesuffix(body).removesuffix("-")
         self.suite = request.node.function.__name__.removeprefix("bench_")
         self.ceilings = request.config.stash[CEILINGS]
 
@@ -55,6 +55,7 @@ class Comparison:
         *,
         agree: Agree | None,
         work: Work | None = None,
+        whole: bool = False,
     ) -> None:
         """Report the body that is this benchmark's.
 
@@ -62,17 +63,19 @@ class Comparison:
             contenders: Make the functions to time, by body, ours among them; called once for all.
             agree: Compares the result of each with ours; None where there is nothing to compare.
             work: What has to be done at the least.
+            whole: On CUDA too, time from call to result by the host's clock.
         """
+        clock = self.ceilings.clock.whole if whole else self.ceilings.clock
         turns = self.config.pluginmanager.get_plugin("turns")
         if turns is not None:
             ours = contenders()[OURS]
             assert not isinstance(ours, Missing), ours.reason
-            turns.take(self.name, ours, self.ceilings.clock)
+            turns.take(self.name, ours, clock)
             return
         times = self.config.stash[TIMES]
         group = f"{self.suite} {self.case}"
         if group not in times:
-            times[group] = self._measure(contenders(), agree)
+            times[group] = self._measure(contenders(), agree, clock)
         seconds = times[group][self.body]
         if isinstance(seconds, Missing):
             self._report(Row(self.suite, self.case, self.body, missing=seconds.reason))
@@ -80,7 +83,12 @@ class Comparison:
         self._replay(seconds, group)
         self._report(self._row(seconds, work or Work()))
 
-    def _measure(self, runs: Mapping[str, Run | Missing], agree: Agree | None) -> Times:
+    def _measure(
+        self,
+        runs: Mapping[str, Run | Missing],
+        agree: Agree | None,
+        clock: Callable[[Run], float],
+    ) -> Times:
         present = {name: run for name, run in runs.items() if not isinstance(run, Missing)}
         absent = {name: run for name, run in runs.items() if isinstance(run, Missing)}
         expected = present[OURS]()
@@ -91,7 +99,7 @@ class Comparison:
                     agree(result, expected)
         option = self.config.getoption
         pace = SMOKE if option("--smoke") else Pace(option("--seconds"))
-        return {**race(present, self.ceilings.clock, pace), **absent}
+        return {**race(present, clock, pace), **absent}
 
     def _replay(self, seconds: list[float], group: str) -> None:
         """Give pytest-benchmark the times, by a clock that shows them one after the other."""

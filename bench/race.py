@@ -73,11 +73,9 @@ class Clock:
             self._scratch = torch.empty(FLUSHED, dtype=torch.uint8, device=device)
 
     def __call__(self, run: Run) -> float:
-        """Time one call."""
+        """Time one call: of the device's work on CUDA, else of the host's."""
         if not self.cuda:
-            start = time.perf_counter()
-            run()
-            return time.perf_counter() - start
+            return self.whole(run)
         before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         self._scratch.zero_()
         before.record()
@@ -86,8 +84,20 @@ class Clock:
         after.synchronize()
         return before.elapsed_time(after) / 1e3
 
+    def whole(self, run: Run) -> float:
+        """Time one call by the host's clock, from an idle device until it is idle again."""
+        if self.cuda:
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        run()
+        if self.cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
 
-def race(runs: Mapping[str, Run], clock: Clock, pace: Pace) -> dict[str, list[float]]:
+
+def race(
+    runs: Mapping[str, Run], clock: Callable[[Run], float], pace: Pace
+) -> dict[str, list[float]]:
     """Seconds of each contender's turns; all have the same number of turns."""
     turns: dict[str, list[float]] = {name: [] for name in runs}
     for name in runs if pace is not SMOKE else ():

@@ -5,11 +5,12 @@ benchmark each waits here, ready, until it is told to take a turn, so the two ar
 """
 
 import statistics
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 
 import pytest
 
-from bench.race import OURS, Clock, Run
+from bench.race import OURS, Run
 
 TURN_SECONDS = 0.05  # short calls are repeated for so long
 MOST_CALLS = 50
@@ -37,7 +38,7 @@ class Turns:
             self.told.add(report.nodeid)
             self.connection.send((report.nodeid, _reason(report)))
 
-    def take(self, name: str, run: Run, clock: Clock) -> None:
+    def take(self, name: str, run: Run, clock: Callable[[Run], float]) -> None:
         """Be ready, and take turns as long as they are wanted."""
         clock(run)
         calls = max(1, min(MOST_CALLS, int(TURN_SECONDS / clock(run))))

@@ -1,0 +1,138 @@
+"""The engine on CUDA: the network alone, and the whole way from 1080p frames to boxes, fp16."""
+
+from collections.abc import Callable
+from functools import lru_cache, partial
+from importlib.util import find_spec
+
+import pytest
+import torch
+from torch import Tensor
+
+from bench.bench_letterbox import eager as eager_letterbox
+from bench.bench_nms import PREDICT, torchvision_loop
+from bench.comparison import Comparison, bodies
+from bench.race import Missing, Run, Work, captured, close
+from yolov7.engine.network import PlannedNetwork
+from yolov7.engine.pipeline import FramePipeline, Suppression
+from yolov7.kernels.nms import Detections
+from yolov7.letterbox import letterbox_geometry
+from yolov7.model import YOLOv7, create_model
+from yolov7.variants import VARIANTS
+
+COMPILED = "yolov7"  # the variant that is worth the minutes which max-autotune takes
+CASES = {
+    f"{variant}, batch {batch}": (variant, batch)
+    for variant in sorted(VARIANTS, key=lambda name: name != COMPILED)
+    for batch in (1, 32)
+}
+Forward = Callable[[Tensor], Tensor]
+HEIGHT, WIDTH = 1080, 1920
+SLOW = Missing(f"only {COMPILED} is compiled: it takes minutes")
+
+
+@lru_cache(1)
+def prepared(
+    variant: str, batch: int, device: torch.device, smoke: bool
+) -> tuple[YOLOv7, PlannedNetwork]:
+    """A fused model, and the same as a plan; a narrow one if only to see that it runs."""
+    torch.manual_seed(0)
+    dtype = torch.float16 if device.type == "cuda" else torch.float32
+    model = create_model("yolov7-tiny", 3, width=0.125) if smoke else create_model(variant)
+    model = model.fuse().requires_grad_(False).to(device, dtype)
+    model.head.anchors = model.head.anchors.float()
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # stub lacks it
+    size = 64 if smoke else model.imgsz
+    batch = 1 if smoke else batch
+    return model, PlannedNetwork(model, batch, size, size, dtype=dtype, device=device)
+
+
+def compiled(model: YOLOv7, variant: str, smoke: bool) -> Forward | Missing:
+    """What torch.compile makes of a model when it may take its time."""
+    return SLOW if smoke or variant != COMPILED else torch.compile(model, mode="max-autotune")
+
+
+@pytest.fixture
+def engine_device(device: torch.device, smoke: bool, variant: str) -> torch.device:
+    """CUDA, or the CPU if only to see that it runs."""
+    if device.type != "cuda" and not smoke:
+        pytest.skip("of a machine with a GPU; bench_network is that of the others")
+    if smoke and variant != COMPILED:
+        pytest.skip("all variants are the same toy network in a smoke test")
+    return device
+
+
+@bodies("eager", "compile")
+@pytest.mark.parametrize(("variant", "batch"), CASES.values(), ids=CASES)
+@torch.no_grad()
+def bench_engine(
+    variant: str, batch: int, compete: Comparison, engine_device: torch.device, smoke: bool
+) -> None:
+    """From the network's input to decoded boxes, all of them."""
+    model, planned = prepared(variant, batch, engine_device, smoke)
+    planned.images.copy_(torch.rand(planned.images.shape))
+    images = planned.images.clone()
+
+    def ours() -> Tensor:
+        planned.run()
+        return planned.decode()[0]
+
+    def contenders() -> dict[str, Run | Missing]:
+        fast = compiled(model, variant, smoke)
+        return {
+            "ours": captured(ours, engine_device),
+            "eager": partial(model, images),
+            "compile": fast if isinstance(fast, Missing) else partial(fast, images),
+        }
+
+    totals = planned.plan.totals()
+    moved = totals["bytes"] + totals["weight_bytes"]
+    work = Work(totals["flops"], moved, planned.dtype, planned.plan.batch)
+    compete(contenders, agree=close(2e-2), work=work)
+
+
+def agree(theirs: Detections, ours: Detections) -> None:
+    """The same number of boxes, but for those near the threshold: fresh weights find few."""
+    difference = (theirs.counts - ours.counts).abs().float().mean()
+    assert difference <= 5, f"{difference} boxes an image more or less"
+
+
+@bodies("eager", "compile")
+@pytest.mark.parametrize(("variant", "batch"), CASES.values(), ids=CASES)
+@torch.no_grad()
+def bench_frames(
+    variant: str, batch: int, compete: Comparison, engine_device: torch.device, smoke: bool
+) -> None:
+    """From uint8 frames on the device to boxes on the host, beside torchvision's NMS."""
+    model, planned = prepared(variant, batch, engine_device, smoke)
+    batch, size = planned.plan.batch, planned.plan.height
+    height, width = (27, 48) if smoke else (HEIGHT, WIDTH)
+    geometry = letterbox_geometry((height, width), size)
+    frames = [
+        torch.randint(0, 256, (height, width, 3), dtype=torch.uint8, device=engine_device)
+        for _ in range(batch)
+    ]
+    suppression = Suppression(PREDICT["conf"], PREDICT["iou"])
+
+    def ours(pipeline: FramePipeline) -> Detections:
+        found = pipeline.submit(frames, [geometry] * batch).wait()
+        return Detections(found.boxes, found.counts, found.overflow)
+
+    def plain(network: Forward) -> Detections:
+        images = eager_letterbox(frames, geometry, planned.dtype)
+        rows = network(images.contiguous(memory_format=torch.channels_last))
+        found = torchvision_loop(rows, PREDICT)
+        return Detections(found.boxes.cpu(), found.counts, found.overflow)
+
+    def contenders() -> dict[str, Run | Missing]:
+        run = partial(ours, FramePipeline(planned, suppression, capacity=batch * frames[0].numel()))
+        if not find_spec("torchvision"):
+            missing = Missing("torchvision is not installed")
+            return {"ours": run, "eager": missing, "compile": missing}
+        fast = compiled(model, variant, smoke)
+        return {
+            "ours": run,
+            "eager": partial(plain, model),
+            "compile": fast if isinstance(fast, Missing) else partial(plain, fast),
+        }
+
+    compete(contenders, agree=agree, work=Work(items=batch), whole=True)

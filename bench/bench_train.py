@@ -1,0 +1,149 @@
+"""A training step, its loss, and the assignment of a crowded image."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from bench.comparison import Comparison, bodies
+from bench.race import Missing, Run, Work, close
+from yolov7.model import YOLOv7, create_model
+from yolov7.network import keep_freed_memory
+from yolov7.train.config import PRESETS, preset_name
+from yolov7.train.ema import EMA
+from yolov7.train.loss import Loss, LossWeights
+from yolov7.train.optimizer import build_optimizer
+from yolov7.train.prepare import head_loss
+
+RUN = ("yolov7", 640, 64) if torch.cuda.is_available() else ("yolov7-tiny", 320, 16)
+RUNS = pytest.mark.parametrize(
+    ("variant", "size", "batch"), [RUN], ids=["{}, {} px, batch {}".format(*RUN)]
+)
+CLASSES = 80
+BOXES = 8  # per image
+
+
+def labels(batch: int, boxes: int, largest: float = 0.5, smallest: float = 0.02) -> Tensor:
+    """Random labels `[batch, boxes, 5]`: class, centre and size as fractions."""
+    random = torch.Generator().manual_seed(0)
+    found = torch.rand(batch, boxes, 5, generator=random)
+    found[..., 0] = (found[..., 0] * CLASSES).floor()
+    found[..., 3:] = smallest + (largest - smallest) * found[..., 3:] ** 3
+    return found
+
+
+def model_and_loss(variant: str, size: int) -> tuple[YOLOv7, Loss, LossWeights]:
+    """A fresh model with what it is trained by."""
+    torch.manual_seed(0)
+    model = create_model(variant, CLASSES)
+    hyper = PRESETS[preset_name(model.variant)]
+    weights = LossWeights.scaled(
+        hyper.box,
+        hyper.obj,
+        hyper.cls,
+        levels=len(model.head.strides),
+        nc=CLASSES,
+        size=size,
+    )
+    return model, head_loss(model, hyper, plain=False), weights
+
+
+def step(
+    variant: str,
+    images: Tensor,
+    dtype: torch.dtype,
+    memory_format: torch.memory_format = torch.channels_last,
+    *,
+    compiled: bool = False,
+) -> Callable[[], Tensor]:
+    """Forward, loss, backward, optimizer and moving average on the same images over and over."""
+    device = images.device
+    model, loss, weights = model_and_loss(variant, images.shape[2])
+    model = model.to(device, memory_format=memory_format)  # type: ignore[call-overload]  # stub lacks it
+    images = images.contiguous(memory_format=memory_format)
+    truth = labels(len(images), BOXES)
+    optimizer = build_optimizer(model, "sgd", 5e-4)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0  # so that all contenders see the same loss
+    ema = EMA(model)
+    network = torch.compile(model) if compiled else model
+
+    def run() -> Tensor:
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            outputs = network(images)
+        terms = loss(outputs, truth)
+        total = torch.stack(list(weights.weigh(terms).values())).sum() * len(images)
+        total.backward()
+        optimizer.step()
+        ema.update(model)
+        optimizer.zero_grad(set_to_none=True)
+        return total.detach()
+
+    return run
+
+
+@bodies("eager", "compile")
+@RUNS
+def bench_train_step(
+    variant: str, size: int, batch: int, compete: Comparison, device: torch.device, smoke: bool
+) -> None:
+    """As the loop trains, beside plain NCHW; on CUDA all of them in bf16."""
+    variant, size, batch = ("yolov7-tiny", 64, 2) if smoke else (variant, size, batch)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    images = torch.rand(batch, 3, size, size, device=device)
+
+    def contenders() -> dict[str, Run | Missing]:
+        if device.type == "cpu":
+            keep_freed_memory()  # as the loop does; it serves the baseline too
+        compiled: Run | Missing = Missing("timed on CUDA only: it takes minutes to start")
+        if device.type == "cuda" and not smoke:
+            compiled = step(variant, images, dtype, compiled=True)
+        return {
+            "ours": step(variant, images, dtype),
+            "eager": step(variant, images, dtype, torch.contiguous_format),
+            "compile": compiled,
+        }
+
+    compete(contenders, agree=close(2e-2), work=Work(items=batch))
+
+
+@bodies()
+@RUNS
+def bench_loss(
+    variant: str, size: int, batch: int, compete: Comparison, device: torch.device, smoke: bool
+) -> None:
+    """Assignment, loss and its gradients, of the step above."""
+    variant, size, batch = ("yolov7-tiny", 64, 2) if smoke else (variant, size, batch)
+
+    def contenders() -> dict[str, Run]:
+        model, loss, weights = model_and_loss(variant, size)
+        with torch.no_grad():
+            outputs = model.train()(torch.rand(batch, 3, size, size))
+        outputs = [x.to(device).requires_grad_() for x in outputs]
+        loss = loss.to(device)
+        truth = labels(batch, BOXES)
+
+        def run() -> None:
+            total = torch.stack(list(weights.weigh(loss(outputs, truth)).values())).sum()
+            torch.autograd.grad(total, outputs)
+
+        return {"ours": run}
+
+    compete(contenders, agree=None, work=Work(items=batch))
+
+
+@bodies()
+@pytest.mark.parametrize("boxes", [2000], ids="{} boxes of 8 to 64 px at 640".format)
+def bench_assignment(boxes: int, compete: Comparison, device: torch.device, smoke: bool) -> None:
+    """One crowded image, 80 classes."""
+
+    def contenders() -> dict[str, Run]:
+        size = 64 if smoke else 640
+        _, loss, _ = model_and_loss("yolov7-tiny", size)
+        sides = [size // stride for stride in loss.anchors.strides]
+        raw = [torch.randn(1, 3, side, side, 5 + CLASSES, device=device) for side in sides]
+        truth = labels(1, 20 if smoke else boxes, largest=0.1, smallest=0.0125)
+        return {"ours": lambda: loss.assigner(raw, truth)}
+
+    compete(contenders, agree=None, work=Work(items=1))
