@@ -12,6 +12,7 @@ from yolov7.errors import UserError
 # a function `run(options) -> exit code`. A verb's module is imported when it is asked for.
 VERBS = {
     "predict": "Detect objects in images, videos, cameras and streams.",
+    "train": "Train a model, from scratch or from weights, or go on with a run.",
     "val": "Measure a model's accuracy on a data set.",
     "export": "Write a model for other runtimes: ONNX, torch.export, AOTInductor.",
     "info": "Show what a model is made of.",
