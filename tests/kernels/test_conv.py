@@ -46,16 +46,20 @@ SILU_16 = {"dtype": torch.float16}
 
 
 def layer_of(
-    n: int, h: int, w: int, c: int, k: int, *, even: bool = True, **options: Any
+    n: int, h: int, w: int, c: int, k: int, *, border: int = 1, **options: Any
 ) -> ConvLayer:
-    """A layer over the narrowest maps."""
-    source = PitchedLayout.of(n, h, w, even=even)
+    """A layer over maps with borders of so many columns and lines."""
+
+    def layout(h: int, w: int) -> PitchedLayout:
+        return PitchedLayout(n, h, w, w + border, h + border)
+
+    source = layout(h, w)
     reduction = 2 if options.get("pool") else options.get("stride", 1)
     if options.get("upsample"):
-        target = PitchedLayout.of(n, 2 * h, 2 * w, even=even)
+        target = layout(2 * h, 2 * w)
     elif reduction == 2:
         rounded = (h // 2, w // 2) if options.get("pool") else ((h + 1) // 2, (w + 1) // 2)
-        target = PitchedLayout.of(n, *rounded, even=even)
+        target = layout(*rounded)
     else:
         target = source
     return ConvLayer(source, target, c, k, **options)
@@ -165,7 +169,7 @@ SHAPES = {
 def test_stride_one(
     shape: tuple[int, ...], kernel: int, config: Config, kernel_device: torch.device
 ) -> None:
-    layer = layer_of(*shape, kernel=kernel, even=shape[0] != 2)
+    layer = layer_of(*shape, kernel=kernel, border=1 + shape[0])
     call = call_of(layer, kernel_device, torch.float16)
     run(call, config)
     assert_correct(call)
@@ -337,7 +341,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
 
 @pytest.mark.parametrize(("changes", "message"), WRONG.values(), ids=WRONG.keys())
 def test_wrong_input_is_named(changes: dict[str, Any], message: str) -> None:
-    call = call_of(layer_of(1, 3, 4, 16, 24, even=False), torch.device("cpu"), torch.float16)
+    call = call_of(layer_of(1, 3, 4, 16, 24), torch.device("cpu"), torch.float16)
     tensors = {"x": call.x, "weight": call.weight, "bias": call.bias, "out": call.out} | changes
     with pytest.raises(ValueError, match=message):
         conv(tensors.pop("x"), tensors.pop("weight"), tensors.pop("bias"), call.layer, **tensors)

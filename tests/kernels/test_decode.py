@@ -25,7 +25,7 @@ def make_head(
 ) -> dict[str, Any]:
     """Arguments of `decode`: two levels, channel slices of wider maps, three images."""
     random = torch.Generator().manual_seed(nc)
-    layouts = [PitchedLayout.of(3, 9, 11), PitchedLayout.of(3, 5, 6, even=False)]
+    layouts = [PitchedLayout.of(3, 9, 11), PitchedLayout.of(3, 5, 6)]
     dtype = kernel.PRECISIONS[precision]
     features, weights, biases, scales = [], [], [], []
     for layout, c in zip(layouts, channels, strict=True):

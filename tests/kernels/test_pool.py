@@ -35,7 +35,7 @@ def assert_map(layout: PitchedLayout, found: Tensor, expected: Tensor) -> None:
 
 LAYOUTS = [
     PitchedLayout.of(2, 7, 9),
-    PitchedLayout.of(1, 20, 13, even=False),
+    PitchedLayout.of(1, 20, 13),
     PitchedLayout.of(2, 1, 1),
     PitchedLayout(1, 5, 33, 40, 9),
 ]
@@ -71,7 +71,7 @@ def test_spp_into_slices_beside_its_input(dtype: torch.dtype, kernel_device: tor
 @pytest.mark.parametrize("size", [(7, 9), (8, 6), (2, 2)], ids=str)
 def test_max_pool(size: tuple[int, int], dtype: torch.dtype, kernel_device: torch.device) -> None:
     source = PitchedLayout.of(2, *size)
-    target = PitchedLayout.of(2, size[0] // 2, size[1] // 2, even=False)
+    target = PitchedLayout.of(2, size[0] // 2, size[1] // 2)
     x = make_map(source, 7, kernel_device).to(dtype)
     out = poisoned(target, 7, x)
     max_pool(x, source, out, target)

@@ -84,15 +84,13 @@ def _is_image(value: Value, stands_for: dict[Value, Value]) -> bool:
 class Placement:
     """Which slice of which buffer holds each value."""
 
-    def __init__(self, batch: int, strided: set[tuple[int, int]]) -> None:
+    def __init__(self, batch: int) -> None:
         self.batch = batch
-        self.strided = strided  # sizes of maps that a stride of 2 reads: even pitches
         self.buffers: list[Buffer] = []
         self.homes: dict[Value, Slice] = {}
 
     def buffer(self, value: Value) -> Buffer:
-        even = (value.height, value.width) in self.strided
-        layout = PitchedLayout.of(self.batch, value.height, value.width, even=even)
+        layout = PitchedLayout.of(self.batch, value.height, value.width)
         new = Buffer(len(self.buffers), value.channels, value.height, value.width, layout)
         self.buffers.append(new)
         return new

@@ -112,12 +112,7 @@ def make_plan(
     """
     ops, outputs = trace(model, height, width)
     tasks, cats = fold(ops)
-    strided = {
-        (t.inputs[0].height, t.inputs[0].width)
-        for t in tasks
-        if t.pool or t.kind == "maxpool" or (t.convs and t.stride == 2)
-    }
-    placement = Placement(batch, strided)
+    placement = Placement(batch)
     tasks = placement.place(tasks, cats)
     convs = [conv for conv in model.head.lead if isinstance(conv, nn.Conv2d)]
     tasks.append(Task("head", "head", list(outputs), [], convs))
