@@ -76,6 +76,7 @@ def save_model(model: YOLOv7, path: str | Path, **metadata: Any) -> None:
         "form": model.form,
         "names": model.names,
         "imgsz": model.imgsz,
+        "ranges": model.ranges,
         "version": __version__,
         **metadata,
     }
@@ -137,6 +138,7 @@ def _load_safetensors(path: Path) -> YOLOv7:
         model.load_state_dict(tensors, assign=True)
         model.names = [str(n) for n in metadata["names"]]
         model.imgsz = int(metadata["imgsz"])
+        model.ranges = {str(k): float(v) for k, v in metadata.get("ranges", {}).items()}
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"{path}: its tensors do not fit its metadata ({error})") from None
     return model.float().eval()

@@ -93,6 +93,7 @@ class YOLOv7(nn.Module):
         self.form: Form = form
         self.names = [f"class{i}" for i in range(num_classes)]
         self.imgsz = variant.imgsz  # the side in pixels that it is meant for
+        self.ranges: dict[str, float] = {}  # of the engine's maps, from calibration; for fp8
         training = form == "training"
 
         def elan(inputs: int, entry: int, chain: int, out: int, taps: str) -> ParallelElan:

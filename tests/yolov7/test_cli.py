@@ -83,6 +83,20 @@ def test_convert_fuses_and_halves(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "must end in .safetensors" in capsys.readouterr().err
 
 
+def test_convert_calibrates_for_fp8(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assets = Path(yolov7.__file__).parent / "assets"
+    weights, target = str(assets / DEMO_WEIGHTS), tmp_path / "fp8.safetensors"
+    arguments = ["convert", "--weights", weights, "--output", str(target), "--precision", "fp8"]
+    assert main(arguments) == 1
+    assert "--precision fp8 and --calibrate FOLDER go together" in capsys.readouterr().err
+    calibration = ["--calibrate", str(assets / "images"), "--images", "1"]
+    assert main([*arguments, *calibration]) == 0
+    assert "maps calibrated for fp8" in capsys.readouterr().out
+    ranges = load_model(target).ranges
+    assert ranges["stem.1"] > 0
+    assert len(ranges) >= 57  # one for each convolution, the first one perhaps not
+
+
 def test_import_is_cheap() -> None:
     heavy = "cv2", "matplotlib", "triton", "pycocotools", "rich", "tyro"
     code = f"import sys, yolov7; print([m for m in {heavy!r} if m in sys.modules])"

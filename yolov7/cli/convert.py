@@ -1,12 +1,21 @@
 """`yolov7 convert`: any weights that can be read, as safetensors."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import torch
+from torch import Tensor
+
 from yolov7.checkpoint import load_model, save_model
+from yolov7.engine.calibrate import calibrate
 from yolov7.errors import UserError
 from yolov7.info import parameter_count
+from yolov7.letterbox import letterbox
+from yolov7.model import YOLOv7
+from yolov7.progress import working
+from yolov7.sources import Source
 
 
 @dataclass(kw_only=True)
@@ -19,12 +28,17 @@ class Convert:
     """file to write (None: the weights' name with .safetensors, in this folder)"""
     variant: str | None = None
     """variant of a bare state dict, where its tensors do not tell (None: recognised)"""
-    precision: Literal["fp32", "fp16"] = "fp16"
-    """type to store; the authors' files are fp16"""
+    precision: Literal["fp32", "fp16", "fp8"] = "fp16"
+    """type to store; the authors' files are fp16. fp8: fp16 weights and the ranges that the engine
+    needs to run in fp8, from --calibrate"""
+    calibrate: Path | None = None
+    """folder with images that look like those to come, for fp8"""
+    images: int = 32
+    """of them at most, for fp8"""
     fuse: bool = False
     """fold batch norms, RepConv branches and implicit vectors: smaller, no longer trainable"""
     imgsz: int | None = None
-    """image side to keep as the default (None: the variant's)"""
+    """image side to keep as the default (None: the weights' own)"""
 
 
 def run(options: Convert) -> int:
@@ -32,14 +46,37 @@ def run(options: Convert) -> int:
     output = options.output or Path(Path(options.weights).stem + ".safetensors")
     if output.suffix != ".safetensors":
         raise UserError(f"{output}: the output's name must end in .safetensors")
+    if (options.precision == "fp8") != (options.calibrate is not None):
+        raise UserError("--precision fp8 and --calibrate FOLDER go together")
     model = load_model(options.weights, variant=options.variant)
     if options.imgsz is not None:
         model.imgsz = options.imgsz
+    if options.calibrate is not None:
+        model.ranges = _ranges(options, options.calibrate, model)
     if options.fuse:
         model.fuse()
-    save_model(model.half() if options.precision == "fp16" else model, output)
+    save_model(model if options.precision == "fp32" else model.half(), output)
+    calibrated = f", {len(model.ranges)} maps calibrated for fp8" if model.ranges else ""
     print(
         f"{output}: {model.variant.name}, {model.form} form, {len(model.names)} classes, "
         f"{parameter_count(model):,} parameters, {output.stat().st_size / 2**20:.1f} MiB"
+        f"{calibrated}"
     )
     return 0
+
+
+def _ranges(options: Convert, folder: Path, model: YOLOv7) -> dict[str, float]:
+    fused = load_model(options.weights, variant=options.variant).fuse()
+    with working(f"calibrating on images of {folder}"):
+        return calibrate(fused, _batches(folder, options.images, model))
+
+
+def _batches(folder: Path, most: int, model: YOLOv7) -> Iterator[Tensor]:
+    """Square letterboxed images [1, 3, S, S], evenly from the whole folder."""
+    source = Source(str(folder))
+    step = max(1, len(source) // most)
+    for index, frame in enumerate(source):
+        if index % step == 0 and index // step < most:
+            image, _, _ = letterbox(frame.image, model.imgsz)
+            pixels = torch.from_numpy(image[..., ::-1].copy()).permute(2, 0, 1)
+            yield pixels[None].float() / 255
