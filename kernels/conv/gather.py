@@ -4,9 +4,10 @@ The border of the pitched map makes the gather almost free: a tap's row is the o
 constant, and a row that must read as zero (left of the first, after the last, the taps of border
 rows) is sent to a border row that is zero already, so no load needs a mask over pixels.
 
-The loop runs over taps and channel blocks at once, so that the software pipeline spans the taps.
-With 8 warps a loop of that shape was miscompiled in PyTorch's template (pytorch issue 173068): the
-default configs use 4 warps for 3x3, and the tuner checks every config before it times it.
+The loop runs over taps and channel blocks at once, so that the software pipeline spans the taps;
+tap and channel are carried along, for a division at every step costs as much as the product of a
+small tile. With 8 warps such a loop over divisions was miscompiled in PyTorch's template (pytorch
+issue 173068): the default configs here use 4 warps, and the tuner checks a config before timing it.
 
 Expected time on an H200: as for `yolov7.kernels.conv.tma`, from the same counted bytes and
 operations, at 60 to 75 % of its speed, since A passes through registers.
@@ -105,11 +106,15 @@ def _gather_tile(
         per_split = tl.cdiv(steps, SPLIT_K)
         first = split * per_split
         steps = tl.minimum(first + per_split, steps)
+    tap = 0
+    k = 0
+    if SPLIT_K > 1:
+        tap = first // blocks_k
+        k = first % blocks_k * BLOCK_K
     weight_rows = tl.minimum(offs_n, n_out - 1).to(tl.int64) * (KERNEL * KERNEL * c_in)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for step in tl.range(first, steps):
-        tap = step // blocks_k
-        offs_k = step % blocks_k * BLOCK_K + tl.arange(0, BLOCK_K)
+    for _ in tl.range(first, steps):
+        offs_k = k + tl.arange(0, BLOCK_K)
         shift = (tap // KERNEL - KERNEL // 2) * source_pitch + tap % KERNEL - KERNEL // 2
         a = _load_a(x_ptr, row + shift, offs_k, c_in, x_stride, source_rows, source_pitch, EVEN_K)
         if POOL:
@@ -128,6 +133,11 @@ def _gather_tile(
         else:
             b = tl.load(weight_ptrs, mask=(offs_k < c_in)[:, None], other=0.0)
         acc = multiply(a, b, acc, PRECISION, PROMOTE)
+        k += BLOCK_K
+        if KERNEL > 1:
+            last = k >= c_in
+            tap = tl.where(last, tap + 1, tap)
+            k = tl.where(last, 0, k)
 
     if SPLIT_K > 1:
         store_partial(partial_ptr, acc, split, offs_m, offs_n, shape)

@@ -98,7 +98,7 @@ def default_config(call: ConvCall) -> Config:
         return config | ({"launch_pdl": 1} if capability(device) >= (9, 0) else {})
     staged = block_m * block_n * call.out.element_size() * (1 if call.residual is None else 2)
     stage = (block_m + block_n) * block_k * call.x.element_size()
-    large = block_m * block_n >= 128 * 128
+    large = block_m * block_n >= (128 * 128 if hopper else 128 * 64)
     return {
         **config,
         "num_warps": 8 if large else 4,

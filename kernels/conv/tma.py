@@ -53,14 +53,22 @@ def _tma_sum(
         per_split = tl.cdiv(steps, SPLIT_K)
         first = split * per_split
         steps = tl.minimum(first + per_split, steps)
+    tap = 0
+    k = 0
+    if SPLIT_K > 1:
+        tap = first // blocks_k
+        k = first % blocks_k * BLOCK_K
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for step in tl.range(first, steps):
-        tap = step // blocks_k
-        k = step % blocks_k * BLOCK_K
+    for _ in tl.range(first, steps):
         shift = (tap // KERNEL - KERNEL // 2) * source_pitch + tap % KERNEL - KERNEL // 2
         a = x_desc.load([row + shift, k])
         b = weight_desc.load([column, tap * c_in + k])
         acc = multiply(a, b.T, acc, PRECISION, PROMOTE)
+        k += BLOCK_K
+        if KERNEL > 1:
+            last = k >= c_in
+            tap = tl.where(last, tap + 1, tap)
+            k = tl.where(last, 0, k)
     return acc
 
 
