@@ -26,7 +26,7 @@ _NAMES = {
 def config_kind(layer: ConvLayer, dtype: torch.dtype) -> str:
     """What configs of the JSON file are for: ``3x3s1-fp16``, ``1x1s1-pool-fp8``."""
     option = "-pool" if layer.pool else "-upsample" if layer.upsample else ""
-    precision = "exact" if layer.exact and dtype == torch.float32 else _NAMES[dtype]
+    precision = "exact" if _exact(layer, dtype) else _NAMES[dtype]
     return f"{layer.kernel}x{layer.kernel}s{layer.stride}{option}-{precision}"
 
 
@@ -47,10 +47,9 @@ def fits_tma(call: ConvCall) -> bool:
     """Whether tensor descriptors can read and write this call's maps (16-byte bases, strides)."""
     layer = call.layer
     tensors = [call.x, call.weight] if layer.upsample else [call.x, call.weight, call.out]
-    exact = layer.exact and call.x.dtype == torch.float32
     return (
         layer.reduction == 1
-        and not exact
+        and not _exact(layer, call.x.dtype)
         and all(t.stride(0) * t.element_size() % 16 == 0 for t in tensors)
         and all(t.storage_offset() * t.element_size() % 16 == 0 for t in tensors)
     )
@@ -72,7 +71,8 @@ def default_config(call: ConvCall) -> Config:
     sizes = _TMA_TILES if tma else _GATHER_TILES
     width = max(16, _power_of_two(n_out))
     fitting = [(m, n) for m, n in sizes if n <= width] or [(64, width)]
-    if layer.exact:
+    exact = _exact(layer, call.x.dtype)
+    if exact:
         fitting = [(64, min(32, width))]  # multiplied one by one: operands live in registers
     elif not _plain_store(call) or _long_fp8_sum(call) or not hopper:  # larger ones spill
         largest = 64 * 64 if call.out.dtype == torch.float32 else 128 * 128
@@ -93,7 +93,7 @@ def default_config(call: ConvCall) -> Config:
     }
     if not tma:
         roomy = capability(device) >= (9, 0)
-        stages = 2 if layer.pool or layer.exact else 4 if roomy else 3
+        stages = 2 if layer.pool or exact else 4 if roomy else 3
         config |= {"num_warps": 4, "num_stages": stages}
         return config | ({"launch_pdl": 1} if capability(device) >= (9, 0) else {})
     staged = block_m * block_n * call.out.element_size() * (1 if call.residual is None else 2)
@@ -119,6 +119,11 @@ def _long_fp8_sum(call: ConvCall) -> bool:
     return call.x.dtype == torch.float8_e4m3fn and config_size(call.layer)[2] >= 1024
 
 
+def _exact(layer: ConvLayer, dtype: torch.dtype) -> bool:
+    """Whether products are those of fp32, which no matrix instruction computes."""
+    return layer.exact and dtype == torch.float32
+
+
 def _plain_store(call: ConvCall) -> bool:
     """Whether the tile leaves through the small epilogue: 16 bits or less, nothing to add."""
     plain = call.residual is None and not call.layer.upsample
@@ -128,7 +133,7 @@ def _plain_store(call: ConvCall) -> bool:
 def _block_k(call: ConvCall, tma: bool) -> int:
     """128 bytes along the sum, the widest swizzle, or 64 where shared memory is scarce."""
     size = call.x.element_size()
-    if call.layer.exact:
+    if _exact(call.layer, call.x.dtype):
         return 16
     roomy = tma or capability(call.x.device) >= (9, 0)
     smallest = 32 if size == 1 else 16
