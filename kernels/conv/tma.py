@@ -7,8 +7,8 @@ beyond the slice, are zero-filled by the hardware; a weight block that reaches i
 there meets those zeros.
 
 Expected time on an H200, from counted bytes and operations (4.3 TB/s, 790 TFLOP/s in fp16): v7 at
-640 is 104.5 GFLOP over 0.41 GB of maps and 74 MB of weights. Every layer at its own bound, whichever
-is larger, gives 151 us per image: 94 in 3x3 layers, bound by arithmetic (64x80x80 -> 64 moves
+640 is 104.5 GFLOP over 0.41 GB of maps and 74 MB of weights. Every layer at the larger of its own
+two bounds gives 151 us per image: 94 in 3x3 layers, bound by arithmetic (64x80x80 -> 64 moves
 1.6 MB in 0.4 us and computes 0.47 GFLOP in 0.6 us), 57 in 1x1 layers, bound by memory
 (256x80x80 -> 128: 4.9 MB, 1.1 us). What the border adds: 1 to 10 % (see `layout`).
 """
