@@ -45,6 +45,11 @@ class Augmentation:
     paste_in: float = 0.15
 
 
+UNCHANGED = Augmentation(
+    hsv_h=0, hsv_s=0, hsv_v=0, translate=0, scale=0, fliplr=0, mosaic=0, mixup=0, paste_in=0
+)
+
+
 @dataclass(frozen=True)
 class HyperParameters:
     """What a training run is tuned by; the defaults are those of P5 on COCO.
@@ -73,6 +78,12 @@ class HyperParameters:
     obj: float = 0.7
     label_smoothing: float = 0.0
     augmentation: Augmentation = field(default_factory=Augmentation)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "HyperParameters":
+        """What `dataclasses.asdict` was given."""
+        rest = {name: value for name, value in values.items() if name != "augmentation"}
+        return cls(**rest, augmentation=Augmentation(**values["augmentation"]))
 
     def with_values(self, values: Mapping[str, float]) -> "HyperParameters":
         """A copy with some numbers replaced, by the names of the fields of both classes.

@@ -24,7 +24,7 @@ from yolov7.network import keep_freed_memory, resolve_device
 from yolov7.runs import new_run
 from yolov7.train import prepare
 from yolov7.train.autobatch import largest_batch
-from yolov7.train.config import Augmentation, HyperParameters
+from yolov7.train.config import UNCHANGED, HyperParameters
 from yolov7.train.data import (
     Batch,
     EpochSampler,
@@ -49,14 +49,17 @@ from yolov7.train.options import Train
 from yolov7.train.plots import Plotter, can_plot, save_batch
 from yolov7.train.report import Callback, CsvWriter, Meter, Result, TensorBoard, epoch_line, merged
 from yolov7.train.schedule import Schedule
-from yolov7.train.state import load_state, save_state
-from yolov7.train.validation import Validation, fitness, validate
+from yolov7.train.state import State, load_state, save_state
+from yolov7.train.validation import Validation, ValidationLoss, fitness, validate
 
 MAX_SKIPPED = 20  # steps in a row without finite gradients
 PICTURED = 3  # batches that are drawn
 # What a run counts besides its epochs.
 COUNTERS = ("step", "last_step", "best", "best_epoch", "seconds", "skipped", "skipped_in_a_row")
-STATS = ("AP", "AP50", "AP75", "precision", "recall")
+REPORTED = (
+    *("AP", "AP50", "AP75", "precision", "recall"),
+    *("val_box", "val_objectness", "val_classes"),
+)
 
 
 def train(options: Train, callbacks: Sequence[Callback] = ()) -> Result:
@@ -76,7 +79,7 @@ def train(options: Train, callbacks: Sequence[Callback] = ()) -> Result:
     with process_group(device) as ranks:
         if device.type == "cuda" and ranks.world > 1:
             device = torch.device("cuda", ranks.local)
-        state = {}
+        state: State = {}
         if options.resume is not None:
             state = load_state(Path(options.resume))
             options = prepare.resumed_options(options, state)
@@ -93,13 +96,7 @@ class Run:
         state: to go on from; empty for a new run.
     """
 
-    def __init__(
-        self,
-        options: Train,
-        device: torch.device,
-        ranks: Ranks,
-        state: dict[str, Any],
-    ) -> None:
+    def __init__(self, options: Train, device: torch.device, ranks: Ranks, state: State) -> None:
         self.options, self.device, self.ranks = options, device, ranks
         self.folder = Path(options.resume or options.project)
         self.epochs = options.epochs or prepare.EPOCHS
@@ -133,6 +130,7 @@ class Run:
             size=self.size,
         )
         self.batch = self._batch_size()
+        self.val_loss = self._val_loss()
         self.ema = EMA(self.model)
         self.network: nn.Module = self._network()
         self.sampler, self.loader = self._loader()
@@ -159,7 +157,7 @@ class Run:
             row = self._train_epoch()
             self.epoch += 1
             validation = self._validate()
-            row |= {name: self.stats[name] if validation else math.nan for name in STATS}
+            row |= {name: self.stats[name] if validation else math.nan for name in REPORTED}
             self.seconds = share(time.perf_counter() - started, self.ranks)
             self._save()
             for callback in callbacks:
@@ -248,6 +246,7 @@ class Run:
         validation = validate(self.ema.model, self.val, settings, self.device, self.ranks)
         evaluation = validation.evaluation
         self.stats = {name: float(value) for name, value in evaluation.stats.items()}
+        self.stats |= self.val_loss(self.ema.model, self.device, self.ranks)
         if self.options.image_weights:
             ap = np.array([max(row.ap, 0.0) for row in evaluation.per_class])
             self.sampler.weights = image_weights(self.dataset, ap)
@@ -274,7 +273,7 @@ class Run:
             save_model(self.ema.model, self.folder / "weights" / "best.safetensors", **about)
         save_state(self.folder, self._state())
 
-    def _state(self) -> dict[str, Any]:
+    def _state(self) -> State:
         """All that the rest of the run depends on."""
         pending = {n: p.grad for n, p in self.model.named_parameters() if p.grad is not None}
         weights = self.sampler.weights
@@ -294,7 +293,7 @@ class Run:
             "stats": self.stats,
         }
 
-    def _restore(self, state: dict[str, Any]) -> None:
+    def _restore(self, state: State) -> None:
         """Go on where a state was saved."""
         if state["images"] != len(self.dataset.samples):
             raise UserError(
@@ -315,12 +314,10 @@ class Run:
             setattr(self, name, value)
         self.epoch, self.stats = state["epoch"], state["stats"]
 
-    def _model(self, state: dict[str, Any]) -> tuple[HyperParameters, YOLOv7]:
+    def _model(self, state: State) -> tuple[HyperParameters, YOLOv7]:
         """Hyper-parameters and model, of the options or of the run that is resumed."""
         if state:
-            values = dict(state["hyper"])
-            augmentation = Augmentation(**values.pop("augmentation"))
-            hyper = HyperParameters(**values, augmentation=augmentation)
+            hyper = HyperParameters.from_dict(state["hyper"])
             return hyper, load_model(self.folder / "weights" / "last.safetensors")
         model, notes = prepare.build_model(self.options, self.dataset.names)
         for note in notes:
@@ -372,6 +369,22 @@ class Run:
         workers = prepare.default_workers() if options.workers is None else options.workers
         pin = self.device.type == "cuda"
         return sampler, build_loader(data, sampler, workers=workers, pin=pin)
+
+    def _val_loss(self) -> ValidationLoss:
+        """Batches of the evaluated images as they are, each rank's share."""
+        samples, seed = self.val.samples, self.options.seed
+        data = TrainingData(self.val, self.size, UNCHANGED, seed=seed)
+        sampler = EpochSampler(
+            len(samples),
+            max(1, min(self.batch // self.ranks.world, len(samples))),
+            self.size,
+            rank=self.ranks.rank,
+            world=self.ranks.world,
+            shapes=rectangles(samples, self.size, self.model.stride),
+        )
+        loader = build_loader(data, sampler, workers=0, pin=self.device.type == "cuda")
+        loss = prepare.head_loss(self.model, self.hyper, plain=True, lead_only=True)
+        return ValidationLoss(loss, self.weights, loader)
 
     def _own_callbacks(self) -> list[Callback]:
         """Those that fill the run's folder."""

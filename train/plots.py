@@ -14,7 +14,7 @@ from yolov7.drawing import draw_boxes
 from yolov7.evaluate.sheet import draw_sheet
 from yolov7.letterbox import GREY, Image
 from yolov7.train.data import Batch
-from yolov7.train.report import Callback, Result, read_rows
+from yolov7.train.report import LOSSES, Callback, Result, read_rows
 
 if TYPE_CHECKING:
     from yolov7.train.validation import Validation
@@ -82,10 +82,14 @@ def results_picture(csv: Path, path: Path) -> None:
     figure = Figure(figsize=(16, 8), layout="constrained")
     epochs = [row["epoch"] for row in rows]
     for axes, name in zip(figure.subplots(2, 4).flat, CURVES, strict=True):
-        values: NDArray[np.float64] = np.array([row[name] for row in rows])
-        known = np.isfinite(values)
-        axes.plot(np.array(epochs)[known], values[known], marker="." if known.sum() < 50 else "")
+        for column, label in ((name, "training"), (f"val_{name}", "validation")):
+            values: NDArray[np.float64] = np.array([row.get(column, np.nan) for row in rows])
+            known = np.isfinite(values)
+            if known.any():
+                axes.plot(np.array(epochs)[known], values[known], label=label, marker=".")
         axes.set(title=name, xlabel="epoch")
+        if name in LOSSES:
+            axes.legend()
     figure.savefig(path, dpi=100)
 
 

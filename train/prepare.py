@@ -148,13 +148,15 @@ def fit_model_anchors(model: YOLOv7, dataset: Dataset, size: int, seed: int) -> 
     return f"{note}: new anchors were fitted, which {after:.1%} match"
 
 
-def head_loss(model: YOLOv7, hyper: HyperParameters, *, plain: bool) -> Loss:
-    """The loss that fits a model's head.
+def head_loss(
+    model: YOLOv7, hyper: HyperParameters, *, plain: bool, lead_only: bool = False
+) -> Loss:
+    """The loss that fits a model's head, or its lead outputs alone.
 
     Raises:
         UserError: the plain loss with auxiliary heads.
     """
-    auxiliary = len(model.head.auxiliary) > 0
+    auxiliary = len(model.head.auxiliary) > 0 and not lead_only
     if plain and auxiliary:
         raise UserError(f"{model.variant.name} has auxiliary heads: leave out --plain-loss")
     anchors = Anchors(model.head.anchors.detach().cpu().clone(), model.head.strides)

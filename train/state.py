@@ -1,7 +1,6 @@
 """The state of a run between two epochs, on the disk: atomic, with the previous one kept."""
 
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +8,11 @@ import torch
 
 from yolov7.errors import UserError
 
+State = dict[str, Any]  # tensors, numbers, texts, and dictionaries and lists of these
 LAST, PREVIOUS = "state.pt", "state.previous.pt"
 
 
-def save_state(folder: Path, state: Mapping[str, Any]) -> None:
+def save_state(folder: Path, state: State) -> None:
     """Write the state; whenever the process dies, one whole state is left.
 
     Raises:
@@ -21,7 +21,7 @@ def save_state(folder: Path, state: Mapping[str, Any]) -> None:
     last, temporary = folder / LAST, folder / f"{LAST}.{os.getpid()}"
     try:
         with temporary.open("wb") as file:
-            torch.save(dict(state), file)
+            torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
         if last.exists():
@@ -36,7 +36,7 @@ def save_state(folder: Path, state: Mapping[str, Any]) -> None:
         ) from None
 
 
-def load_state(folder: Path) -> dict[str, Any]:
+def load_state(folder: Path) -> State:
     """The newest whole state of a run.
 
     Raises:

@@ -1,6 +1,7 @@
 """Evaluation while training: the evaluator of `val`, shared among the ranks."""
 
 import copy
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -11,7 +12,10 @@ from yolov7.evaluate import Evaluation, Predictions, Settings, measure, predict
 from yolov7.evaluate.run import GROUP
 from yolov7.model import YOLOv7
 from yolov7.network import Network
+from yolov7.train.data import Batch
 from yolov7.train.distributed import Ranks, collect, synchronise
+from yolov7.train.loss import Loss, LossWeights
+from yolov7.train.report import LOSSES, Meter, merged
 
 FITNESS = {"AP50": 0.1, "AP": 0.9}
 
@@ -26,6 +30,32 @@ class Validation(NamedTuple):
 def fitness(stats: dict[str, float]) -> float:
     """What the best epoch is chosen by."""
     return sum(weight * max(stats[name], 0.0) for name, weight in FITNESS.items())
+
+
+class ValidationLoss:
+    """The plain loss on unchanged images: next to the training loss it shows overfitting.
+
+    Args:
+        loss: the plain one, of the lead head.
+        weights: of its terms.
+        loader: batches of this rank.
+    """
+
+    def __init__(self, loss: Loss, weights: LossWeights, loader: Iterable[Batch]) -> None:
+        self.loss, self.weights, self.loader = loss, weights, loader
+
+    @torch.no_grad()
+    def __call__(self, model: YOLOv7, device: torch.device, ranks: Ranks) -> dict[str, float]:
+        """Means over the batches of all ranks: `val_box`, `val_objectness`, `val_classes`."""
+        model.eval()
+        meter = Meter("validation loss", 0, show=False)
+        for batch in meter.follow(self.loader):
+            images = batch.images.to(device, non_blocking=True).float().div_(255)
+            _, raw = model(images.contiguous(memory_format=torch.channels_last), raw=True)
+            lead = raw[: len(model.head.strides)]
+            meter.add(self.weights.weigh(self.loss(lead, batch.labels)), len(images))
+        row = merged(collect(meter.row(), ranks))
+        return {f"val_{name}": row[name] for name in LOSSES}
 
 
 def validate(

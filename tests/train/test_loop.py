@@ -206,7 +206,8 @@ def test_evaluation_is_that_of_val(options: Train) -> None:
     network = Network(load_model(result.folder / "weights" / "last.safetensors"), device="cpu")
     dataset = load_data(options.data, "val")
     stats = evaluate(network, dataset, Settings(imgsz=SIZE)).stats
-    assert result.stats == pytest.approx(stats, abs=1e-6)
+    assert {name: result.stats[name] for name in stats} == pytest.approx(stats, abs=1e-6)
+    assert all(result.stats[f"val_{term}"] > 0 for term in ("box", "objectness", "classes"))
 
 
 FORMS: dict[str, dict[str, Any]] = {
