@@ -99,12 +99,15 @@ def default_config(call: ConvCall) -> Config:
     staged = block_m * block_n * call.out.element_size() * (1 if call.residual is None else 2)
     stage = (block_m + block_n) * block_k * call.x.element_size()
     large = block_m * block_n >= (128 * 128 if hopper else 128 * 64)
+    occupancy = 1 if large else 2
+    # Overlapping one tile's store with the next one's loads takes registers and a second tile.
+    several = tiles * config["SPLIT_K"] > units * occupancy
     return {
         **config,
         "num_warps": 8 if large else 4,
         "num_stages": min(4, (_SHARED_BYTES - staged) // stage),
-        "FLATTEN": int(hopper and _plain_store(call)),
-        "OCCUPANCY": 1 if large else 2,
+        "FLATTEN": int(hopper and several and _plain_store(call)),
+        "OCCUPANCY": occupancy,
         "launch_pdl": 1,
     }
 

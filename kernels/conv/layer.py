@@ -235,6 +235,12 @@ def overlap(a: Tensor, b: Tensor) -> bool:
     )
 
 
+def exact_conv2d(x: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
+    """PyTorch's convolution in true fp32: cuDNN's own choice is TF32."""
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        return F.conv2d(x, weight, stride=stride, padding=padding)
+
+
 def conv_reference(call: ConvCall) -> Tensor:
     """The output map ``[target.rows, out_channels]`` in fp32, in plain PyTorch, zero border."""
     layer = call.layer
@@ -243,7 +249,7 @@ def conv_reference(call: ConvCall) -> Tensor:
     weight = call.weight.float().view(layer.out_channels, k, k, layer.in_channels)
     if layer.pool:
         x = F.max_pool2d(x, 2)
-    y = F.conv2d(x, weight.permute(0, 3, 1, 2), stride=layer.stride, padding=k // 2)
+    y = exact_conv2d(x, weight.permute(0, 3, 1, 2), layer.stride, k // 2)
     if call.scale is not None:
         y = y * call.scale[:, None, None]
     y = activate(y + call.bias.float()[:, None, None], layer.activation)

@@ -16,12 +16,11 @@ Expected time on an H200: bound by memory. 640x640 -> 32 channels in fp16 reads 
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from yolov7.kernels.conv.layer import ACTIVATIONS, DTYPES, activate, to_dtype
+from yolov7.kernels.conv.layer import ACTIVATIONS, DTYPES, activate, exact_conv2d, to_dtype
 from yolov7.kernels.conv.parts import begin, finish, multiply, store_rows
 from yolov7.kernels.layout import PitchedLayout
 from yolov7.kernels.runtime import Config, capability, find_config, launch, triton_op
@@ -91,7 +90,7 @@ def stem_reference(images: Tensor, weight: Tensor, bias: Tensor, stem: Stem) -> 
     """The output map ``[target.rows, out]`` in fp32, in plain PyTorch, zero border."""
     k = stem.kernel
     kernel = weight.float().view(weight.shape[0], k, k, images.shape[1]).permute(0, 3, 1, 2)
-    y = F.conv2d(images.float(), kernel, bias, stride=stem.stride, padding=(k - 1) // 2)
+    y = exact_conv2d(images.float(), kernel, stem.stride, (k - 1) // 2) + bias[:, None, None]
     return stem.target.from_nchw(activate(y, stem.activation))
 
 
