@@ -117,7 +117,8 @@ def _launch_nms(
         "overflow_ptr": overflow,
         "max_candidates": max_candidates,
     }
-    launch(nms_select_kernel, (batch,), select, warps)
+    # Left alone, ptxas spills for an occupancy that one program an image cannot have.
+    launch(nms_select_kernel, (batch,), select, {**warps, "maxnreg": 128})
     launch(nms_scatter_kernel, grid, {**scan, **choice, "keys_ptr": work["keys"]}, warps)
     greedy = {
         **choice,

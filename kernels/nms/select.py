@@ -207,50 +207,45 @@ def nms_select_kernel(
     low = key_of_bits(conf_bits)
     high = tl.full([], 0x7FFFFFFFFFFFFFFF, tl.int64)
     shift = tl.full([], 0, tl.int32) + shift
-    clamped = tl.full(
-        [], 1, tl.int32
-    )  # the best bin of the first window holds everything above it too
+    clamped = tl.full([], 1, tl.int32)  # the best bin of the first window has no upper end
     above = tl.full([], 0, tl.int32)
-    inclusive = tl.cumsum(histogram, axis=0)
-    needed = inclusive - histogram < max_candidates
-    last = tl.sum(needed.to(tl.int32), axis=0) - 1
-    taken = tl.max(tl.where(needed, inclusive, 0), axis=0)
-    low += (BINS - 1 - last).to(tl.int64) << shift
+    taken = tl.full([], 0, tl.int32)
+    searching = tl.full([], 1, tl.int32)
     wanted = wanted_classes(classes_ptr, K, HAS_CLASSES, BLOCK_C, BLOCK_K)
-    while taken > capacity:
-        # The last bin alone is too full: cut it into bins and count again.
-        above = tl.max(tl.where(needed, inclusive - histogram, 0), axis=0)
-        if (clamped > 0) & (last == 0):
-            shift = tl.full([], 63 - LOG_BINS, tl.int32)
-        else:
-            high = low + tl.minimum(tl.full([], 1, tl.int64) << shift, high - low)
-            shift = tl.maximum(shift - LOG_BINS, 0)
-        clamped = tl.full([], 0, tl.int32)
-        tl.debug_barrier()
-        tl.store(bins_ptrs, 0)
-        tl.debug_barrier()
-        for start in range(0, N, BLOCK_R):
-            rows = start + tl.arange(0, BLOCK_R)
-            row_ptrs, objectness, passing = open_rows(
-                prediction_ptr, counts_ptr, image, rows, N, segment, conf, NC, HAS_COUNTS
-            )
-            keys = candidate_keys(
-                row_ptrs, objectness, passing, wanted, rows, conf, NC, MULTI_LABEL, BLOCK_C
-            )
-            bins = BINS - 1 - ((keys - low) >> shift)
-            tl.atomic_add(
-                histogram_ptr + image * SPLITS * BINS + bins,
-                1,
-                mask=(keys >= low) & (keys < high),
-                sem="relaxed",
-            )
-        tl.debug_barrier()
-        histogram = tl.load(bins_ptrs)
+    while searching > 0:
         inclusive = above + tl.cumsum(histogram, axis=0)
         needed = inclusive - histogram < max_candidates
         last = tl.sum(needed.to(tl.int32), axis=0) - 1
         taken = tl.max(tl.where(needed, inclusive, 0), axis=0)
         low += (BINS - 1 - last).to(tl.int64) << shift
+        if taken <= capacity:
+            searching = tl.full([], 0, tl.int32)
+        else:
+            # The last bin alone is too full: cut it into bins and count again.
+            above = tl.max(tl.where(needed, inclusive - histogram, 0), axis=0)
+            if (clamped > 0) & (last == 0):
+                shift = tl.full([], 63 - LOG_BINS, tl.int32)
+            else:
+                high = low + tl.minimum(tl.full([], 1, tl.int64) << shift, high - low)
+                shift = tl.maximum(shift - LOG_BINS, 0)
+            clamped = tl.full([], 0, tl.int32)
+            tl.debug_barrier()
+            tl.store(bins_ptrs, 0)
+            tl.debug_barrier()
+            for start in range(0, N, BLOCK_R):
+                rows = start + tl.arange(0, BLOCK_R)
+                row_ptrs, objectness, passing = open_rows(
+                    prediction_ptr, counts_ptr, image, rows, N, segment, conf, NC, HAS_COUNTS
+                )
+                keys = candidate_keys(
+                    row_ptrs, objectness, passing, wanted, rows, conf, NC, MULTI_LABEL, BLOCK_C
+                )
+                bins = BINS - 1 - ((keys - low) >> shift)
+                mask = (keys >= low) & (keys < high)
+                first_ptr = histogram_ptr + image * SPLITS * BINS
+                tl.atomic_add(first_ptr + bins, 1, mask=mask, sem="relaxed")
+            tl.debug_barrier()
+            histogram = tl.load(bins_ptrs)
     tl.store(limits_ptr + image * 2, low)
     tl.store(limits_ptr + image * 2 + 1, taken.to(tl.int64))
 
