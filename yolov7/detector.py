@@ -2,6 +2,7 @@
 
 import copy
 import time
+import warnings
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from difflib import get_close_matches
 from itertools import islice
@@ -177,13 +178,13 @@ class Detector:
                 "network": (predicted - ready) / len(chunk),
                 "nms": (done - predicted) / len(chunk),
             }
-            for index, detections in zip(chunk, found, strict=False):
+            for index, (detections, overflow) in zip(chunk, found, strict=False):
                 image, ratio, pad = boxed[index]
                 frame = frames[index]
                 detections[:, :4] = unletterbox(
                     detections[:, :4], ratio, pad, frame.image.shape[:2]
                 )
-                results[index] = self._result(frame, detections, speed, image.shape[:2])
+                results[index] = self._result(frame, detections, speed, image.shape[:2], overflow)
         yield from (results[index] for index in range(len(frames)))
 
     def _detect_graph(self, frames: list[Frame], pipelines: "Pipelines") -> Iterator[Results]:
@@ -196,16 +197,31 @@ class Detector:
         under_way = []
         for chunk in self._chunks([geometry.shape for geometry in geometries]):
             images = [frames[index].image for index in chunk]
-            under_way.append((chunk, pipelines.submit(images, [geometries[i] for i in chunk])))
-        detections = {}
+            try:
+                pending = pipelines.submit(images, [geometries[i] for i in chunk])
+            except torch.OutOfMemoryError:
+                yield from self._fall_back(frames)
+                return
+            under_way.append((chunk, pending))
+        detections, overflow = {}, {}
         for chunk, pending in under_way:
             found = pending.wait()
             for row, index in enumerate(chunk):
                 detections[index] = found.boxes[row, : found.counts[row]]
+                overflow[index] = int(found.overflow[row])
         # One graph from frame to boxes: its stages have no times of their own.
         speed = {"pre": 0.0, "network": (self._now() - start) / len(frames), "nms": 0.0}
         for index, frame in enumerate(frames):
-            yield self._result(frame, detections[index], speed, geometries[index].shape)
+            shape = geometries[index].shape
+            yield self._result(frame, detections[index], speed, shape, overflow[index])
+
+    def _fall_back(self, frames: list[Frame]) -> Iterator[Results]:
+        """Go on with the eager engine, for good."""
+        assert isinstance(self.network, Network)
+        warnings.warn("no memory to build the engine graph: going on with eager", stacklevel=4)
+        self._pipelines = None
+        self.network.run_eagerly()
+        yield from self._detect(frames)
 
     def _make_pipelines(self) -> "Pipelines":
         from yolov7.engine.pipeline import Suppression
@@ -247,12 +263,12 @@ class Detector:
             speed["network"] += predicted - ready
             speed["nms"] += self._now() - predicted
         start = self._now()
-        (detections,) = self._suppress(torch.cat(candidates)[None])
+        ((detections, overflow),) = self._suppress(torch.cat(candidates)[None])
         if len(tiles) > 1:
             detections = drop_cut_boxes(detections, tiles, shape, scale)
         detections[:, :4] = clip_boxes(detections[:, :4] / scale, shape)
         speed["nms"] += self._now() - start
-        return self._result(frame, detections, speed, boxed[-1][0].shape[:2])
+        return self._result(frame, detections, speed, boxed[-1][0].shape[:2], overflow)
 
     def _letterbox(self, image: Image) -> tuple[Image, tuple[float, float], tuple[float, float]]:
         return letterbox(image, self.imgsz, stride=self.stride, auto=not self._one_shape)
@@ -296,8 +312,8 @@ class Detector:
             decoded.append(boxes)
         return torch.cat(decoded, 1)
 
-    def _suppress(self, decoded: Tensor) -> list[Tensor]:
-        """Detections [n, 6] of every image, on the CPU."""
+    def _suppress(self, decoded: Tensor) -> list[tuple[Tensor, int]]:
+        """Of every image, detections [n, 6] on the CPU, and candidates that were left out."""
         classes = None if self.classes is None else self.classes.to(decoded.device)
         found = batched_nms(
             decoded,
@@ -307,14 +323,20 @@ class Detector:
             classes=classes,
             max_det=self.max_det,
         )
-        boxes = found.boxes.cpu()
-        return [boxes[i, :count] for i, count in enumerate(found.counts.tolist())]
+        boxes, counts, overflow = found.boxes.cpu(), found.counts.tolist(), found.overflow.tolist()
+        return [(boxes[i, :count], overflow[i]) for i, count in enumerate(counts)]
 
     def _result(
-        self, frame: Frame, detections: Tensor, speed: dict[str, float], shape: tuple[int, ...]
+        self,
+        frame: Frame,
+        detections: Tensor,
+        speed: dict[str, float],
+        shape: tuple[int, ...],
+        overflow: int,
     ) -> Results:
         self.speed.add(speed)
-        return Results(frame, Boxes(detections), self.names, speed, (shape[0], shape[1]))
+        size = (shape[0], shape[1])
+        return Results(frame, Boxes(detections), self.names, speed, size, overflow)
 
     def _now(self) -> float:
         """Milliseconds, when everything before is done."""

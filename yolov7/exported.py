@@ -226,6 +226,7 @@ class ExportedNetwork:
         imgsz: (height, width) of its input, pixels; it takes no other.
         device: Where the input is taken.
         dtype: Of the input.
+        precision: Of weights and convolutions, "fp32" or "fp16".
         engine: "onnxruntime", "onnxruntime-cuda", "openvino", "torch-export" or "aoti".
         title: Variant and kind, in words.
         one_shape: True: the size of the input is fixed.
@@ -263,6 +264,7 @@ class ExportedNetwork:
             self._session = session
         self.names, self.stride = self.metadata.names, self.metadata.stride
         self.imgsz, self.one_shape = self.metadata.imgsz, True
+        self.precision: str = self.metadata.precision
         self.title = f"{self.metadata.variant}, exported as {self.metadata.kind}"
         self.engine = self._session.engine
         self._path = path

@@ -10,6 +10,7 @@ import ctypes
 import os
 import platform
 import shutil
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -27,14 +28,10 @@ from yolov7.model import YOLOv7
 if TYPE_CHECKING:
     from yolov7.engine.network import PlannedNetwork
 
-Precision = Literal["auto", "fp32", "fp16", "bf16"]
-Engine = Literal["auto", "eager", "compile", "graph"]
-
 PLANS = 4  # input shapes that the graph engine is ready for
-GRAPH_DEVICES = ("cuda",)
-
 OLDEST = (8, 0)  # compute capability that the kernels are made for
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 def resolve_device(name: str | torch.device) -> torch.device:
@@ -58,15 +55,17 @@ def resolve_device(name: str | torch.device) -> torch.device:
 
 
 def resolve_precision(name: str, device: torch.device) -> torch.dtype:
-    """The dtype of a precision; "auto" is fp16 on CUDA and fp32 on a CPU.
+    """The dtype of a precision, of "fp8" that of what it leaves unquantised.
+
+    "auto" is fp16 on CUDA and fp32 on a CPU.
 
     Raises:
         UserError: An unknown precision, or one that the device has not got.
     """
-    if name == "auto":
+    if name in ("auto", "fp8"):
         return torch.float16 if device.type == "cuda" else torch.float32
     if name not in _DTYPES:
-        raise UserError(f"precision {name}: give auto, {', '.join(_DTYPES)}")
+        raise UserError(f"precision {name}: give auto, {', '.join(_DTYPES)}, fp8")
     if name == "fp16" and device.type == "cpu":
         raise UserError("precision fp16 needs a GPU: use bf16 or fp32 on a CPU")
     return _DTYPES[name]
@@ -78,14 +77,17 @@ class Network:
     Args:
         model: Fused and changed in place.
         device: "auto", "cpu", "cuda", "cuda:N".
-        precision: "auto", "fp32", "fp16" (CUDA) or "bf16". Boxes are decoded in fp32 always.
+        precision: "auto", "fp32", "fp16" (CUDA), "bf16", or "fp8" (engine graph, weights that
+            `yolov7 convert` has calibrated). Boxes are decoded in fp32 always.
         engine: "eager"; "compile": torch.compile with frozen weights, once per input shape, its
-            results kept in the user's cache folder; "graph": our kernels, planned per input shape
-            (CUDA). "auto" is eager.
+            results kept in the user's cache folder; "graph": our kernels, planned per input
+            shape; on a CPU the kernels' plain references, slow, for checking. "auto" is graph on a
+            GPU of compute capability 8.0 or later, else eager.
 
     Attributes:
         device: Where it runs.
-        dtype: Of the input and the convolutions.
+        dtype: Of the input and the convolutions, fp8 apart.
+        precision: "fp32", "fp16", "bf16" or "fp8".
         engine: "eager", "compile" or "graph".
         names: Class names by number.
         stride: Of the coarsest level; sides of the input are multiples of it.
@@ -107,7 +109,13 @@ class Network:
     ) -> None:
         self.device = resolve_device(device)
         self.dtype = resolve_precision(precision, self.device)
-        self.engine = _resolve_engine(engine, self.device)
+        self.engine: str = _resolve_engine(engine, self.device)
+        self.precision = precision if precision == "fp8" else _NAMES[self.dtype]
+        if precision == "fp8" and (self.engine != "graph" or not model.ranges):
+            raise UserError(
+                "precision fp8 needs engine graph, and weights calibrated for it: "
+                "yolov7 convert --precision fp8 --calibrate FOLDER"
+            )
         self.one_shape = self.engine == "compile"
         self.names, self.stride, self.imgsz = model.names, model.stride, model.imgsz
         anchors = model.head.anchors.to(self.device, torch.float32)
@@ -117,6 +125,7 @@ class Network:
         self.title = f"{model.variant.name}, {parameters / 1e6:.1f} M parameters"
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # stub lacks it
         self._model, self._planned = model, dict[tuple[int, ...], "PlannedNetwork"]()
+        self._lock = threading.Lock()
         self._forward: Callable[[Tensor], Tensor] = model
         if self.device.type == "cpu":
             keep_freed_memory()
@@ -131,8 +140,13 @@ class Network:
         """Decoded boxes [B, N, 5 + classes] in fp32 of images x [B, 3, H, W], RGB in 0..1."""
         x = x.to(self.device, self.dtype).contiguous(memory_format=torch.channels_last)
         if self.engine == "graph":
-            return self.planned(x.shape[0], x.shape[2], x.shape[3])(x)
+            with self._lock:  # a plan has one set of buffers
+                return self.planned(x.shape[0], x.shape[2], x.shape[3])(x)
         return self._forward(x)
+
+    def run_eagerly(self) -> None:
+        """Leave the engine graph, and the memory of its plans, for eager."""
+        self.engine, self._planned = "eager", {}
 
     def planned(self, *shape: int) -> "PlannedNetwork":
         """The plan for (batch, height, width); the latest few are kept."""
@@ -140,7 +154,10 @@ class Network:
 
         network = self._planned.pop(shape, None)
         if network is None:
-            network = PlannedNetwork(self._model, *shape, dtype=self.dtype, device=self.device)
+            ranges = self._model.ranges if self.precision == "fp8" else None
+            network = PlannedNetwork(
+                self._model, *shape, dtype=self.dtype, device=self.device, ranges=ranges
+            )
         self._planned[shape] = network
         if len(self._planned) > PLANS:
             del self._planned[next(iter(self._planned))]

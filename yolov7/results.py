@@ -61,6 +61,7 @@ class Results:
         names: Class names by number.
         speed: Milliseconds spent on this image by stage: "pre" (letterbox, copy), "network", "nms".
         input_shape: (height, width) that the network saw; (0, 0) where it saw tiles.
+        overflow: Candidates beyond what the suppression looks at, the least sure ones.
     """
 
     frame: Frame
@@ -68,6 +69,7 @@ class Results:
     names: list[str]
     speed: dict[str, float]
     input_shape: tuple[int, int]
+    overflow: int = 0
 
     def __len__(self) -> int:
         return len(self.boxes)

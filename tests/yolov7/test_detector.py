@@ -1,3 +1,4 @@
+import functools
 from collections.abc import Callable, Iterator
 from importlib.resources import files
 from pathlib import Path
@@ -254,13 +255,10 @@ def test_one_shape_for_a_compiled_network(
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_graph_equals_eager(
-    device: str, monkeypatch: pytest.MonkeyPatch, images: list[Image], detector: Detector
-) -> None:
+def test_graph_equals_eager(device: str, images: list[Image], detector: Detector) -> None:
     """On a CPU the kernels' references run."""
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
-    monkeypatch.setattr("yolov7.network.GRAPH_DEVICES", ("cpu", "cuda"))
     turned = np.ascontiguousarray(np.rot90(images[1]))
     mixed = [images[0], turned, images[1], images[2], images[3][:100, :120]]
     options: dict[str, Any] = {"device": device, "engine": "graph", "precision": "fp32"}
@@ -273,6 +271,32 @@ def test_graph_equals_eager(
     assert few.boxes.cls.tolist() == [1]
     tiled = Detector(tile=320, **options)(images[0])[0]
     same(tiled, Detector(device="cpu", tile=320)(images[0])[0])
+
+
+def test_without_memory_for_the_graph_the_eager_engine_goes_on(
+    monkeypatch: pytest.MonkeyPatch, images: list[Image], detector: Detector
+) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr("yolov7.pipelines.Pipelines.submit", full)
+    graph = Detector(device="cpu", engine="graph")
+    with pytest.warns(UserWarning, match="going on with eager") as warned:
+        results = graph(images[:2])
+    assert len(warned) == 1
+    assert graph.network.engine == "eager"
+    for expected, result in zip(detector(images[:2]), results, strict=True):
+        same(result, expected)
+
+
+def test_candidates_beyond_the_capacity_are_counted(
+    monkeypatch: pytest.MonkeyPatch, images: list[Image]
+) -> None:
+    few = functools.partial(batched_nms, max_candidates=3)
+    monkeypatch.setattr("yolov7.detector.batched_nms", few)
+    result = Detector(device="cpu")(images[0])[0]
+    assert result.overflow > 0
+    assert len(result) <= 3
 
 
 def test_a_model_is_copied() -> None:

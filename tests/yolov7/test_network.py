@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from yolov7.checkpoint import load_model
+from yolov7.engine.calibrate import calibrate
 from yolov7.errors import UserError
 from yolov7.model import YOLOv7, create_model
 from yolov7.network import PLANS, Network, PackedConv, resolve_device, resolve_precision
@@ -84,8 +85,6 @@ def test_devices_and_precisions() -> None:
 
 
 def test_engines(demo: YOLOv7, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UserError, match="engine graph needs a CUDA GPU"):
-        Network(copy.deepcopy(demo), device="cpu", engine="graph")
     with pytest.raises(UserError, match="engine fast: give"):
         Network(copy.deepcopy(demo), device="cpu", engine="fast")
     monkeypatch.setattr("shutil.which", lambda _: None)
@@ -110,11 +109,8 @@ def test_compile_freezes_and_keeps_its_cache(
     assert network(images).shape == demo(images).shape
 
 
-def test_graph_plans_for_every_shape_and_keeps_a_few(
-    demo: YOLOv7, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_graph_plans_for_every_shape_and_keeps_a_few(demo: YOLOv7) -> None:
     """On a CPU the kernels' references run."""
-    monkeypatch.setattr("yolov7.network.GRAPH_DEVICES", ("cpu",))
     network = Network(copy.deepcopy(demo), device="cpu", engine="graph")
     sizes = [(1, 3, 32, 32 * columns) for columns in range(1, PLANS + 3)]
     for size in [*sizes, sizes[-1]]:
@@ -125,6 +121,21 @@ def test_graph_plans_for_every_shape_and_keeps_a_few(
     plans = [network.planned(*(size[0], *size[2:])) for size in sizes[-PLANS:]]
     assert network.planned(1, 32, 32 * (PLANS + 2)) is plans[-1]
     assert len({id(plan) for plan in plans}) == len(network._planned) == PLANS
+
+
+def test_fp8_needs_calibrated_weights_and_the_graph(demo: YOLOv7, images: torch.Tensor) -> None:
+    for engine in ("graph", "eager"):
+        with pytest.raises(UserError, match="yolov7 convert --precision fp8 --calibrate"):
+            Network(copy.deepcopy(demo), device="cpu", precision="fp8", engine=engine)
+    model = copy.deepcopy(demo)
+    model.ranges = calibrate(copy.deepcopy(demo).fuse(), [images])
+    with pytest.raises(UserError, match="needs engine graph"):
+        Network(copy.deepcopy(model), device="cpu", precision="fp8")
+    network = Network(model, device="cpu", precision="fp8", engine="graph")
+    with torch.no_grad():
+        expected = demo(images)
+    assert network.precision == "fp8"
+    assert 1e-4 < relative(network(images), expected) < 0.1
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")

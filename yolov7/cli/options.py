@@ -8,7 +8,7 @@ import yaml
 
 from yolov7.errors import UserError
 
-Precision = Literal["auto", "fp32", "fp16", "bf16"]
+Precision = Literal["auto", "fp32", "fp16", "bf16", "fp8"]
 Engine = Literal["auto", "eager", "compile", "graph", "openvino"]
 
 
@@ -26,7 +26,8 @@ class ModelOptions:
     device: str = "auto"
     """auto, cpu, cuda or cuda:N"""
     precision: Precision = "auto"
-    """arithmetic of the network; auto: fp16 on CUDA, fp32 on a CPU"""
+    """arithmetic of the network; auto: fp16 on CUDA, fp32 on a CPU; fp8: with the engine graph and
+    weights from yolov7 convert --precision fp8"""
     engine: Engine = "auto"
     """eager: PyTorch, fused; compile: torch.compile, slower to start; graph: our kernels (CUDA);
     openvino: for .onnx files, which ONNX Runtime runs else"""

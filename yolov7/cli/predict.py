@@ -138,8 +138,7 @@ def _print_start(options: Predict, detector: Detector) -> None:
     classes = ", ".join(names) if len(names) <= 5 else f"{len(names)} classes"
     weights = options.weights or f"embedded demo weights {DEMO_WEIGHTS}"
     network = detector.network
-    precision = str(network.dtype).removeprefix("torch.")
-    print(f"{weights} ({classes}): {network.device}, {precision}, {network.engine}")
+    print(f"{weights} ({classes}): {network.device}, {network.precision}, {network.engine}")
     if detector.startup_s:
         kept = os.environ.get("TORCHINDUCTOR_CACHE_DIR") or cache_folder("inductor")
         print(f"compiled in {detector.startup_s:.1f} s; kept in {kept}, the next start is shorter")

@@ -95,7 +95,7 @@ def run(options: Val) -> int:
         max_det=options.max_det,
         preparation=preparation,
     )
-    how = f"{network.device}, {str(network.dtype).removeprefix('torch.')}, {network.engine}"
+    how = f"{network.device}, {network.precision}, {network.engine}"
     print(f"{weights}: {network.title}; {how}")
     print(f"{options.data} {options.split}: {len(dataset.samples)} images, {settings.imgsz} px")
 

@@ -7,7 +7,7 @@ operations run one after the other through their references.
 """
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -68,7 +68,12 @@ class FramePipeline:
         network: for one batch and size.
         suppression: what is kept.
         capacity: bytes of all frames of a batch at most.
+
+    Attributes:
+        output: detections of the latest batch, on the network's device.
     """
+
+    output: Found
 
     def __init__(self, network: PlannedNetwork, suppression: Suppression, *, capacity: int) -> None:
         self.network, self.suppression, self.capacity = network, suppression, capacity
@@ -90,15 +95,25 @@ class FramePipeline:
             self._stream = torch.cuda.Stream(device)
             self._next = 0
             self._capture()
-        else:
-            self._outputs = self._run()
 
-    def _run(self) -> Found:
-        """The whole way, on whatever device the tensors are."""
-        s = self.suppression
+    def stages(self) -> dict[str, Callable[[], None]]:
+        """The parts of the way in order, to be timed; run one after the other they are the way."""
+        return {
+            "letterbox": self._letterbox,
+            "network": self.network.run,
+            "decode": self._decode,
+            "nms": self._suppress,
+        }
+
+    def _letterbox(self) -> None:
         letterbox(self._pixels, self._table, self.network.images)
-        self.network.run()
-        rows, segment_counts = self.network.decode(s.conf)
+
+    def _decode(self) -> None:
+        self._candidates = self.network.decode(self.suppression.conf)
+
+    def _suppress(self) -> None:
+        s = self.suppression
+        rows, segment_counts = self._candidates
         found = batched_nms(
             rows,
             conf=s.conf,
@@ -113,7 +128,12 @@ class FramePipeline:
         corners = (found.boxes[..., :4].unflatten(-1, (2, 2)) - pad) / scale
         corners = torch.minimum(corners.clamp_min(0), size)
         boxes = torch.cat([corners.flatten(-2), found.boxes[..., 4:]], -1)
-        return Found(boxes, found.counts, found.overflow)
+        self.output = Found(boxes, found.counts, found.overflow)
+
+    def _run(self) -> None:
+        """The whole way, on whatever device the tensors are."""
+        for stage in self.stages().values():
+            stage()
 
     @torch.no_grad()
     def _capture(self) -> None:
@@ -123,7 +143,7 @@ class FramePipeline:
             self._stream.synchronize()
             self._graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self._graph, stream=self._stream):
-                self._outputs = self._run()
+                self._run()
 
     @torch.no_grad()
     def submit(self, frames: Sequence[Tensor], boxes: Sequence[Geometry]) -> Pending:
@@ -157,8 +177,8 @@ class FramePipeline:
             self._pixels[:offset] = torch.cat([frame.flatten() for frame in frames])
             self._table.copy_(tables)
             self._frame.copy_(geometries)
-            found = self._run()
-        n = len(frames)
+            self._run()
+            n, found = len(frames), self.output
         return Pending(Found(found.boxes[:n], found.counts[:n], found.overflow[:n]), None)
 
     def _replay(self, frames: Sequence[Tensor], table: Tensor, geometry: Tensor) -> Pending:
@@ -186,7 +206,7 @@ class FramePipeline:
             free.record(self._stream)
             self._graph.replay()
             n = len(frames)
-            outputs = (self._outputs.boxes, self._outputs.counts, self._outputs.overflow)
+            outputs = (self.output.boxes, self.output.counts, self.output.overflow)
             found = Found(*(o[:n].to("cpu", non_blocking=True) for o in outputs))
             done = self._stream.record_event()
         return Pending(found, done)

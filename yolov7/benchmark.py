@@ -1,0 +1,255 @@
+"""How fast a model detects, stage by stage and as a whole, and whether it stays so.
+
+A 1080p frame goes the whole way. Stages are timed one by one with the device drained between
+them; the whole is what a user of `Detector` waits for. All engines take the same frame in the same
+process, and so does the matrix product that says what the device can do at most.
+"""
+
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.resources import as_file, files
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+
+from yolov7.detector import Detector
+from yolov7.engine.pipeline import FramePipeline, Suppression
+from yolov7.info import conv_layers
+from yolov7.kernels.nms import batched_nms
+from yolov7.letterbox import Image, letterbox, letterbox_geometry
+from yolov7.model import YOLOv7
+from yolov7.network import Network
+from yolov7.sources import read_image
+
+FRAME = (1080, 1920)  # height, width in pixels
+WARM_UP = 3
+MATRIX = {"cuda": 8192, "cpu": 1024}  # side of the matrices of the ceiling
+
+Stages = Mapping[str, Callable[[], object]]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """What one engine needed.
+
+    Attributes:
+        engine: "eager", "compile" or "graph".
+        batch: Images at a time.
+        samples: Stage -> milliseconds per batch; "whole" is all of it, undivided.
+        startup_s: Seconds from the model to the first boxes.
+        peak_bytes: Most memory held: of the device on CUDA, of the process on a CPU.
+        flops: Of one image, two per multiply-add.
+        ceiling: FLOP/s of a matrix product of this device and precision, in this run.
+        launches: Of the network's kernels; None where the engine does not plan them.
+    """
+
+    engine: str
+    batch: int
+    samples: dict[str, list[float]]
+    startup_s: float
+    peak_bytes: int
+    flops: int
+    ceiling: float
+    launches: int | None
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Per stage the p50, p95 and p99 in ms per batch."""
+        return [
+            {"engine": self.engine, "stage": stage}
+            | dict(zip(("p50", "p95", "p99"), percentiles(times, 50, 95, 99), strict=True))
+            for stage, times in self.samples.items()
+        ]
+
+    def totals(self) -> dict[str, Any]:
+        """Images per second, percent of the ceiling that the network reaches, memory, start-up."""
+        whole, network = (float(np.median(self.samples[s])) for s in ("whole", "network"))
+        rate = self.flops * self.batch / network * 1e3
+        return {
+            "engine": self.engine,
+            "batch": self.batch,
+            "images_per_second": round(1e3 * self.batch / whole, 2),
+            "percent_of_ceiling": round(100 * rate / self.ceiling, 1),
+            "ceiling_tflops": round(self.ceiling / 1e12, 3),
+            "launches": self.launches,
+            "peak_bytes": self.peak_bytes,
+            "startup_s": round(self.startup_s, 3),
+        }
+
+
+def percentiles(times: list[float], *shares: float) -> list[float]:
+    """Percentiles of milliseconds, rounded to a tenth of a microsecond."""
+    return [round(float(value), 4) for value in np.percentile(times, shares)]
+
+
+def sample_frame() -> Image:
+    """A packaged photograph as a frame: [1080, 1920, 3] uint8, BGR."""
+    with as_file(files("yolov7.assets") / "images") as folder:
+        image = read_image(min(folder.glob("*.jpg")))
+    return np.asarray(cv2.resize(image, FRAME[::-1]), np.uint8)
+
+
+def measure(
+    model: YOLOv7,
+    *,
+    engine: str,
+    device: str = "auto",
+    precision: str = "auto",
+    imgsz: int | None = None,
+    batch: int = 1,
+    rounds: int = 50,
+) -> Timing:
+    """Time one engine.
+
+    Args:
+        model: In any form; it is not changed.
+        engine: See `Network`.
+        device: Likewise.
+        precision: Likewise.
+        imgsz: Longer side of the network's input in pixels; None: the model's own.
+        batch: Images at a time, all of them the sample frame.
+        rounds: Batches that are timed, after a warm-up.
+
+    Raises:
+        UserError: the engine, device or precision is not to be had here.
+    """
+    frames = [sample_frame()] * batch
+    start = time.perf_counter()
+    detector = Detector(
+        model, engine=engine, device=device, precision=precision, imgsz=imgsz, batch=batch
+    )
+    (height, width) = detector(frames)[0].input_shape
+    startup_s = time.perf_counter() - start
+    network = detector.network
+    assert isinstance(network, Network)
+    plan = network.planned(batch, height, width).plan if network.engine == "graph" else None
+    stages = _graph_stages if network.engine == "graph" else _eager_stages
+    samples = _timed({**stages(network, frames, detector.imgsz)}, network.device, rounds)
+    samples |= _timed({"whole": lambda: detector(frames)}, network.device, rounds)
+    return Timing(
+        network.engine,
+        batch,
+        samples,
+        startup_s,
+        memory_bytes(network.device, peak=True),
+        sum(layer.flops for layer in conv_layers(model, height, width)),
+        matrix_rate(network.device, network.dtype),
+        None if plan is None else len(plan.steps),
+    )
+
+
+def _timed(stages: Stages, device: torch.device, rounds: int) -> dict[str, list[float]]:
+    samples: dict[str, list[float]] = {stage: [] for stage in stages}
+    for i in range(WARM_UP + rounds):
+        for stage, run in stages.items():
+            start = _now(device)
+            run()
+            if i >= WARM_UP:
+                samples[stage].append(1e3 * (_now(device) - start))
+    return samples
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _eager_stages(network: Network, frames: list[Image], imgsz: tuple[int, int]) -> Stages:
+    """The network's own decoding is part of it."""
+    kept: dict[str, Any] = {}
+
+    def box() -> None:
+        auto = not network.one_shape
+        boxed = [letterbox(f, imgsz, stride=network.stride, auto=auto)[0] for f in frames]
+        kept["pixels"] = torch.from_numpy(np.stack(boxed)[..., ::-1].copy())
+
+    def upload() -> None:
+        x: Tensor = kept["pixels"].to(network.device).permute(0, 3, 1, 2)
+        kept["x"] = x.to(network.dtype).div_(255)
+
+    return {
+        "letterbox": box,
+        "upload": upload,
+        "network": lambda: kept.__setitem__("decoded", network(kept["x"])),
+        "nms": lambda: kept.__setitem__("found", batched_nms(kept["decoded"])),
+        "download": lambda: [t.cpu() for t in kept["found"]],
+    }
+
+
+def _graph_stages(network: Network, frames: list[Image], imgsz: tuple[int, int]) -> Stages:
+    boxes = [
+        letterbox_geometry(f.shape[:2], imgsz, stride=network.stride, auto=True) for f in frames
+    ]
+    planned = network.planned(len(frames), *boxes[0].shape)
+    pipeline = FramePipeline(planned, Suppression(), capacity=sum(f.size for f in frames))
+    tensors = [torch.from_numpy(f) for f in frames]
+    pipeline.submit(tensors, boxes).wait()
+    return {
+        "upload": lambda: [t.to(network.device) for t in tensors],
+        **pipeline.stages(),
+        "download": lambda: pipeline.output.boxes.cpu(),
+    }
+
+
+def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of the best of a few large square matrix products."""
+    side = MATRIX[device.type]
+    a = torch.randn(side, side, device=device, dtype=dtype)
+    best = float("inf")
+    for _ in range(8):
+        start = _now(device)
+        a @ a
+        best = min(best, _now(device) - start)
+    return 2 * side**3 / best
+
+
+def memory_bytes(device: torch.device, *, peak: bool = False) -> int:
+    """Memory held now or, with `peak`, at most: of the device on CUDA, of the process on a CPU."""
+    if device.type == "cuda":
+        held = torch.cuda.max_memory_allocated if peak else torch.cuda.memory_allocated
+        return held(device)
+    if peak:
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def soak(detector: Detector, seconds: float) -> dict[str, Any]:
+    """Detect in the sample frame, one after the other, for a while.
+
+    Returns:
+        frames; p50, p99 and p99.9 in ms; drift: the median of the last tenth over that of the
+        first; growth_bytes: memory at the end less that after the first tenth.
+    """
+    frames = [sample_frame()] * detector.batch
+    device = detector.network.device
+    for _ in range(WARM_UP):
+        detector(frames)
+    times: list[float] = []
+    early: int | None = None
+    begin = time.perf_counter()
+    while time.perf_counter() - begin < seconds or len(times) < 10:
+        start = _now(device)
+        detector(frames)
+        times.append(1e3 * (_now(device) - start))
+        if early is None and time.perf_counter() - begin > seconds / 10:
+            early = memory_bytes(device)
+    tenth = len(times) // 10
+    p50, p99, p999 = percentiles(times, 50, 99, 99.9)
+    return {
+        "engine": detector.network.engine,
+        "frames": len(times) * detector.batch,
+        "p50": p50,
+        "p99": p99,
+        "p99.9": p999,
+        "drift": round(float(np.median(times[-tenth:]) / np.median(times[:tenth])), 4),
+        "growth_bytes": memory_bytes(device) - (early or 0),
+    }
