@@ -1,12 +1,16 @@
+import io
 import math
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
+from yolov7.train import report
 from yolov7.train.report import (
     CsvWriter,
     Meter,
@@ -49,6 +53,21 @@ def test_the_meter_averages_over_batches() -> None:
     assert row["images_per_s"] == pytest.approx(8 / meter.seconds)
     assert 0 < row["waiting"] < 1
     assert row["memory_gb"] > 0.01
+
+
+def test_the_bar_shows_losses_speed_and_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=True, width=160)
+    monkeypatch.setattr(report, "Console", lambda **_: console)
+    monkeypatch.setattr(report, "REFRESH_S", 0.0)
+    meter = Meter("epoch 1/9, lr 0.01000", 3)
+    for _ in meter.follow(range(3)):
+        meter.add({"box": torch.tensor(0.5), "matches": torch.tensor(7)}, images=4)
+        time.sleep(0.12)  # rich draws ten times a second
+    shown = screen.getvalue()
+    for text in ("epoch 1/9, lr 0.01000", "box 0.5000", "images/s", "waiting for data", " GB"):
+        assert text in shown
+    assert "matches" not in shown
 
 
 def test_a_slow_loader_shows_as_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
