@@ -136,8 +136,9 @@ def perspective(
         image = cv2.warpAffine(scene.image, pixels[:2], (width, height), borderValue=border)
     outlined = np.array([bool(outline) for outline in scene.outlines], np.bool_)
     boxes = _warp_boxes(scene.boxes, matrix)
-    for i in np.flatnonzero(outlined):
-        boxes[i] = _warp_outline(scene.outlines[i], matrix, shape)
+    if outlined.any():
+        outlines = [outline for outline in scene.outlines if outline]
+        boxes[outlined] = _warp_outlines(outlines, matrix, shape)
     boxes = np.clip(boxes, 0, np.array([width, height, width, height], np.float32))
     before = np.prod(scene.boxes[:, 2:] - scene.boxes[:, :2], 1) * scale**2
     sides = boxes[:, 2:] - boxes[:, :2]
@@ -182,24 +183,28 @@ def _warp_boxes(boxes: Boxes, matrix: NDArray[np.float64]) -> Boxes:
     return np.concatenate([corners.min(1), corners.max(1)], 1)
 
 
-def _warp_outline(
-    outline: list[Polygon], matrix: NDArray[np.float64], shape: tuple[int, int]
+def _warp_outlines(
+    outlines: Sequence[list[Polygon]], matrix: NDArray[np.float64], shape: tuple[int, int]
 ) -> Boxes:
-    """The box `[4]` around what a warped outline shows inside (height, width); else zeros."""
-    points = _warp_points(np.concatenate([_resample(part) for part in outline]), matrix)
-    inside = points[((points >= 0) & (points <= shape[::-1])).all(1)]
-    if not len(inside):
-        return np.zeros(4, np.float32)
-    return np.concatenate([inside.min(0), inside.max(0)])
+    """Boxes `[n, 4]` around what warped outlines show inside (height, width); zeros for nothing."""
+    points = _warp_points(_resample([part for outline in outlines for part in outline]), matrix)
+    inside = ((points >= 0) & (points <= shape[::-1])).all(2, keepdims=True)
+    low, high = (np.where(inside, points, side) for side in (np.inf, -np.inf))  # [parts, k, 2]
+    first = np.cumsum([0, *(len(outline) for outline in outlines[:-1])])
+    low, high = np.minimum.reduceat(low.min(1), first), np.maximum.reduceat(high.max(1), first)
+    seen = (low <= high).all(1, keepdims=True)
+    return np.where(seen, np.concatenate([low, high], 1), 0).astype(np.float32)
 
 
-def _resample(part: Polygon) -> Polygon:
-    """A closed polygon as `OUTLINE_POINTS` points along its edges."""
-    closed = np.concatenate([part, part[:1]])
-    at = np.linspace(0, len(part), OUTLINE_POINTS, endpoint=False)
-    corner = np.arange(len(closed))
-    x, y = (np.interp(at, corner, closed[:, axis]) for axis in (0, 1))
-    return np.stack([x, y], 1).astype(np.float32)
+def _resample(parts: Sequence[Polygon]) -> NDArray[np.float32]:
+    """Closed polygons as `[n, OUTLINE_POINTS, 2]` points along their edges."""
+    counts = np.array([len(part) for part in parts])[:, None]
+    start = np.cumsum(counts)[:, None] - counts
+    at = np.arange(OUTLINE_POINTS) / OUTLINE_POINTS * counts
+    corner = at.astype(np.int64)
+    corners = np.concatenate(parts)
+    here, after = corners[start + corner], corners[start + (corner + 1) % counts]
+    return here + (at - corner)[..., None].astype(np.float32) * (after - here)
 
 
 def flipped(scene: Scene, *, horizontally: bool) -> Scene:

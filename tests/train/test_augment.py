@@ -63,6 +63,21 @@ def test_perspective_refits_outlines(name: str, seed: int) -> None:
     assert_boxes_fit(after, 1.5, near=125)
 
 
+def test_outlines_of_several_parts_make_one_box() -> None:
+    whole = scene((60, 30, 70, 60), (90, 40, 100, 70))
+    parts = [part for outline in whole.outlines for part in outline]
+    two = replace(
+        whole,
+        image=(whole.image > 0).astype(np.uint8) * 250,
+        classes=np.array([250]),
+        boxes=np.array([[60, 30, 100, 70]], np.float32),
+        outlines=(parts,),
+    )
+    config = replace(NOTHING, scale=0.3, degrees=10)
+    for seed in range(3):
+        assert_boxes_fit(perspective(two, (100, 160), config, rng(seed)), 1.5, near=125)
+
+
 def test_perspective_of_boxes_bounds_their_corners() -> None:
     config = replace(NOTHING, degrees=40)
     before = scene((60, 30, 100, 60))
