@@ -31,6 +31,7 @@ from yolov7.sources import read_image
 FRAME = (1080, 1920)  # height, width in pixels
 WARM_UP = 3
 MATRIX = {"cuda": 8192, "cpu": 1024}  # side of the matrices of the ceiling
+COPIED = {"cuda": 1 << 30, "cpu": 1 << 27}  # bytes of its copy
 
 Stages = Mapping[str, Callable[[], object]]
 
@@ -47,7 +48,8 @@ class Timing:
         peak_bytes: Most memory held: of the device on CUDA, of the process on a CPU.
         flops: Of one image, two per multiply-add.
         ceiling: FLOP/s of a matrix product of this device and precision, in this run.
-        launches: Of the network's kernels; None where the engine does not plan them.
+        bandwidth: Bytes per second of a copy, read and written, in this run.
+        steps: With the engine graph, each step of the plan: name, flops, bytes, ms.
     """
 
     engine: str
@@ -57,7 +59,8 @@ class Timing:
     peak_bytes: int
     flops: int
     ceiling: float
-    launches: int | None
+    bandwidth: float
+    steps: list[dict[str, Any]]
 
     def rows(self) -> list[dict[str, Any]]:
         """Per stage the p50, p95 and p99 in ms per batch."""
@@ -77,7 +80,8 @@ class Timing:
             "images_per_second": round(1e3 * self.batch / whole, 2),
             "percent_of_ceiling": round(100 * rate / self.ceiling, 1),
             "ceiling_tflops": round(self.ceiling / 1e12, 3),
-            "launches": self.launches,
+            "launches": len(self.steps) or None,
+            "gb_per_second": round(self.bandwidth / 1e9, 1),
             "peak_bytes": self.peak_bytes,
             "startup_s": round(self.startup_s, 3),
         }
@@ -128,7 +132,6 @@ def measure(
     startup_s = time.perf_counter() - start
     network = detector.network
     assert isinstance(network, Network)
-    plan = network.planned(batch, height, width).plan if network.engine == "graph" else None
     stages = _graph_stages if network.engine == "graph" else _eager_stages
     samples = _timed({**stages(network, frames, detector.imgsz)}, network.device, rounds)
     samples |= _timed({"whole": lambda: detector(frames)}, network.device, rounds)
@@ -140,8 +143,30 @@ def measure(
         memory_bytes(network.device, peak=True),
         sum(layer.flops for layer in conv_layers(model, height, width)),
         matrix_rate(network.device, network.dtype),
-        None if plan is None else len(plan.steps),
+        copy_rate(network.device),
+        _steps(network, batch, height, width, rounds=rounds) if network.engine == "graph" else [],
     )
+
+
+def _steps(
+    network: Network, batch: int, height: int, width: int, rounds: int
+) -> list[dict[str, Any]]:
+    """Medians of every step of the plan, run alone."""
+    planned = network.planned(batch, height, width)
+    launches = [*planned.launches(), (planned.plan.steps[-1], planned.decode)]
+    rows = []
+    for step, run in launches:
+        times = _timed({"step": run}, network.device, rounds)["step"]
+        rows.append(
+            {
+                "name": ", ".join(task.name for task in step.tasks),
+                "kernel": step.kind,
+                "flops": planned.plan.step_flops(step),
+                "bytes": planned.plan.step_bytes(step) + planned.plan.step_weight_bytes(step),
+                "ms": round(float(np.median(times)), 5),
+            }
+        )
+    return rows
 
 
 def _timed(stages: Stages, device: torch.device, rounds: int) -> dict[str, list[float]]:
@@ -208,6 +233,18 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
         a @ a
         best = min(best, _now(device) - start)
     return 2 * side**3 / best
+
+
+def copy_rate(device: torch.device) -> float:
+    """Bytes per second that the best of a few large copies reads and writes."""
+    source = torch.zeros(COPIED[device.type], dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    best = float("inf")
+    for _ in range(8):
+        start = _now(device)
+        target.copy_(source)
+        best = min(best, _now(device) - start)
+    return 2 * source.numel() / best
 
 
 def memory_bytes(device: torch.device, *, peak: bool = False) -> int:

@@ -1,0 +1,59 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from yolov7.benchmark import measure
+from yolov7.checkpoint import load_model
+from yolov7.cli import main
+from yolov7.info import conv_layers
+
+
+@pytest.mark.parametrize("engine", ["eager", "graph"])
+def test_every_stage_is_timed(engine: str) -> None:
+    model = load_model()
+    timing = measure(model, engine=engine, device="cpu", imgsz=64, batch=2, rounds=3)
+    stages = {"letterbox", "upload", "network", "nms", "download", "whole"}
+    assert set(timing.samples) == stages | ({"decode"} if engine == "graph" else set())
+    assert all(len(times) == 3 and min(times) >= 0 for times in timing.samples.values())
+    assert timing.samples["network"][0] > 0
+    assert timing.flops == sum(layer.flops for layer in conv_layers(model, 64, 64))
+    totals = timing.totals()
+    assert totals["launches"] == (44 if engine == "graph" else None)
+    assert totals["images_per_second"] > 0
+    assert totals["percent_of_ceiling"] > 0
+    assert {row["stage"] for row in timing.rows()} == set(timing.samples)
+
+
+def test_bench_writes_rows_totals_and_a_picture(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = tmp_path / "bench.json"
+    arguments = ["bench", "--engines", "eager", "graph", "--imgsz", "64", "--rounds", "2"]
+    where = ["--device", "cpu", "--project", str(tmp_path), "--json", str(result)]
+    assert main([*arguments, *where]) == 0
+    written = json.loads(result.read_text())
+    assert [t["engine"] for t in written["totals"]["engines"]] == ["eager", "graph"]
+    assert {row["engine"] for row in written["rows"]} == {"eager", "graph"}
+    assert (tmp_path / "1" / "bench.png").stat().st_size > 10_000
+    assert "images/s" in capsys.readouterr().out
+
+
+def test_soak_reports_tail_drift_and_growth(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = tmp_path / "soak.json"
+    arguments = ["bench", "--soak", "0.2", "--imgsz", "64", "--device", "cpu", "--engine", "eager"]
+    assert main([*arguments, "--json", str(result)]) == 0
+    (row,) = json.loads(result.read_text())["rows"]
+    assert row["frames"] >= 10
+    assert row["p50"] <= row["p99"] <= row["p99.9"]
+    assert {"drift", "growth_bytes"} <= row.keys()
+    assert "memory grew by" in capsys.readouterr().out
+
+
+def test_bad_options_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "--rounds", "0"]) == 1
+    assert "--rounds 0: give 1 or more" in capsys.readouterr().err
+    assert main(["bench", "--engines", "fast"]) == 1
+    assert "engine fast: give auto, eager, compile or graph" in capsys.readouterr().err

@@ -1,0 +1,133 @@
+"""`yolov7 bench`: how fast a model detects on this machine."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from yolov7.benchmark import Timing, measure, soak
+from yolov7.checkpoint import load_model
+from yolov7.cli.options import ModelOptions
+from yolov7.detector import Detector
+from yolov7.errors import UserError
+from yolov7.network import resolve_device
+from yolov7.progress import progress
+from yolov7.runs import new_run
+
+
+@dataclass(kw_only=True)
+class Bench(ModelOptions):
+    """Time a model from a 1080p frame to the boxes, stage by stage."""
+
+    engines: tuple[str, ...] = ()
+    """engines to compare (none: --engine, or with auto every one that makes sense here)"""
+    batch: int = 1
+    """images at a time"""
+    rounds: int = 50
+    """batches that are timed"""
+    soak: float | None = None
+    """instead, detect for so many seconds: tail, drift and growth of memory"""
+    project: Path = Path("runs/bench")
+    """folder of the run folders"""
+    name: str | None = None
+    """run folder (None: the next number)"""
+    json: Path | None = None
+    """write {"rows": [...], "totals": {...}} to this file"""
+
+
+def run(options: Bench) -> int:
+    """Measure, print, draw."""
+    for name in ("batch", "rounds"):
+        if getattr(options, name) < 1:
+            raise UserError(f"--{name} {getattr(options, name)}: give 1 or more")
+    result = _soak(options) if options.soak is not None else _compare(options)
+    if options.json is not None:
+        try:
+            options.json.write_text(json.dumps(result, indent=1))
+        except OSError as error:
+            raise UserError(f"{options.json}: cannot be written ({error.strerror})") from None
+    return 0
+
+
+def _engines(options: Bench) -> list[str]:
+    if options.engines:
+        return list(options.engines)
+    if options.engine != "auto":
+        return [options.engine]
+    on_cuda = resolve_device(options.device).type == "cuda"
+    return ["eager", "compile", "graph"] if on_cuda else ["eager", "compile"]
+
+
+def _compare(options: Bench) -> dict[str, Any]:
+    model = load_model(options.weights, variant=options.variant)
+    timings = [
+        measure(
+            model,
+            engine=engine,
+            device=options.device,
+            precision=options.precision,
+            imgsz=options.imgsz,
+            batch=options.batch,
+            rounds=options.rounds,
+        )
+        for engine in progress(_engines(options), "measuring", len(_engines(options)))
+    ]
+    _print(timings)
+    _draw(options, timings)
+    totals = [timing.totals() for timing in timings]
+    return {"rows": [row for t in timings for row in t.rows()], "totals": {"engines": totals}}
+
+
+def _soak(options: Bench) -> dict[str, Any]:
+    assert options.soak is not None
+    detector = Detector(
+        options.weights,
+        variant=options.variant,
+        device=options.device,
+        precision=options.precision,
+        engine=options.engine,
+        imgsz=options.imgsz,
+        batch=options.batch,
+    )
+    row = soak(detector, options.soak)
+    print(
+        f"{row['frames']} frames with the engine {row['engine']}: p50 {row['p50']:.2f}, "
+        f"p99 {row['p99']:.2f}, p99.9 {row['p99.9']:.2f} ms; drift {row['drift']:.3f}, "
+        f"memory grew by {row['growth_bytes'] / 2**20:.1f} MiB"
+    )
+    return {"rows": [row], "totals": {"seconds": options.soak}}
+
+
+def _print(timings: list[Timing]) -> None:
+    table = Table(title=f"ms per batch of {timings[0].batch}, 1080p frames")
+    table.add_column("engine")
+    table.add_column("stage")
+    for share in ("p50", "p95", "p99"):
+        table.add_column(share, justify="right")
+    for timing in timings:
+        rows = timing.rows()
+        for row in rows:
+            figures = (f"{row[share]:.3f}" for share in ("p50", "p95", "p99"))
+            table.add_row(timing.engine, row["stage"], *figures, end_section=row is rows[-1])
+    console = Console()
+    console.print(table)
+    for timing in timings:
+        t = timing.totals()
+        launches = f", {t['launches']} launches" if t["launches"] else ""
+        console.print(
+            f"{t['engine']}: {t['images_per_second']} images/s, the network at "
+            f"{t['percent_of_ceiling']} % of {t['ceiling_tflops']} TFLOP/s{launches}, "
+            f"{t['peak_bytes'] / 2**20:.0f} MiB at most, first boxes after {t['startup_s']} s"
+        )
+
+
+def _draw(options: Bench, timings: list[Timing]) -> None:
+    try:
+        from yolov7.benchmark_picture import draw
+    except ImportError:
+        print("no picture: pip install 'yolov7-triton[plots]' brings matplotlib")
+        return
+    print(f"picture in {draw(timings, new_run(options.project, options.name))}")
