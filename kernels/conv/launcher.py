@@ -189,6 +189,8 @@ def launch_conv(calls: Sequence[ConvCall], config: Config, workspace: Tensor | N
         _tiles(c.layer.compute.rows, c.layer.out_channels, config["BLOCK_M"], config["BLOCK_N"])
         for c in calls
     )
+    if not tiles:
+        return
     shared = {
         "scale_ptrs": tuple(c.scale for c in calls),
         "bias_ptrs": tuple(c.bias for c in calls),

@@ -206,6 +206,8 @@ def _check_types(call: ConvCall) -> None:
         )
     if call.out.dtype not in DTYPES:
         raise ValueError(f"output {call.out.dtype} is none of {DTYPES}")
+    if call.residual is not None and call.residual.dtype not in DTYPES:
+        raise ValueError(f"residual {call.residual.dtype} is none of {DTYPES}")
     if call.bias.dtype != torch.float32:
         raise ValueError(f"bias {call.bias.dtype} is not torch.float32")
     if call.scale is not None and call.scale.dtype != torch.float32:

@@ -304,6 +304,8 @@ def test_operation_agrees_with_reference(kernel_device: torch.device) -> None:
 
 def test_empty_batch(kernel_device: torch.device) -> None:
     call = call_of(layer_of(0, 4, 6, 16, 24), kernel_device, torch.float16)
+    for config in (GATHER, TMA):
+        launch_conv([call], config)
     assert conv(call.x, call.weight, call.bias, call.layer).shape == (0, 24)
 
 
@@ -335,6 +337,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "bias": ({"bias": torch.zeros(23)}, r"bias \(23,\)"),
     "bias-dtype": ({"bias": torch.zeros(24, dtype=torch.float16)}, "bias torch.float16"),
     "layout": ({"out": torch.zeros(24, 20).T}, "no contiguous channels"),
+    "residual-dtype": ({"residual": torch.zeros(20, 24).int()}, "residual torch.int32"),
     "residual": ({"residual": torch.zeros(20, 23)}, r"residual \(20, 23\)"),
 }
 
