@@ -1,4 +1,4 @@
-"""The engine on CUDA: the network alone, and the whole way from 1080p frames to boxes, fp16."""
+"""The engine on CUDA, fp16: the network alone, and the whole way from 1080p frames to boxes."""
 
 from collections.abc import Callable
 from functools import lru_cache, partial
@@ -19,15 +19,17 @@ from yolov7.letterbox import letterbox_geometry
 from yolov7.model import YOLOv7, create_model
 from yolov7.variants import VARIANTS
 
-COMPILED = "yolov7"  # the variant that is worth the minutes which max-autotune takes
-CASES = {
-    f"{variant}, batch {batch}": (variant, batch)
-    for variant in sorted(VARIANTS, key=lambda name: name != COMPILED)
-    for batch in (1, 32)
-}
 Forward = Callable[[Tensor], Tensor]
 HEIGHT, WIDTH = 1080, 1920
-SLOW = Missing(f"only {COMPILED} is compiled: it takes minutes")
+BATCHES = (1, 32)
+FIRST = [("yolov7", batch) for batch in BATCHES]
+REST = [(name, batch) for name in VARIANTS for batch in BATCHES if name != "yolov7"]
+
+
+def cases(pairs: list[tuple[str, int]]) -> pytest.MarkDecorator:
+    """The axes of variants and batches."""
+    names = [f"{variant}, batch {batch}" for variant, batch in pairs]
+    return pytest.mark.parametrize(("variant", "batch"), pairs, ids=names)
 
 
 @lru_cache(1)
@@ -46,29 +48,19 @@ def prepared(
     return model, PlannedNetwork(model, batch, size, size, dtype=dtype, device=device)
 
 
-def compiled(model: YOLOv7, variant: str, smoke: bool) -> Forward | Missing:
-    """What torch.compile makes of a model when it may take its time."""
-    return SLOW if smoke or variant != COMPILED else torch.compile(model, mode="max-autotune")
-
-
 @pytest.fixture
-def engine_device(device: torch.device, smoke: bool, variant: str) -> torch.device:
+def engine_device(device: torch.device, smoke: bool) -> torch.device:
     """CUDA, or the CPU if only to see that it runs."""
     if device.type != "cuda" and not smoke:
         pytest.skip("of a machine with a GPU; bench_network is that of the others")
-    if smoke and variant != COMPILED:
-        pytest.skip("all variants are the same toy network in a smoke test")
     return device
 
 
-@bodies("eager", "compile")
-@pytest.mark.parametrize(("variant", "batch"), CASES.values(), ids=CASES)
 @torch.no_grad()
-def bench_engine(
-    variant: str, batch: int, compete: Comparison, engine_device: torch.device, smoke: bool
+def compare_networks(
+    compete: Comparison, planned: PlannedNetwork, name: str, rival: Forward
 ) -> None:
     """From the network's input to decoded boxes, all of them."""
-    model, planned = prepared(variant, batch, engine_device, smoke)
     planned.images.copy_(torch.rand(planned.images.shape))
     images = planned.images.clone()
 
@@ -77,12 +69,7 @@ def bench_engine(
         return planned.decode()[0]
 
     def contenders() -> dict[str, Run | Missing]:
-        fast = compiled(model, variant, smoke)
-        return {
-            "ours": captured(ours, engine_device),
-            "eager": partial(model, images),
-            "compile": fast if isinstance(fast, Missing) else partial(fast, images),
-        }
+        return {"ours": captured(ours, planned.device), name: partial(rival, images)}
 
     totals = planned.plan.totals()
     moved = totals["bytes"] + totals["weight_bytes"]
@@ -96,43 +83,66 @@ def agree(theirs: Detections, ours: Detections) -> None:
     assert difference <= 5, f"{difference} boxes an image more or less"
 
 
-@bodies("eager", "compile")
-@pytest.mark.parametrize(("variant", "batch"), CASES.values(), ids=CASES)
 @torch.no_grad()
-def bench_frames(
-    variant: str, batch: int, compete: Comparison, engine_device: torch.device, smoke: bool
+def compare_frames(
+    compete: Comparison, planned: PlannedNetwork, name: str, rival: Forward, smoke: bool
 ) -> None:
     """From uint8 frames on the device to boxes on the host, beside torchvision's NMS."""
-    model, planned = prepared(variant, batch, engine_device, smoke)
-    batch, size = planned.plan.batch, planned.plan.height
+    batch, size, device = planned.plan.batch, planned.plan.height, planned.device
     height, width = (27, 48) if smoke else (HEIGHT, WIDTH)
     geometry = letterbox_geometry((height, width), size)
     frames = [
-        torch.randint(0, 256, (height, width, 3), dtype=torch.uint8, device=engine_device)
+        torch.randint(0, 256, (height, width, 3), dtype=torch.uint8, device=device)
         for _ in range(batch)
     ]
-    suppression = Suppression(PREDICT["conf"], PREDICT["iou"])
 
     def ours(pipeline: FramePipeline) -> Detections:
         found = pipeline.submit(frames, [geometry] * batch).wait()
         return Detections(found.boxes, found.counts, found.overflow)
 
-    def plain(network: Forward) -> Detections:
+    def plain() -> Detections:
         images = eager_letterbox(frames, geometry, planned.dtype)
-        rows = network(images.contiguous(memory_format=torch.channels_last))
+        rows = rival(images.contiguous(memory_format=torch.channels_last))
         found = torchvision_loop(rows, PREDICT)
         return Detections(found.boxes.cpu(), found.counts, found.overflow)
 
     def contenders() -> dict[str, Run | Missing]:
-        run = partial(ours, FramePipeline(planned, suppression, capacity=batch * frames[0].numel()))
-        if not find_spec("torchvision"):
-            missing = Missing("torchvision is not installed")
-            return {"ours": run, "eager": missing, "compile": missing}
-        fast = compiled(model, variant, smoke)
-        return {
-            "ours": run,
-            "eager": partial(plain, model),
-            "compile": fast if isinstance(fast, Missing) else partial(plain, fast),
-        }
+        suppression = Suppression(PREDICT["conf"], PREDICT["iou"])
+        pipeline = FramePipeline(planned, suppression, capacity=batch * frames[0].numel())
+        known = find_spec("torchvision")
+        missing = Missing("torchvision is not installed")
+        return {"ours": partial(ours, pipeline), name: plain if known else missing}
 
     compete(contenders, agree=agree, work=Work(items=batch), whole=True)
+
+
+@bodies("eager")
+@cases(FIRST)
+def bench_engine(
+    variant: str, batch: int, compete: Comparison, engine_device: torch.device, smoke: bool
+) -> None:
+    """The network beside PyTorch's, channels_last."""
+    model, planned = prepared(variant, batch, engine_device, smoke)
+    compare_networks(compete, planned, "eager", model)
+
+
+@bodies("eager")
+@cases(FIRST)
+def bench_frames(
+    variant: str, batch: int, compete: Comparison, engine_device: torch.device, smoke: bool
+) -> None:
+    """The whole way beside PyTorch's."""
+    model, planned = prepared(variant, batch, engine_device, smoke)
+    compare_frames(compete, planned, "eager", model, smoke)
+
+
+@bodies("eager")
+@cases(REST)
+def bench_family(
+    variant: str, batch: int, compete: Comparison, engine_device: torch.device, smoke: bool
+) -> None:
+    """The networks of the other variants."""
+    if smoke and variant != "yolov7-tiny":
+        pytest.skip("all variants are the same toy network in a smoke test")
+    model, planned = prepared(variant, batch, engine_device, smoke)
+    compare_networks(compete, planned, "eager", model)

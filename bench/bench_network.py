@@ -22,6 +22,11 @@ from yolov7.network import Network
 
 # Sampled boxes, of which bf16 keeps 8 bits through a hundred layers.
 TOLERANCE = {"fp32": 1e-4, "bf16": 1e-2}
+CASES = {
+    f"{variant}, {precision}": (variant, precision)
+    for precision in TOLERANCE
+    for variant in ("yolov7-tiny", "yolov7")
+}
 
 
 def openvino(network: YOLOv7, x: Tensor, precision: str) -> Run | Missing:
@@ -57,9 +62,8 @@ def compiled(network: YOLOv7, x: Tensor, precision: str) -> Run | Missing:
     return lambda: sampled(fast(x))
 
 
-@pytest.mark.parametrize("variant", ["yolov7-tiny", "yolov7"])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @bodies("plain", "plain in our process", "compile", "openvino")
+@pytest.mark.parametrize(("variant", "precision"), CASES.values(), ids=CASES)
 def bench_network(
     variant: str,
     precision: str,

@@ -30,8 +30,8 @@ class Prepared:
         return self.decoded
 
 
-@pytest.mark.parametrize("variant", ["yolov7"])
 @bodies("network")
+@pytest.mark.parametrize("variant", ["yolov7"])
 def bench_pipeline(variant: str, compete: Comparison, device: torch.device, smoke: bool) -> None:
     """Letterbox, tensor, suppression of 60 objects among 25 200 rows, results; conf 0.25."""
     if device.type != "cpu":

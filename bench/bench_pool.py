@@ -10,7 +10,11 @@ from bench.race import Run, Work, captured, equal
 from yolov7.kernels.layout import PitchedLayout
 from yolov7.kernels.pool import max_pool, spp, upsample
 
-BATCHES = (1, 32)
+CASES = {
+    f"{operation}, batch {batch}": (operation, batch)
+    for operation in ("spp", "max pool", "upsample")
+    for batch in (1, 32)
+}
 
 
 def resized(layout: PitchedLayout, h: int, w: int) -> PitchedLayout:
@@ -19,8 +23,7 @@ def resized(layout: PitchedLayout, h: int, w: int) -> PitchedLayout:
 
 
 @bodies("eager")
-@pytest.mark.parametrize("operation", ["spp", "max pool", "upsample"])
-@pytest.mark.parametrize("batch", BATCHES, ids="batch {}".format)
+@pytest.mark.parametrize(("operation", "batch"), CASES.values(), ids=CASES)
 def bench_pool(
     operation: str, batch: int, compete: Comparison, kernel_device: torch.device, smoke: bool
 ) -> None:

@@ -29,24 +29,28 @@ def bodies(*baselines: str) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("body", [OURS, *baselines])
 
 
+def identify(item: pytest.Item) -> tuple[str, str, str]:
+    """Suite, case and body of a benchmark."""
+    suite, _, case = item.name.partition("[")
+    callspec = getattr(item, "callspec", None)
+    body = str(callspec.params["body"]) if callspec else ""
+    case = case.removesuffix("]").removesuffix(body).removesuffix("-")
+    return suite.removeprefix("bench_"), case, body
+
+
 class Comparison:
     """The fixture `compete`: check contenders against each other, time them, report one.
 
     Args:
         request: Of the benchmark.
         benchmark: Of pytest-benchmark, which is given the times.
-        body: Which contender it reports.
     """
 
-    def __init__(
-        self, request: pytest.FixtureRequest, benchmark: BenchmarkFixture, body: str
-    ) -> None:
+    def __init__(self, request: pytest.FixtureRequest, benchmark: BenchmarkFixture) -> None:
         self.config = request.config
         self.benchmark = benchmark
         self.name = request.node.nodeid
-        self.body = body
-        self.case = request.node.callspec.id.removesuffix(body).removesuffix("-")
-        self.suite = request.node.function.__name__.removeprefix("bench_")
+        self.suite, self.case, self.body = identify(request.node)
         self.ceilings = request.config.stash[CEILINGS]
 
     def __call__(

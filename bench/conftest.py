@@ -9,9 +9,9 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from rich.console import Console
 
 from bench.ceilings import Ceilings
-from bench.comparison import CEILINGS, ROWS, TIMES, Comparison
+from bench.comparison import CEILINGS, ROWS, TIMES, Comparison, identify
 from bench.race import Pace
-from bench.results import Report, comparison_table
+from bench.results import Report, comparison_table, read_rows
 from bench.turns import Turns
 
 
@@ -19,7 +19,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("bench")
     group.addoption("--smoke", action="store_true", help="toy sizes, one turn: does it run?")
     group.addoption("--seconds", type=float, default=Pace.seconds, help="of each comparison")
-    group.addoption("--rows", type=Path, help="append every result to this file, a JSON a line")
+    group.addoption("--rows", type=Path, help="append results to this file, go on behind it")
     group.addoption("--save", action="store_true", help="keep the results under bench/results")
     group.addoption("--turns", type=int, help="be timed over this connection (see compare)")
 
@@ -30,6 +30,13 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[CEILINGS] = Ceilings(device, small=config.getoption("--smoke"))
     if handle := config.getoption("--turns"):
         config.pluginmanager.register(Turns(handle), "turns")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Go on behind the results that the file has."""
+    if path := config.getoption("--rows"):
+        known = {(row.suite, row.case, row.body) for row in read_rows(path)}
+        items[:] = [item for item in items if identify(item) not in known]
 
 
 def pytest_terminal_summary(config: pytest.Config) -> None:
@@ -62,6 +69,10 @@ def kernel_device(device: torch.device) -> torch.device:
 
 
 @pytest.fixture
-def compete(request: pytest.FixtureRequest, benchmark: BenchmarkFixture, body: str) -> Comparison:
+def compete(
+    request: pytest.FixtureRequest,
+    benchmark: BenchmarkFixture,
+    body: str,  # noqa: ARG001 - every benchmark has this axis
+) -> Comparison:
     """See `Comparison`."""
-    return Comparison(request, benchmark, body)
+    return Comparison(request, benchmark)

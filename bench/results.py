@@ -1,7 +1,7 @@
 """Results: a row for each contender, a report for each run, the table that compares.
 
 A report lies at ``bench/results/DEVICE/DATE-COMMIT.json``:
-``{"environment": {...}, "ceilings": {...}, "rows": [...]}``.
+its fields are those of `Report`.
 """
 
 import json
@@ -81,11 +81,21 @@ def read_rows(path: Path) -> list[Row]:
 
 @dataclass
 class Report:
-    """One run on one machine."""
+    """One run on one machine.
+
+    Attributes:
+        environment: See `environment`.
+        ceilings: What the machine reached, by name with its unit.
+        rows: Of the suites.
+        steps: Of the plan, timed one by one (on a GPU).
+        checks: How many configs were compared with fp32, and which are wrong (on a GPU).
+    """
 
     environment: dict[str, Any]
     ceilings: dict[str, float]
     rows: list[Row] = field(default_factory=list)
+    steps: list[dict[str, Any]] = field(default_factory=list)
+    checks: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, device: torch.device, rows: list[Row], ceilings: dict[str, float]) -> "Report":
@@ -96,8 +106,8 @@ class Report:
     def load(cls, path: Path) -> "Report":
         """Read one."""
         content = json.loads(path.read_text())
-        rows = [Row(**row) for row in content["rows"]]
-        return cls(content["environment"], content["ceilings"], rows)
+        rows = [Row(**row) for row in content.pop("rows")]
+        return cls(**content, rows=rows)
 
     def save(self, folder: Path = RESULTS) -> Path:
         """Write it where it belongs."""
@@ -110,8 +120,7 @@ class Report:
 
     def as_json(self) -> str:
         """The file's content."""
-        rows = [row.as_dict() for row in self.rows]
-        content = {"environment": self.environment, "ceilings": self.ceilings, "rows": rows}
+        content = {**vars(self), "rows": [row.as_dict() for row in self.rows]}
         return json.dumps(content, indent=1) + "\n"
 
     def find(self, suite: str, case: str, body: str = OURS) -> Row | None:

@@ -10,6 +10,7 @@ from multiprocessing.connection import Connection
 
 import pytest
 
+from bench.comparison import identify
 from bench.race import OURS, Run
 
 TURN_SECONDS = 0.05  # short calls are repeated for so long
@@ -29,7 +30,7 @@ class Turns:
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         """Only what is ours is compared."""
-        items[:] = [item for item in items if _body(item) == OURS]
+        items[:] = [item for item in items if identify(item)[2] == OURS]
         self.connection.send([item.nodeid for item in items])
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
@@ -46,11 +47,6 @@ class Turns:
         self.connection.send((name, ""))
         while self.connection.recv():
             self.connection.send(statistics.median(clock(run) for _ in range(calls)))
-
-
-def _body(item: pytest.Item) -> str:
-    callspec = getattr(item, "callspec", None)
-    return str(callspec.params["body"]) if callspec else ""
 
 
 def _reason(report: pytest.TestReport) -> str:

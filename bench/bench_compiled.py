@@ -1,0 +1,37 @@
+"""The engine on CUDA beside torch.compile at its best, which takes minutes to start."""
+
+import pytest
+import torch
+
+from bench.bench_engine import FIRST, cases, compare_frames, compare_networks, prepared
+from bench.comparison import Comparison, bodies
+
+
+@pytest.fixture
+def cuda(device: torch.device) -> torch.device:
+    """The GPU."""
+    if device.type != "cuda":
+        pytest.skip("timed on CUDA only; bench_network compiles for a CPU")
+    return device
+
+
+@bodies("compile")
+@cases(FIRST)
+def bench_compiled(
+    variant: str, batch: int, compete: Comparison, cuda: torch.device, smoke: bool
+) -> None:
+    """The network beside `torch.compile(mode="max-autotune")`."""
+    model, planned = prepared(variant, batch, cuda, smoke)
+    rival = torch.compile(model, mode="max-autotune")
+    compare_networks(compete, planned, "compile", rival)
+
+
+@bodies("compile")
+@cases(FIRST)
+def bench_compiled_frames(
+    variant: str, batch: int, compete: Comparison, cuda: torch.device, smoke: bool
+) -> None:
+    """The whole way, the rival's letterbox and suppression being PyTorch's and torchvision's."""
+    model, planned = prepared(variant, batch, cuda, smoke)
+    rival = torch.compile(model, mode="max-autotune")
+    compare_frames(compete, planned, "compile", rival, smoke)
