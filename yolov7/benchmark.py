@@ -21,6 +21,7 @@ from torch import Tensor
 
 from yolov7.detector import Detector
 from yolov7.engine.pipeline import FramePipeline, Suppression
+from yolov7.engine.steps import Step
 from yolov7.info import conv_layers
 from yolov7.kernels.nms import batched_nms
 from yolov7.letterbox import Image, letterbox, letterbox_geometry
@@ -153,7 +154,10 @@ def _steps(
 ) -> list[dict[str, Any]]:
     """Medians of every step of the plan, run alone."""
     planned = network.planned(batch, height, width)
-    launches = [*planned.launches(), (planned.plan.steps[-1], planned.decode)]
+    launches: list[tuple[Step, Callable[[], object]]] = [
+        *planned.launches(),
+        (planned.plan.steps[-1], planned.decode),
+    ]
     rows = []
     for step, run in launches:
         times = _timed({"step": run}, network.device, rounds)["step"]
