@@ -88,6 +88,11 @@ class PlannedNetwork:
         """Fill every buffer with NaN: what is read before it is written shows in the result."""
         self._arena.fill_(0xFF)  # of fp32, fp16, bf16 and fp8 e4m3 alike
 
+    def launches(self) -> Iterator[tuple[Step, Callable[[], None]]]:
+        """The steps of the plan before the head, each with what runs it, in order."""
+        for step, launches in self._launches:
+            yield step, partial(_run_all, launches)
+
     def run(self, observe: Callable[[str, Tensor], None] | None = None) -> None:
         """From `images` to `features`.
 
@@ -95,8 +100,7 @@ class PlannedNetwork:
             observe: called with the name and the pixels [batch, C, H, W] of every map, written.
         """
         for step, launches in self._launches:
-            for launch in launches:
-                launch()
+            _run_all(launches)
             if observe is not None:
                 for name, where in _written(step):
                     observe(name, self._pixels(where))
@@ -214,6 +218,11 @@ class PlannedNetwork:
         if elements and (self._workspace is None or self._workspace.numel() < elements):
             self._workspace = torch.empty(elements, device=self.device)
         return [lambda: launch_conv(calls, config, self._workspace)]
+
+
+def _run_all(launches: Sequence[Callable[[], object]]) -> None:
+    for launch in launches:
+        launch()
 
 
 def _run_reference(call: ConvCall) -> None:
