@@ -95,6 +95,8 @@ def default_config(call: ConvCall) -> Config:
         roomy = capability(device) >= (9, 0)
         stages = 2 if layer.pool or exact else 4 if roomy else 3
         config |= {"num_warps": 4, "num_stages": stages}
+        if block_m * block_n <= 64 * 64:
+            config["maxnreg"] = 168  # left alone, ptxas aims lower and spills a register or two
         return config | ({"launch_pdl": 1} if capability(device) >= (9, 0) else {})
     staged = block_m * block_n * call.out.element_size() * (1 if call.residual is None else 2)
     stage = (block_m + block_n) * block_k * call.x.element_size()
