@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from yolov7.boxes import cxcywh_to_xyxy
+
 RATIO_LIMIT = 4.0  # largest ratio between a side of a box and of its anchor
 # Box-candidate pairs held at once, about 30 bytes each: a CPU's cache, or enough to fill a GPU.
 PAIRS_PER_BLOCK = {"cpu": 1 << 19, "cuda": 1 << 23}
@@ -238,7 +240,7 @@ class SimOTAAssigner(AnchorAssigner):
         labels = to_device(labels, raw[0].device)
         rows = [gather_cells(*pair).float() for pair in zip(raw, slots.levels(), strict=True)]
         height, width = (self.anchors.strides[0] * side for side in raw[0].shape[2:4])
-        truth = _corners(scale_boxes(labels, width, height))  # [B, M, 4]
+        truth = cxcywh_to_xyxy(scale_boxes(labels, width, height))  # [B, M, 4]
         class_cost = _class_cost(torch.cat(rows, 1), slots.mask)
         return self._select(slots, labels[..., 0], truth, self._decode(rows, slots), class_cost)
 
@@ -256,7 +258,7 @@ class SimOTAAssigner(AnchorAssigner):
             cell = torch.stack([part.column, part.row], 2)
             centre = (unit[..., :2] - 0.5 + cell) * stride
             boxes.append(torch.cat([centre, unit[..., 2:] ** 2 * sizes[part.anchor]], 2))
-        return _corners(torch.cat(boxes, 1)).masked_fill_(~slots.mask[..., None], 0)
+        return cxcywh_to_xyxy(torch.cat(boxes, 1)).masked_fill_(~slots.mask[..., None], 0)
 
     def _select(
         self, slots: Slots, classes: Tensor, truth: Tensor, decoded: Tensor, class_cost: Tensor
@@ -318,12 +320,6 @@ def _class_cost(rows: Tensor, mask: Tensor) -> Tensor:
     none = negative.sum(2).neg_().masked_fill_(~mask, torch.inf)
     cost = (negative - positive).add_(none[..., None])
     return F.pad(cost.transpose(1, 2), (0, 0, 0, 1), value=torch.inf)
-
-
-def _corners(boxes: Tensor) -> Tensor:
-    """Centre and size to corners."""
-    half = boxes[..., 2:] / 2
-    return torch.cat([boxes[..., :2] - half, boxes[..., :2] + half], -1)
 
 
 def _pair_iou(a: Tensor, b: Tensor) -> Tensor:
