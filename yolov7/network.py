@@ -54,19 +54,23 @@ def resolve_device(name: str | torch.device) -> torch.device:
     return device
 
 
-def resolve_precision(name: str, device: torch.device) -> torch.dtype:
+def resolve_precision(name: str, device: torch.device, engine: str = "eager") -> torch.dtype:
     """The dtype of a precision, of "fp8" that of what it leaves unquantised.
 
     "auto" is fp16 on CUDA and fp32 on a CPU.
 
     Raises:
-        UserError: An unknown precision, or one that the device has not got.
+        UserError: An unknown precision, or one that the device or the engine has not got.
     """
-    if name in ("auto", "fp8"):
+    if name == "auto":
+        return torch.float16 if device.type == "cuda" else torch.float32
+    if name == "fp8":
+        if engine != "graph":
+            raise UserError(f"precision fp8 needs engine graph, not {engine}")
         return torch.float16 if device.type == "cuda" else torch.float32
     if name not in _DTYPES:
         raise UserError(f"precision {name}: give auto, {', '.join(_DTYPES)}, fp8")
-    if name == "fp16" and device.type == "cpu":
+    if name == "fp16" and device.type == "cpu" and engine != "graph":
         raise UserError("precision fp16 needs a GPU: use bf16 or fp32 on a CPU")
     return _DTYPES[name]
 
@@ -77,8 +81,9 @@ class Network:
     Args:
         model: Fused and changed in place.
         device: "auto", "cpu", "cuda", "cuda:N".
-        precision: "auto", "fp32", "fp16" (CUDA), "bf16", or "fp8" (engine graph, weights that
-            `yolov7 convert` has calibrated). Boxes are decoded in fp32 always.
+        precision: "auto", "fp32", "fp16" (on a CPU only with the engine graph), "bf16", or "fp8"
+            (engine graph, weights that `yolov7 convert` has calibrated). Boxes are decoded in
+            fp32 always.
         engine: "eager"; "compile": torch.compile with frozen weights, once per input shape, its
             results kept in the user's cache folder; "graph": our kernels, planned per input
             shape; on a CPU the kernels' plain references, slow, for checking. "auto" is graph on a
@@ -108,12 +113,12 @@ class Network:
         engine: str = "auto",
     ) -> None:
         self.device = resolve_device(device)
-        self.dtype = resolve_precision(precision, self.device)
         self.engine: str = _resolve_engine(engine, self.device)
+        self.dtype = resolve_precision(precision, self.device, self.engine)
         self.precision = precision if precision == "fp8" else _NAMES[self.dtype]
-        if precision == "fp8" and (self.engine != "graph" or not model.ranges):
+        if precision == "fp8" and not model.ranges:
             raise UserError(
-                "precision fp8 needs engine graph, and weights calibrated for it: "
+                "precision fp8 needs weights that are calibrated for it: "
                 "yolov7 convert --precision fp8 --calibrate FOLDER"
             )
         self.one_shape = self.engine == "compile"
