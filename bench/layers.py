@@ -3,8 +3,10 @@
 ``python -m bench.layers check FILE`` compares the convolution of every distinct layer of the whole
 family, in every type, at batch 1 and 32, with fp32: with the config that is looked up, the default
 one, and every other one shipped for its kind. ``python -m bench.layers time FILE`` times every step
-of YOLOv7's plan beside its roofline. Both append a JSON a line and skip what FILE has already, so
-that a run that was cut, or that a bad kernel took down, goes on behind it.
+of YOLOv7's plan beside its roofline, and every stage of the engines.
+
+Both append a JSON a line and skip what FILE has already, so that a run that was cut, or that a bad
+kernel took down, goes on behind it.
 """
 
 import argparse
@@ -13,13 +15,15 @@ import json
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from bench.ceilings import Ceilings
-from bench.race import captured
+from bench.race import Run, captured
+from yolov7.benchmark import measure
 from yolov7.engine.network import PlannedNetwork
 from yolov7.info import conv_layers
 from yolov7.kernels import runtime
@@ -28,11 +32,12 @@ from yolov7.kernels.conv.cases import DTYPES, Record, layer_key, layer_of
 from yolov7.kernels.conv.launcher import config_kind, default_config, fits_tma
 from yolov7.kernels.runtime import Config
 from yolov7.kernels.tune import check_config, load_entries, random_call
-from yolov7.model import create_model
+from yolov7.model import YOLOv7, create_model
 from yolov7.variants import VARIANTS
 
 BATCHES = (1, 32)
 REPEATS = 30
+ROUNDS = 300  # batches that an engine is timed for
 FIRST = "yolov7"  # before the other variants
 
 Entry = dict[str, Any]
@@ -105,25 +110,23 @@ def time_jobs(device: torch.device, *, small: bool) -> Iterator[Job]:
         plan = network.plan
         network.images.copy_(torch.rand(network.images.shape))
         network.run()
-        prepared = dict(enumerate(launches for _, launches in network._launches))
-        for index, step in enumerate(plan.steps):
-            launches = prepared.get(index, [network.decode])
+        runs: list[Run] = [*(run for _, run in network.launches()), network.decode]
+        for index, (step, run) in enumerate(zip(plan.steps, runs, strict=True)):
             flops, moved = plan.step_flops(step), plan.step_bytes(step)
             moved += plan.step_weight_bytes(step)
             shape = "; ".join(task.describe() for task in step.tasks)
 
             def job(
-                launches: Sequence[Callable[[], object]] = launches,
+                run: Run = run,
                 flops: int = flops,
                 moved: int = moved,
                 kind: str = step.kind,
                 batch: int = batch,
                 shape: str = shape,
             ) -> Entry:
-                run = captured(lambda: [launch() for launch in launches], device)
-                seconds = statistics.median(
-                    ceilings.clock(run) for _ in range(1 if small else REPEATS)
-                )
+                replay = captured(run, device)
+                times = [ceilings.clock(replay) for _ in range(1 if small else REPEATS)]
+                seconds = statistics.median(times)
                 floor = max(flops / ceilings.flops(dtype), moved / ceilings.bandwidth)
                 return {
                     "batch": batch,
@@ -136,6 +139,18 @@ def time_jobs(device: torch.device, *, small: bool) -> Iterator[Job]:
                 }
 
             yield f"batch {batch} step {index}", job
+        for engine in ("graph", "eager"):
+            rounds = 1 if small else ROUNDS
+            yield (
+                f"batch {batch} {engine}",
+                partial(time_engine, model, engine, size, batch, rounds),
+            )
+
+
+def time_engine(model: YOLOv7, engine: str, size: int, batch: int, rounds: int) -> Entry:
+    """p50, p95 and p99 of the stages from a frame to its boxes, and totals."""
+    timing = measure(model, engine=engine, imgsz=size, batch=batch, rounds=rounds)
+    return {"batch": batch, "stages": timing.rows(), "totals": timing.totals()}
 
 
 def read(file: Path) -> dict[str, Entry]:

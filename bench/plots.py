@@ -18,8 +18,9 @@ def save_pictures(report: Report, folder: Path) -> list[Path]:
 
     mpl.use("Agg")
     drawn = []
-    for batch in sorted({step["batch"] for step in report.steps if "us" in step}):
-        steps = [step for step in report.steps if step.get("batch") == batch]
+    timed = [step for step in report.steps if "us" in step]
+    for batch in sorted({step["batch"] for step in timed}):
+        steps = [step for step in timed if step["batch"] == batch]
         drawn.append(_draw_steps(steps, f"YOLOv7, batch {batch}", folder / f"steps-{batch}.png"))
     if ratios := _ratios(report.rows):
         drawn.append(_draw_ratios(ratios, folder / "ratios.png"))

@@ -1,0 +1,177 @@
+"""`python -m bench.readme`: write the README's section on speed from the kept results.
+
+``--keep FOLDER`` first takes the results and configs of a `bench.gpu` run into the repository. Of
+each device the newest report counts. What no GPU has measured is said to be unmeasured.
+"""
+
+import argparse
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from statistics import geometric_mean
+
+from bench.plots import save_pictures
+from bench.race import OURS
+from bench.results import RESULTS, ROOT, Report, Row, verdict
+from yolov7.variants import VARIANTS
+
+README = ROOT / "README.md"
+START, END = "<!-- speed: written by python -m bench.readme -->", "<!-- end of speed -->"
+NETWORKS = ("engine", "family")  # suites with a row for each variant
+MANY = 16  # comparisons of a suite that get a line each
+UNMEASURED = (
+    "**On a GPU nothing has been measured yet**, so no speed of the kernels or of the engine is "
+    "claimed. What their docstrings expect follows from counted bytes and operations; "
+    "`python -m bench.gpu` measures it all in some eight minutes."
+)
+
+
+def newest(folder: Path = RESULTS) -> list[Report]:
+    """The last report of each device, GPUs first."""
+    devices = [path for path in sorted(folder.glob("*")) if path.is_dir()]
+    reports = [Report.load(max(device.glob("*.json"))) for device in devices]
+    return sorted(reports, key=lambda report: not on_gpu(report))
+
+
+def on_gpu(report: Report) -> bool:
+    """Whether a GPU was measured."""
+    return "cuda" in report.environment
+
+
+def section(reports: Sequence[Report]) -> str:
+    """The section's text, markers included."""
+    lines = [START, ""]
+    if not any(map(on_gpu, reports)):
+        lines += [UNMEASURED, ""]
+    for report in reports:
+        lines += [*_heading(report), ""]
+        if on_gpu(report):
+            lines += [*_variant_table(report), ""]
+        lines += [*_comparison_table(report), ""]
+    return "\n".join([*lines, END])
+
+
+def _heading(report: Report) -> Iterator[str]:
+    known = report.environment
+    versions = ", ".join(f"{name} {value}" for name, value in known["versions"].items())
+    changed = " with changes" if known["changed"] else ""
+    yield (
+        f"**{known['device']}**, {known['cores']} CPU cores, {versions}; commit "
+        f"{known['commit']}{changed}, {known['date'][:10]}. Ratio: the baseline's time over ours, "
+        f"medians of turns taken alternately; losses are shown too."
+    )
+    ceilings = ", ".join(f"{name} {value:g}" for name, value in report.ceilings.items())
+    yield f"Ceilings of this run: {ceilings}."
+    if report.checks:
+        wrong = len(report.checks["wrong"])
+        yield (
+            f"{report.checks['configs']} configs of {report.checks['layers']} layers were compared "
+            f"with fp32 on the device first; {wrong or 'none'} of them differed."
+        )
+
+
+def _variant_table(report: Report) -> Iterator[str]:
+    """The network of each variant, fp16."""
+    yield "| network, fp16 | p50 ms, batch 1 | p99 | images/s, batch 32 | of the ceiling | eager |"
+    yield "|---|---|---|---|---|---|"
+    for variant in VARIANTS:
+        one, many = (_network(report, f"{variant}, batch {batch}") for batch in (1, 32))
+        if one is None or many is None:
+            continue
+        eager = _network(report, f"{variant}, batch 32", "eager")
+        beside = f"{eager.images_per_s:.0f} images/s" if eager else ""
+        yield (
+            f"| {variant} | {one.p50_ms:.3f} | {one.p99_ms:.3f} | {many.images_per_s:.0f} "
+            f"| {many.ceiling_percent:.0f} % | {beside} |"
+        )
+
+
+def _network(report: Report, case: str, body: str = OURS) -> Row | None:
+    return next((row for suite in NETWORKS if (row := report.find(suite, case, body))), None)
+
+
+def _comparison_table(report: Report) -> Iterator[str]:
+    """A line for each baseline; of suites with many cases one for each batch size."""
+    yield "| benchmark | ours ms | baseline | its ms | ratio | |"
+    yield "|---|---|---|---|---|---|"
+    present = [row for row in report.rows if not row.missing]
+    ours = {(row.suite, row.case): row for row in present if row.body == OURS}
+    pairs = [
+        (ours[row.suite, row.case], row)
+        for row in present
+        if row.body != OURS and (row.suite, row.case) in ours
+    ]
+    for suite in dict.fromkeys(row.suite for row in present):
+        compared = [pair for pair in pairs if pair[0].suite == suite]
+        alone = [row for row in ours.values() if row.suite == suite]
+        alone = [row for row in alone if row not in [mine for mine, _ in compared]]
+        if len(compared) > MANY:
+            yield from _means(compared)
+        else:
+            yield from (_line(mine, theirs) for mine, theirs in compared)
+        yield from (f"| {_name(mine)} | {mine.p50_ms:.4g} | | | | |" for mine in alone)
+
+
+def _name(row: Row) -> str:
+    return f"{row.suite} {row.case}".replace("_", " ").strip()
+
+
+def _line(mine: Row, theirs: Row) -> str:
+    ratio = theirs.p50_ms / mine.p50_ms
+    return (
+        f"| {_name(mine)} | {mine.p50_ms:.4g} | {theirs.body} | {theirs.p50_ms:.4g} | {ratio:.2f} "
+        f"| {verdict(ratio)} |"
+    )
+
+
+def _means(pairs: Sequence[tuple[Row, Row]]) -> Iterator[str]:
+    """Geometric means over the cases of a suite that begin alike, wins and losses counted."""
+    groups: dict[tuple[str, str], list[tuple[Row, Row]]] = {}
+    for mine, theirs in pairs:
+        groups.setdefault((mine.case.partition(",")[0], theirs.body), []).append((mine, theirs))
+    for (start, body), members in groups.items():
+        mine, theirs = (
+            geometric_mean(r.p50_ms for r in side) for side in zip(*members, strict=True)
+        )
+        verdicts = [verdict(b.p50_ms / a.p50_ms) for a, b in members]
+        counted = ", ".join(f"{verdicts.count(v)} {v}" for v in ("win", "even", "loss"))
+        name = f"{members[0][0].suite} {start}, mean of {len(members)}".replace("_", " ")
+        yield f"| {name} | {ours:.4g} | {body} | {other:.4g} | {other / ours:.2f} | {counted} |"
+
+
+def keep(folder: Path) -> Path:
+    """Take a run into the repository: its report, its pictures, its configs."""
+    path = Report.load(folder / "results.json").save()
+    save_pictures(Report.load(path), path.parent)
+    if (folder / "configs").exists():
+        shutil.copytree(folder / "configs", ROOT / "kernels" / "configs", dirs_exist_ok=True)
+    return path
+
+
+def rewritten(text: str, reports: Sequence[Report]) -> str:
+    """The README's text with the section between its markers written anew.
+
+    Raises:
+        ValueError: The markers are missing.
+    """
+    before, start, rest = text.partition(START)
+    _, end, after = rest.partition(END)
+    if not start or not end:
+        raise ValueError(f"the README has no lines {START} and {END}")
+    return f"{before}{section(reports)}{after}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Write the section."""
+    parser = argparse.ArgumentParser(prog="python -m bench.readme", description=__doc__)
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="of a bench.gpu run")
+    options = parser.parse_args(arguments)
+    if options.keep:
+        print("kept:", keep(options.keep))
+    README.write_text(rewritten(README.read_text(), newest()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
