@@ -131,9 +131,7 @@ def _means(pairs: Sequence[tuple[Row, Row]]) -> Iterator[str]:
     for mine, theirs in pairs:
         groups.setdefault((mine.case.partition(",")[0], theirs.body), []).append((mine, theirs))
     for (start, body), members in groups.items():
-        mine, theirs = (
-            geometric_mean(r.p50_ms for r in side) for side in zip(*members, strict=True)
-        )
+        ours, other = (geometric_mean(pair[i].p50_ms for pair in members) for i in (0, 1))
         verdicts = [verdict(b.p50_ms / a.p50_ms) for a, b in members]
         counted = ", ".join(f"{verdicts.count(v)} {v}" for v in ("win", "even", "loss"))
         name = f"{members[0][0].suite} {start}, mean of {len(members)}".replace("_", " ")
