@@ -136,7 +136,7 @@ class Network:
             keep_freed_memory()
         if self.engine == "compile":
             os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder("inductor")))
-            self._forward = torch.compile(model, dynamic=False, options={"freezing": True})
+            self._forward = _frozen(torch.compile(model, dynamic=False))
         elif self.engine == "eager" and self.device.type == "cpu" and _has_packed_convolutions():
             pack_convolutions(model)
 
@@ -219,6 +219,21 @@ def _resolve_engine(name: str, device: torch.device) -> Literal["eager", "compil
     if name == "graph" or (name == "auto" and device.type == "cuda" and not old):
         return "graph"
     return "eager"
+
+
+def _frozen(compiled: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Compile with the weights as constants, which are packed then.
+
+    As an option of `torch.compile` this reaches Inductor but not Dynamo, which would pass the
+    weights as arguments: 41 ms instead of 20 for yolov7-tiny in bf16.
+    """
+    from torch._inductor import config
+
+    def forward(x: Tensor) -> Tensor:
+        with config.patch(freezing=True):
+            return compiled(x)
+
+    return forward
 
 
 def keep_freed_memory() -> None:

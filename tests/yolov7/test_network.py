@@ -1,6 +1,7 @@
 import copy
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -97,16 +98,24 @@ def test_compile_freezes_and_keeps_its_cache(
 ) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "set, so that the test leaves it alone")
     asked: dict[str, Any] = {}
+    frozen: list[bool] = []
 
-    def compile_(model: YOLOv7, **options: Any) -> YOLOv7:
+    def compile_(model: YOLOv7, **options: Any) -> Callable[[torch.Tensor], torch.Tensor]:
         asked.update(options)
-        return model
+
+        def forward(x: torch.Tensor) -> torch.Tensor:
+            frozen.append(torch._inductor.config.freezing and not torch.is_grad_enabled())
+            return model(x)
+
+        return forward
 
     monkeypatch.setattr(torch, "compile", compile_)
     monkeypatch.setattr("shutil.which", lambda name: name)
     network = Network(copy.deepcopy(demo), device="cpu", engine="compile")
-    assert asked == {"dynamic": False, "options": {"freezing": True}}
+    assert asked == {"dynamic": False}
     assert network(images).shape == demo(images).shape
+    assert frozen == [True]
+    assert not torch._inductor.config.freezing
 
 
 def test_graph_plans_for_every_shape_and_keeps_a_few(demo: YOLOv7) -> None:
