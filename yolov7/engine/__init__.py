@@ -1,5 +1,8 @@
-"""The inference engine: a fused model lowered to a flat plan over planned buffers.
+"""The inference engine: a fused model lowered to a flat plan over planned buffers, and run.
 
 - `graph`: what the model does, traced from it.
-- `plan`: steps, slices, buffers; concats, pools, upsamples and sums are gone from it.
+- `steps`: what a plan is made of. `passes`: how operations become steps; concats, pools, upsamples
+  and sums are gone after them. `plan`: the whole, with its launches, traffic and expected time.
+- `network`: the plan made ready to run. `calibrate`: ranges of its maps, for fp8.
+- `pipeline`: from uint8 frames to boxes, on CUDA as one captured graph.
 """

@@ -5,6 +5,8 @@ plain PyTorch references over the same buffers, slices and groups.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import torch
@@ -83,6 +85,25 @@ class PlannedNetwork:
                 self._decode = self._prepare_head(step.tasks[0], model.head)
             else:
                 self._launches.append((step, self._prepare(step)))
+        if device.type == "cuda":
+            self._compile()
+
+    def _compile(self) -> None:
+        """Run every launch once, many at a time: kernels that are new here compile in parallel."""
+
+        def run(launches: Sequence[Callable[[], object]]) -> None:
+            with self._on_device():
+                _run_all(launches)
+
+        with ThreadPoolExecutor() as pool:
+            for _ in pool.map(run, [launches for _, launches in self._launches]):
+                pass
+        torch.cuda.synchronize(self.device)
+
+    def _on_device(self) -> AbstractContextManager[object]:
+        """Triton launches on the current device, whatever the tensors' is."""
+        cuda = self.device.type == "cuda"
+        return torch.cuda.device(self.device) if cuda else nullcontext()
 
     def poison(self) -> None:
         """Fill every buffer with NaN: what is read before it is written shows in the result."""
@@ -99,11 +120,12 @@ class PlannedNetwork:
         Args:
             observe: called with the name and the pixels [batch, C, H, W] of every map, written.
         """
-        for step, launches in self._launches:
-            _run_all(launches)
-            if observe is not None:
-                for name, where in _written(step):
-                    observe(name, self._pixels(where))
+        with self._on_device():
+            for step, launches in self._launches:
+                _run_all(launches)
+                if observe is not None:
+                    for name, where in _written(step):
+                        observe(name, self._pixels(where))
 
     @torch.no_grad()
     def __call__(self, x: Tensor) -> Tensor:
