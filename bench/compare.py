@@ -9,8 +9,9 @@ median at 99 %, looked at after 10, 20 and 40 rounds:
 - same: all of it lies within 5 %;
 - inconclusive: it lies across, or one of the trees does not run the benchmark.
 
-Exit code 1 if something is worse, else 0. CPU work is timed on one thread: two threads on a busy
-machine wait for each other.
+Exit code 1 if something is worse, else 0. Work of a CPU is compared on one thread and by processor
+time, so that what else the machine does hardly counts (and waiting does not at all); work of a GPU
+by CUDA events.
 """
 
 import argparse

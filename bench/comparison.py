@@ -69,17 +69,17 @@ class Comparison:
             work: What has to be done at the least.
             whole: On CUDA too, time from call to result by the host's clock.
         """
-        clock = self.ceilings.clock.whole if whole else self.ceilings.clock
+        clock = self.ceilings.clock
         turns = self.config.pluginmanager.get_plugin("turns")
         if turns is not None:
             ours = contenders()[OURS]
             assert not isinstance(ours, Missing), ours.reason
-            turns.take(self.name, ours, clock)
+            turns.take(self.name, ours, clock.whole if whole and clock.cuda else clock.busy)
             return
         times = self.config.stash[TIMES]
         group = f"{self.suite} {self.case}"
         if group not in times:
-            times[group] = self._measure(contenders(), agree, clock)
+            times[group] = self._measure(contenders(), agree, clock.whole if whole else clock)
         seconds = times[group][self.body]
         if isinstance(seconds, Missing):
             self._report(Row(self.suite, self.case, self.body, missing=seconds.reason))

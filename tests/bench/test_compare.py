@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench.compare import compare, decide, main, unpack
+from bench.compare import Answer, compare, decide, main, run_both, unpack
 from bench.results import ROOT
 
 GENERATOR = np.random.default_rng(0)
@@ -42,8 +42,8 @@ def test_equal_trees_are_hardly_ever_worse() -> None:
 
 def planted(tree: Path, source: str, old: str, new: str) -> Path:
     """A copy of the packages in which a piece of source is another."""
+    ignored = shutil.ignore_patterns("__pycache__", "results", "*.safetensors")
     for name in ("bench", "kernels", "yolov7"):
-        ignored = shutil.ignore_patterns("__pycache__", "results", "assets")
         shutil.copytree(ROOT / name, tree / name, symlinks=True, ignore=ignored)
     (tree / "train").symlink_to(ROOT / "train")
     path = tree / source
@@ -65,19 +65,42 @@ SLOWER = """
 
 
 def test_operation_slowed_by_a_fifth_is_worse(tmp_path: Path) -> None:
+    """And what the base does not have is inconclusive."""
     old = "    return Detections(*nms_op(prediction, segment_counts, classes, *arguments))\n"
-    slow = planted(tmp_path, "kernels/nms/__init__.py", old, SLOWER)
-    suite = "bench/bench_nms.py::bench_nms[ours-batch 1, conf 0.25]"
-    (answer,) = compare(ROOT, slow, [suite])
-    assert answer.verdict == "worse", answer
-    assert answer.low > 1.05
+    slow = planted(tmp_path / "head", "kernels/nms/__init__.py", old, SLOWER)
+    old = "from yolov7.kernels.letterbox import letterbox, pack_frames"
+    base = planted(tmp_path / "base", "bench/bench_letterbox.py", old, "import no_such_module")
+    suites = ["bench/bench_nms.py::bench_nms[batch 1, conf 0.25-ours]", "bench/bench_letterbox.py"]
+    slower, lacking = run_both(base, slow, suites)
+    assert slower.verdict == "worse", slower
+    assert slower.low > 1.05
+    assert (lacking.verdict, lacking.reason) == ("inconclusive", "base: is not there")
 
 
-def test_benchmark_that_the_base_lacks(tmp_path: Path) -> None:
-    broken = planted(tmp_path, "kernels/nms/__init__.py", "def batched_nms(", "def other_nms(")
-    suite = "bench/bench_nms.py::bench_nms[ours-batch 1, conf 0.25]"
-    (answer,) = compare(broken, ROOT, [suite])
-    assert (answer.verdict, answer.reason) == ("inconclusive", "base: is not there")
+def test_worse_is_confirmed_by_fresh_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A verdict that does not come again is none."""
+    first = [Answer("a", "worse", 1.1), Answer("b", "same"), Answer("c", "worse", 1.3)]
+    runs = {("bench",): first, ("a", "c"): [Answer("a", "worse", 1.2), Answer("c", "same", 1.0)]}
+    monkeypatch.setattr("bench.compare.run_both", lambda _base, _head, targets: runs[(*targets,)])
+    answers = compare(ROOT, ROOT)
+    assert [answer.verdict for answer in answers] == ["worse", "same", "inconclusive"]
+    assert answers[2].reason == "worse, but not again"
+
+
+@pytest.mark.parametrize(("verdict", "code"), [("worse", 1), ("better", 0), ("inconclusive", 0)])
+def test_exit_code(verdict: str, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bench.compare.unpack", lambda _ref, _folder: None)
+    answers = [Answer("a", "same"), Answer("b[1]", verdict, 1.1, 1.2, 2.0, 2.3, 10)]
+    monkeypatch.setattr("bench.compare.compare", lambda _base, _head, _targets: answers)
+    assert main(["HEAD"]) == code
+
+
+def test_base_is_unpacked_with_our_suites(tmp_path: Path) -> None:
+    unpack("HEAD", tmp_path)
+    assert (tmp_path / "yolov7" / "kernels").is_symlink()
+    assert (tmp_path / "bench" / "compare.py").read_text() == (
+        ROOT / "bench" / "compare.py"
+    ).read_text()
 
 
 def test_unknown_ref(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
