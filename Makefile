@@ -32,6 +32,10 @@ bench: $(VENV)/.dev  ## time everything beside its baselines; ARGS=--save keeps 
 bench-compare: $(VENV)/.dev  ## is this tree faster or slower than BASE, a git ref?
 	$(BIN)/python -m bench.compare $(BASE)
 
+baselines: $(VENV)/.dev  ## rewrite the tables that compiled kernels are compared with
+	for batch in 1 32; do $(BIN)/python -m yolov7.kernels.aot --variant yolov7 --batch $$batch \
+	  --json bench/baselines/aot-sm_90-yolov7-batch$$batch.json || exit 1; done
+
 $(VENV)/.runtime: pyproject.toml constraints.txt
 	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
 	$(PIP) -e .
