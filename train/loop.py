@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -37,6 +38,7 @@ from yolov7.train.data import (
 from yolov7.train.distributed import Ranks, collect, process_group, share, synchronise_batch_norms
 from yolov7.train.ema import EMA
 from yolov7.train.loss import LossWeights
+from yolov7.train.norm import join_norms
 from yolov7.train.optimizer import (
     build_optimizer,
     clip_gradients,
@@ -337,7 +339,10 @@ class Run:
 
     def _network(self) -> nn.Module:
         """The model as it is called: over all processes, if there are several."""
-        if self.options.sync_bn and self.ranks.world > 1:
+        sync = self.options.sync_bn and self.ranks.world > 1
+        if self.device.type == "cuda":
+            join_norms(self.model, dist.group.WORLD if sync else None)
+        if sync:
             synchronise_batch_norms(self.model, self.device)
         if self.ranks.world == 1:
             return self.model
