@@ -152,6 +152,18 @@ def test_a_full_disk_leaves_the_state_before(
     assert sorted(p.name for p in result.folder.glob("state*")) == ["state.previous.pt", "state.pt"]
 
 
+def test_a_disk_that_fills_between_epochs_is_reported(
+    options: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "results.csv")
+
+    monkeypatch.setattr(loop.CsvWriter, "on_epoch", full)
+    with pytest.raises(UserError, match=r"No space left on device: 'results.csv': the last"):
+        run(options)
+    assert load_state(Path(options.project) / "run")["epoch"] == 1
+
+
 def test_finished_runs_can_be_extended(options: Train) -> None:
     result = train(options)
     with pytest.raises(UserError, match="has finished its 2 epochs: give more --epochs"):

@@ -5,6 +5,7 @@ import os
 from dataclasses import asdict
 from pathlib import Path
 
+from yolov7.errors import UserError
 from yolov7.train.loop import train
 from yolov7.train.options import Train
 from yolov7.train.report import Result
@@ -14,7 +15,12 @@ __all__ = ["Train", "run"]
 
 def run(options: Train) -> int:
     """Train as the options say; returns the exit code."""
-    result = train(options)
+    try:
+        result = train(options)
+    except OSError as error:  # a full disk, a folder that went away
+        raise UserError(
+            f"{error}: the last finished epoch is kept; mend it, then go on with --resume"
+        ) from None
     if int(os.environ.get("RANK", "0")) == 0:
         report(result)
         if options.json:
