@@ -25,7 +25,7 @@ from yolov7.network import Network
 from yolov7.train import loop
 from yolov7.train.loop import Run, train
 from yolov7.train.options import Train
-from yolov7.train.report import Callback, Result, read_rows
+from yolov7.train.report import Callback, CsvWriter, Result, read_rows
 from yolov7.train.state import load_state
 
 
@@ -158,7 +158,7 @@ def test_a_disk_that_fills_between_epochs_is_reported(
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "results.csv")
 
-    monkeypatch.setattr(loop.CsvWriter, "on_epoch", full)
+    monkeypatch.setattr(CsvWriter, "on_epoch", full)
     with pytest.raises(UserError, match=r"No space left on device: 'results.csv': the last"):
         run(options)
     assert load_state(Path(options.project) / "run")["epoch"] == 1
