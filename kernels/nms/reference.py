@@ -22,7 +22,7 @@ def nms_reference(
     boxes = prediction.new_zeros((batch, max_det, 6), dtype=torch.float32)
     counts = prediction.new_zeros(batch, dtype=torch.int32)
     overflow = prediction.new_zeros(batch, dtype=torch.int32)
-    passing = prediction[:, :, 4] > conf
+    passing = prediction[:, :, 4].float() > conf
     if segment_counts is not None:
         place = torch.arange(rows, device=prediction.device).view(segment_counts.shape[1], -1)
         passing &= (place - place[:, :1] < segment_counts[:, :, None]).flatten(1)

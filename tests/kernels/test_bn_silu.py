@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from yolov7.kernels import bn_silu as kernel
+from yolov7.kernels.aot import SHARED_LIMITS, compile_all, passed_limits
 from yolov7.kernels.bn_silu import batch_norm_act
 from yolov7.kernels.runtime import INTERPRET
 
@@ -245,3 +246,13 @@ def test_wrong_input(change: dict[str, Any], message: str) -> None:
 def test_empty_evaluation_batch() -> None:
     arguments = make_input((0, 3, 4, 4), torch.float32)
     assert batch_norm_act(**arguments, training=False).shape == (0, 3, 4, 4)
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("target", SHARED_LIMITS)
+def test_compiles_within_the_limits(target: str) -> None:
+    rows = list(compile_all(target, {}, only=["bn_silu"]))
+    assert {row.kernel for row in rows} == {
+        f"{name}_kernel" for name in ("stats", "merge", "forward", "sums", "backward")
+    }
+    assert not [f"{row.shape}: {limit}" for row in rows for limit in passed_limits(row)]

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from yolov7.kernels import concat as kernel
+from yolov7.kernels.aot import SHARED_LIMITS, compile_all, passed_limits
 from yolov7.kernels.concat import concat
 from yolov7.kernels.layout import PitchedLayout
 
@@ -76,3 +77,11 @@ MAP = torch.zeros(6, 4)
 def test_wrong_input(parts: list[Tensor], out: Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         concat(parts, out)
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("target", SHARED_LIMITS)
+def test_compiles_within_the_limits(target: str) -> None:
+    rows = list(compile_all(target, {}, only=["concat"]))
+    assert {row.kernel for row in rows} == {"_concat_kernel"}
+    assert not [f"{row.shape}: {limit}" for row in rows for limit in passed_limits(row)]

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from yolov7.head import Detect
 from yolov7.kernels import decode as kernel
+from yolov7.kernels.aot import compile_all, passed_limits
 from yolov7.kernels.decode import SEGMENT, decode
 from yolov7.kernels.layout import PitchedLayout
 from yolov7.kernels.nms import batched_nms
@@ -200,3 +201,27 @@ def test_wrong_types() -> None:
         ValueError, match=r"level 0: features torch\.float32, weight torch\.float16"
     ):
         decode(**{**head, "weights": [weight.half() for weight in head["weights"]]})
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize(
+    ("target", "precision", "mma"),
+    [
+        ("sm_80", "fp16", "HMMA"),
+        ("sm_89", "fp8", "QMMA"),
+        ("sm_90", "bf16", "HGMMA"),
+        ("sm_90", "fp8", "QGMMA"),
+        ("sm_100", "fp16", "UTCHMMA"),
+    ],
+)
+def test_compiles_within_the_limits(target: str, precision: str, mma: str) -> None:
+    rows = list(compile_all(target, {"precision": precision}, only=["decode"]))
+    assert [row.mma for row in rows] == [mma, mma]
+    assert not [f"{row.shape}: {limit}" for row in rows for limit in passed_limits(row)]
+
+
+@pytest.mark.aot
+def test_fp32_compiles_within_the_limits() -> None:
+    rows = list(compile_all("sm_90", {"precision": "fp32"}, only=["decode"]))
+    assert [row.mma for row in rows] == ["HGMMA", "HGMMA", "", ""]  # TF32 and exact
+    assert not [f"{row.shape}: {limit}" for row in rows for limit in passed_limits(row)]

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from tests.conftest import reference_folder
 from yolov7.kernels import letterbox as kernel
+from yolov7.kernels.aot import SHARED_LIMITS, compile_all, passed_limits
 from yolov7.kernels.layout import PitchedLayout
 from yolov7.kernels.letterbox import letterbox, letterbox_reference, pack_frames
 
@@ -169,3 +170,11 @@ def test_wrong_frames(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         pack_frames(frames, boxes, SIZE)
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("target", SHARED_LIMITS)
+def test_compiles_within_the_limits(target: str) -> None:
+    rows = list(compile_all(target, {}, only=["letterbox"]))
+    assert {row.kernel for row in rows} == {"_letterbox_kernel"}
+    assert not [f"{row.shape}: {limit}" for row in rows for limit in passed_limits(row)]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tests.conftest import reference_folder
 from yolov7.kernels import nms
+from yolov7.kernels.aot import SHARED_LIMITS, compile_all, passed_limits
 from yolov7.kernels.nms import Detections, batched_nms, nms_reference
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -281,3 +282,13 @@ def test_wrong_input(shape: tuple[int, ...], options: dict[str, Any], message: s
 def test_wrong_dtype() -> None:
     with pytest.raises(ValueError, match=r"fp32, fp16 or bf16, got torch\.int32"):
         batched_nms(torch.zeros(1, 3, 85, dtype=torch.int32))
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("target", SHARED_LIMITS)
+def test_compiles_within_the_limits(target: str) -> None:
+    rows = list(compile_all(target, {}, only=["nms"]))
+    assert {row.kernel for row in rows} == {
+        f"nms_{name}_kernel" for name in ("histogram", "select", "scatter", "greedy")
+    }
+    assert not [f"{row.shape}: {limit}" for row in rows for limit in passed_limits(row)]

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from yolov7.kernels import pool
+from yolov7.kernels.aot import SHARED_LIMITS, compile_all, passed_limits
 from yolov7.kernels.layout import PitchedLayout
 from yolov7.kernels.pool import max_pool, spp, upsample
 
@@ -165,3 +166,11 @@ MAP = torch.zeros(LAYOUT.rows, 4)
 def test_wrong_input(call: Callable[[], None], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("target", SHARED_LIMITS)
+def test_compiles_within_the_limits(target: str) -> None:
+    rows = list(compile_all(target, {}, only=["pool"]))
+    assert {row.kernel for row in rows} == {"_spp_kernel", "_resize_kernel"}
+    assert not [f"{row.shape}: {limit}" for row in rows for limit in passed_limits(row)]

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from yolov7.blocks import RepConv
 from yolov7.kernels import reparam as kernel
+from yolov7.kernels.aot import SHARED_LIMITS, compile_all, passed_limits
 from yolov7.kernels.reparam import reparam
 
 
@@ -130,3 +131,11 @@ def test_identity_needs_equal_channels() -> None:
     branches = make_branches(4, 6, True)
     with pytest.raises(ValueError, match="no identity from 6 to 4 channels"):
         reparam(**branches)
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("target", SHARED_LIMITS)
+def test_compiles_within_the_limits(target: str) -> None:
+    rows = list(compile_all(target, {}, only=["reparam"]))
+    assert {row.kernel for row in rows} == {"_reparam_kernel"}
+    assert not [f"{row.shape}: {limit}" for row in rows for limit in passed_limits(row)]
