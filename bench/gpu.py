@@ -37,11 +37,11 @@ POLL_SECONDS = 1.0
 # what was cut off goes on in the next process that names it.
 SUITES = (
     (("engine",), 0.3),
-    (("nms", "letterbox", "decode", "pool", "reparam", "conv"), 0.5),
+    (("nms", "letterbox", "decode", "pool", "concat", "reparam", "conv"), 0.5),
     (("compiled",), 0.6),
     (("engine", "conv"), 1.0),
 )
-TRAINING = ("train", "loader")
+TRAINING = ("bn_silu", "train", "loader")
 CONFIGS = ROOT / "kernels" / "configs"
 
 
