@@ -8,7 +8,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from yolov7.kernels.conv.gather import conv_gather_kernel
-from yolov7.kernels.conv.layer import ConvCall, ConvLayer
+from yolov7.kernels.conv.layer import ConvCall, ConvLayer, epilogue_activation
 from yolov7.kernels.conv.parts import conv_reduce_kernel
 from yolov7.kernels.conv.tma import conv_tma_kernel
 from yolov7.kernels.runtime import Config, capability, find_config, launch, processors
@@ -181,7 +181,7 @@ def launch_conv(calls: Sequence[ConvCall], config: Config, workspace: Tensor | N
         "GROUPS": len(calls),
         "KERNEL": layer.kernel,
         "UPSAMPLE": layer.upsample,
-        "ACTIVATION": layer.activation,
+        "ACTIVATION": epilogue_activation(layer.activation, calls[0].out.dtype),
         "PRECISION": "ieee" if layer.exact else "tf32",
         "PROMOTE": any(_long_fp8_sum(c) for c in calls),
     }
@@ -279,7 +279,7 @@ def _launch_reduce(call: ConvCall, partial: Tensor | None, config: Config) -> No
         "out_ptr": call.out,
         "shape": _shape(call),
         "scales": _scales(call),
-        "ACTIVATION": call.layer.activation,
+        "ACTIVATION": epilogue_activation(call.layer.activation, call.out.dtype),
         "UPSAMPLE": call.layer.upsample,
         "SPLIT_K": config["SPLIT_K"],
         "PDL": bool(config.get("launch_pdl", 0)),

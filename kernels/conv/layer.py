@@ -128,6 +128,12 @@ class ConvCall:
     """``[target.rows, out_channels]``, added after the activation."""
 
 
+def epilogue_activation(activation: str, out_dtype: torch.dtype) -> str:
+    """The activation as the kernels take it: SiLU is approximate unless the output is fp32."""
+    fast = activation == "silu" and out_dtype != torch.float32
+    return "fast_silu" if fast else activation
+
+
 def pack_weight(*weights: Tensor) -> Tensor:
     """Convolution weights as one matrix, rows contiguous.
 

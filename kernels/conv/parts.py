@@ -43,6 +43,23 @@ def multiply(a, b, acc, PRECISION: tl.constexpr, PROMOTE: tl.constexpr):
 
 
 @triton.jit
+def fast_silu(x):
+    """``x sigmoid(x) = x / 2 (1 + tanh(x / 2))``, with the hardware's tanh on a GPU.
+
+    An exponential and a reciprocal are two of the 16 special functions that a processor computes
+    per cycle: 4096 cycles for a tile of 128 x 256, half a 1x1 layer's time; tanh is one. Its error,
+    at most 2^-11 of 1, makes one of |x| 2^-12: half of what rounding x to fp16 makes.
+    """
+    if INTERPRETED:
+        return x / (1.0 + tl.exp(-x))
+    half = 0.5 * x
+    tanh = tl.inline_asm_elementwise(
+        "tanh.approx.f32 $0, $1;", "=f,f", [half], dtype=tl.float32, is_pure=True, pack=1
+    )
+    return half + half * tanh
+
+
+@triton.jit
 def finish(
     # Tensors
     acc,  # [BLOCK_M, BLOCK_N] fp32
@@ -66,6 +83,8 @@ def finish(
     acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0)[None, :]
     if ACTIVATION == "silu":
         acc = acc / (1.0 + tl.exp(-acc))
+    elif ACTIVATION == "fast_silu":
+        acc = fast_silu(acc)
     elif ACTIVATION == "leaky_relu":
         acc = tl.where(acc > 0, acc, 0.1 * acc)
     if residual_ptr is not None:

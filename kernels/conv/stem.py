@@ -20,7 +20,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from yolov7.kernels.conv.layer import ACTIVATIONS, DTYPES, activate, exact_conv2d, to_dtype
+from yolov7.kernels.conv.layer import (
+    ACTIVATIONS,
+    DTYPES,
+    activate,
+    epilogue_activation,
+    exact_conv2d,
+    to_dtype,
+)
 from yolov7.kernels.conv.parts import begin, finish, multiply, store_rows
 from yolov7.kernels.layout import PitchedLayout
 from yolov7.kernels.runtime import Config, capability, find_config, launch, triton_op
@@ -202,7 +209,7 @@ def launch_stem(
         "CHANNELS": images.shape[1],
         "KERNEL": stem.kernel,
         "STRIDE": stem.stride,
-        "ACTIVATION": stem.activation,
+        "ACTIVATION": epilogue_activation(stem.activation, out.dtype),
         "PRECISION": "tf32",
         "PDL": bool(config.get("launch_pdl", 0)),
         "BLOCK_N": max(16, triton.next_power_of_2(n_out)),
