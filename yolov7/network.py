@@ -28,6 +28,7 @@ from yolov7.model import YOLOv7
 if TYPE_CHECKING:
     from yolov7.engine.network import PlannedNetwork
 
+COMPILED = "TORCHINDUCTOR_CACHE_DIR"
 PLANS = 4  # input shapes that the graph engine is ready for
 OLDEST = (8, 0)  # compute capability that the kernels are made for
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -135,7 +136,7 @@ class Network:
         if self.device.type == "cpu":
             keep_freed_memory()
         if self.engine == "compile":
-            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder("inductor")))
+            _keep_compiled()
             self._forward = _frozen(torch.compile(model, dynamic=False))
         elif self.engine == "eager" and self.device.type == "cpu" and _has_packed_convolutions():
             pack_convolutions(model)
@@ -219,6 +220,15 @@ def _resolve_engine(name: str, device: torch.device) -> Literal["eager", "compil
     if name == "graph" or (name == "auto" and device.type == "cuda" and not old):
         return "graph"
     return "eager"
+
+
+def _keep_compiled() -> None:
+    """Have Inductor write into the user's cache folder, unless the user names another."""
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    # Importing Inductor sets the variable to a folder under /tmp.
+    if os.environ.get(COMPILED, default_cache_dir()) == default_cache_dir():
+        os.environ[COMPILED] = str(cache_folder("inductor"))
 
 
 def _frozen(compiled: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

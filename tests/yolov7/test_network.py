@@ -1,18 +1,21 @@
 import copy
+import os
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from yolov7.checkpoint import load_model
 from yolov7.engine.calibrate import calibrate
 from yolov7.errors import UserError
 from yolov7.model import YOLOv7, create_model
-from yolov7.network import PLANS, Network, PackedConv, resolve_device, resolve_precision
+from yolov7.network import COMPILED, PLANS, Network, PackedConv, resolve_device, resolve_precision
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +99,8 @@ def test_engines(demo: YOLOv7, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_compile_freezes_and_keeps_its_cache(
     demo: YOLOv7, images: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "set, so that the test leaves it alone")
+    monkeypatch.setenv("YOLOV7_CACHE", "cache")
+    monkeypatch.setenv(COMPILED, default_cache_dir())  # as importing Inductor leaves it
     asked: dict[str, Any] = {}
     frozen: list[bool] = []
 
@@ -113,6 +117,7 @@ def test_compile_freezes_and_keeps_its_cache(
     monkeypatch.setattr("shutil.which", lambda name: name)
     network = Network(copy.deepcopy(demo), device="cpu", engine="compile")
     assert asked == {"dynamic": False}
+    assert os.environ[COMPILED] == str(Path("cache/inductor"))
     assert network(images).shape == demo(images).shape
     assert frozen == [True]
     assert not torch._inductor.config.freezing

@@ -11,11 +11,11 @@ from pathlib import Path
 import cv2
 import yaml
 
-from yolov7.cache import cache_folder
 from yolov7.checkpoint import DEMO_WEIGHTS
 from yolov7.cli.options import ModelOptions, class_names
 from yolov7.detector import Detector
 from yolov7.errors import UserError
+from yolov7.network import COMPILED
 from yolov7.progress import progress
 from yolov7.recorder import Outputs, Recorder
 from yolov7.results import Results
@@ -140,7 +140,7 @@ def _print_start(options: Predict, detector: Detector) -> None:
     network = detector.network
     print(f"{weights} ({classes}): {network.device}, {network.precision}, {network.engine}")
     if detector.startup_s:
-        kept = os.environ.get("TORCHINDUCTOR_CACHE_DIR") or cache_folder("inductor")
+        kept = os.environ[COMPILED]
         print(f"compiled in {detector.startup_s:.1f} s; kept in {kept}, the next start is shorter")
 
 
