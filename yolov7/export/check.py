@@ -146,7 +146,7 @@ def _threshold(expected: Tensor, metadata: Metadata) -> float:
     objectness, classes = expected[..., 4], expected[..., 5:]
     scores = objectness if classes.shape[2] == 1 else objectness * classes.amax(2)
     enough = scores.topk(min(CANDIDATES, scores.shape[1])).values[:, -1].min()
-    return min(metadata.nms.conf, float(enough))
+    return min(metadata.nms.conf, 0.99 * float(enough))  # the file's scores may be a hair lower
 
 
 def _restored(predictions: Tensor, metadata: Metadata, geometries: list[Geometry]) -> Tensor:

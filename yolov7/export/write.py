@@ -83,12 +83,14 @@ def export(model: YOLOv7, path: Path, settings: Settings) -> Exported:
     start = time.perf_counter()
     metadata = _metadata(model, settings)
     _check_target(path, settings)
+    if settings.kind == "onnx":
+        _require_onnx()
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.touch()
-        opset = _write(model, temporary, metadata)
-        result = check(temporary, path, metadata, deployed(model, metadata, "fp32"))
+        opset = _write(_program(model, metadata), temporary, metadata)
+        result = check(temporary, path, metadata, _reference(model, metadata))
         temporary.replace(path)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror})") from None
@@ -148,20 +150,29 @@ def _check_target(path: Path, settings: Settings) -> None:
         raise UserError(f"{path}: is a folder: give the name of a file")
 
 
-def deployed(model: YOLOv7, metadata: Metadata, precision: Precision) -> Deploy:
-    """A fused copy of the model on the metadata's device, in a precision."""
-    model = copy.deepcopy(model).fuse().requires_grad_(False)
-    anchors = model.head.anchors.float()
-    model = model.half() if precision == "fp16" else model.float()
-    model.head.anchors = anchors  # boxes are decoded in fp32
+def _reference(model: YOLOv7, metadata: Metadata) -> Deploy:
+    """What the file is compared with: the model as it came, in fp32 and not fused."""
+    model = copy.deepcopy(model).requires_grad_(False).float()
     return Deploy(model, metadata.layout).to(metadata.device).eval()
 
 
-def _write(model: YOLOv7, path: Path, metadata: Metadata) -> int | None:
+def _program(model: YOLOv7, metadata: Metadata) -> ExportedProgram:
+    """The model fused, in the file's precision, as a graph of PyTorch's operators."""
+    model = copy.deepcopy(model).requires_grad_(False).float().fuse()
+    if metadata.precision == "fp16":
+        anchors = model.head.anchors
+        model.half().head.anchors = anchors  # boxes are decoded in fp32
+    network = Deploy(model, metadata.layout).to(metadata.device).eval()
+    # With an example of one image, torch.export would take the one for a constant.
+    batch = 2 if metadata.batch == "dynamic" else metadata.batch
+    images = torch.zeros(batch, 3, *metadata.imgsz, device=metadata.device)
+    dynamic = ({0: Dim("batch", min=1)},) if metadata.batch == "dynamic" else None
+    with torch.no_grad():
+        return torch.export.export(network, (images,), dynamic_shapes=dynamic)
+
+
+def _write(program: ExportedProgram, path: Path, metadata: Metadata) -> int | None:
     """Write the file; the opset of an ONNX file."""
-    if metadata.kind == "onnx":
-        _require_onnx()
-    program = _program(deployed(model, metadata, metadata.precision), metadata)
     if metadata.kind == "onnx":
         from yolov7.export.onnx_graph import OPSET, build_onnx
 
@@ -184,15 +195,6 @@ def _require_onnx() -> None:
             raise UserError(
                 f"{name} is not installed: pip install 'yolov7-triton[export]'"
             ) from None
-
-
-def _program(network: Deploy, metadata: Metadata) -> ExportedProgram:
-    # With an example of one image, torch.export would take the one for a constant.
-    batch = 2 if metadata.batch == "dynamic" else metadata.batch
-    images = torch.zeros(batch, 3, *metadata.imgsz, device=metadata.device)
-    dynamic = ({0: Dim("batch", min=1)},) if metadata.batch == "dynamic" else None
-    with torch.no_grad():
-        return torch.export.export(network, (images,), dynamic_shapes=dynamic)
 
 
 def _compile(program: ExportedProgram, path: Path, extra: dict[str, str]) -> None:
