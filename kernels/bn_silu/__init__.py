@@ -58,7 +58,7 @@ MAX_PARTS = 256
 
 def _config(kind: str, x: Tensor) -> Config:
     block_c = min(64, max(16, triton.next_power_of_2(x.shape[1])))
-    default = {"BLOCK_M": 2048 // block_c, "BLOCK_C": block_c, "num_warps": 4}
+    default = {"BLOCK_M": 1024 // block_c, "BLOCK_C": block_c, "num_warps": 4}
     return find_config("bn_silu", f"{kind}-{x.dtype}", tuple(x.shape), default, x.device)
 
 

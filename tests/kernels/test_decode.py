@@ -195,6 +195,12 @@ def test_wrong_input(change: dict[str, Any], message: str) -> None:
         decode(**{**head, **change})
 
 
+def test_wrong_device() -> None:
+    head = make_head("fp32", 3, 2, torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"devices differ: \['cpu', 'meta'\]"):
+        decode(**{**head, "anchors": head["anchors"].to("meta")})
+
+
 def test_wrong_types() -> None:
     head = make_head("fp32", 3, 2, torch.device("cpu"))
     with pytest.raises(

@@ -150,6 +150,11 @@ def test_wrong_input(pixels: Tensor, table: Tensor, out: Tensor, message: str) -
         letterbox(pixels, table, out)
 
 
+def test_wrong_device() -> None:
+    with pytest.raises(ValueError, match="devices differ: cpu, meta, cpu"):
+        letterbox(BYTES, TABLE.to("meta"), torch.zeros(2, 3, 4, 4))
+
+
 def test_wrong_map() -> None:
     layout = PitchedLayout.of(2, 4, 4)
     with pytest.raises(ValueError, match=r"out \[\d+, 4\] of 2 images is not for 2 of 3 channels"):
