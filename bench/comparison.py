@@ -85,7 +85,9 @@ class Comparison:
             self._report(Row(self.suite, self.case, self.body, missing=seconds.reason))
             pytest.skip(seconds.reason)
         self._replay(seconds, group)
-        self._report(self._row(seconds, work or Work()))
+        work = work or Work()
+        share = self.ceilings.share(work, statistics.median(seconds))
+        self._report(Row.of(self.suite, self.case, self.body, seconds, work, share))
 
     def _measure(
         self,
@@ -111,22 +113,6 @@ class Comparison:
         self.benchmark._timer = marks.__next__
         self.benchmark.group = group
         self.benchmark.pedantic(int, rounds=len(seconds))  # type: ignore[no-untyped-call]  # untyped
-
-    def _row(self, seconds: list[float], work: Work) -> Row:
-        median = statistics.median(seconds)
-        share = self.ceilings.share(work, median)
-        return Row(
-            self.suite,
-            self.case,
-            self.body,
-            turns=len(seconds),
-            p50_ms=median * 1e3,
-            p99_ms=sorted(seconds)[min(len(seconds) - 1, int(0.99 * len(seconds)))] * 1e3,
-            tflops=work.flops / median / 1e12,
-            gbps=work.bytes / median / 1e9,
-            ceiling_percent=100 * share,
-            images_per_s=work.items / median,
-        )
 
     def _report(self, row: Row) -> None:
         self.benchmark.extra_info.update(row.as_dict())

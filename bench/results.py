@@ -7,6 +7,7 @@ its fields are those of `Report`.
 import json
 import os
 import platform
+import statistics
 import subprocess
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from bench.race import OURS
+from bench.race import OURS, Work
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
@@ -55,6 +56,31 @@ class Row:
     ceiling_percent: float = 0.0
     images_per_s: float = 0.0
     missing: str = ""
+
+    @classmethod
+    def of(
+        cls,
+        suite: str,
+        case: str,
+        body: str,
+        seconds: Sequence[float],
+        work: Work,
+        share: float = 0.0,
+    ) -> "Row":
+        """From the seconds of its turns, the work of each, and the share of the ceilings' time."""
+        median = statistics.median(seconds)
+        return cls(
+            suite,
+            case,
+            body,
+            turns=len(seconds),
+            p50_ms=median * 1e3,
+            p99_ms=sorted(seconds)[min(len(seconds) - 1, int(0.99 * len(seconds)))] * 1e3,
+            tflops=work.flops / median / 1e12,
+            gbps=work.bytes / median / 1e9,
+            ceiling_percent=100 * share,
+            images_per_s=work.items / median,
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """Fields by name, numbers to five digits."""

@@ -1,0 +1,21 @@
+"""Ours beside other runtimes on the same exported file."""
+
+from importlib.util import find_spec
+
+import pytest
+
+from bench.peers import compare
+from bench.race import SMOKE
+from yolov7.model import create_model
+
+
+def test_all_contenders_agree_or_are_said_to_be_missing() -> None:
+    pytest.importorskip("onnx")
+    model = create_model("yolov7-tiny", 3, form="deploy", width=0.125).eval()
+    rows = {row.body: row for row in compare(model, 32, SMOKE, compiled=False)}
+    assert rows["ours"].p50_ms > 0
+    for body in ("onnxruntime", "openvino"):
+        if find_spec(body):
+            assert rows[body].turns == 1
+        else:
+            assert "pip install" in rows[body].missing
