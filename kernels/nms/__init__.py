@@ -83,7 +83,7 @@ def _launch_nms(
     boxes, counts, overflow = result
     nc = width - 5
     block_c = triton.next_power_of_2(nc)
-    conf_bits, one_bits = struct.unpack("<2i", struct.pack("<2f", conf, 1.0))
+    conf_bits, one_bits = struct.unpack("<2i", struct.pack("<2f", conf + 0.0, 1.0))  # no -0.0
     bin_bits = max((one_bits - conf_bits).bit_length() - config["LOG_BINS"], 0)
     capacity = work["keys"].shape[1]
     warps = {"num_warps": config["num_warps"]}

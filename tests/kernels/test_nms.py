@@ -26,6 +26,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "one box": {"max_det": 1},
     "everything": {"conf": 0.0, "iou": 1.0, "multi_label": True},
     "nothing": {"conf": 1.0},
+    "negative zero": {"conf": -0.0, "max_det": 5},
 }
 
 
