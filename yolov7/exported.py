@@ -166,7 +166,8 @@ class OpenVinoSession:
         self.shape = [d.get_length() if d.is_static else None for d in shape]
         rt_info = model.rt_info["framework"] if "framework" in model.rt_info else {}  # noqa: SIM401  # no dict
         self.metadata = {key: str(value.value) for key, value in rt_info.items()}
-        self._model = core.compile_model(model, "CPU")
+        # by default it computes in bf16 where the processor can
+        self._model = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
         self._type = model.inputs[0].element_type.to_dtype()
 
     def __call__(self, x: Tensor) -> list[Tensor]:
