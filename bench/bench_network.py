@@ -1,12 +1,8 @@
-"""The network alone, batch 1: ours beside a plain fused forward, torch.compile and OpenVINO.
+"""The network alone, batch 1: ours beside a plain fused forward and torch.compile.
 
 The plain forward is NCHW in fp32, of the same weights, once in a process of its own, as it comes,
 and once in ours, whose allocator keeps freed memory for it too.
 """
-
-import tempfile
-from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 import torch
@@ -22,35 +18,12 @@ from yolov7.network import Network
 
 # Sampled boxes, of which bf16 keeps 8 bits through a hundred layers.
 TOLERANCE = {"fp32": 1e-4, "bf16": 1e-2}
+COMPILED = "yolov7-tiny"
 CASES = {
     f"{variant}, {precision}": (variant, precision)
     for precision in TOLERANCE
     for variant in ("yolov7-tiny", "yolov7")
 }
-
-
-def openvino(network: YOLOv7, x: Tensor, precision: str) -> Run | Missing:
-    """OpenVINO on the same graph and the same number of threads."""
-    if not find_spec("openvino"):
-        return Missing("openvino is not installed")
-    import openvino
-
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "model.onnx"
-        torch.onnx.export(network.fuse(), (x,), path, dynamo=False)
-        config = {
-            "INFERENCE_PRECISION_HINT": "f32" if precision == "fp32" else precision,
-            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-            "PERFORMANCE_HINT": "LATENCY",
-        }
-        request = openvino.Core().compile_model(path, "CPU", config).create_infer_request()
-    pixels = x.numpy()
-
-    def run() -> Tensor:
-        (decoded,) = request.infer([pixels], share_inputs=True, share_outputs=True).values()
-        return sampled(torch.from_numpy(decoded))
-
-    return run
 
 
 def compiled(network: YOLOv7, x: Tensor, precision: str) -> Run | Missing:
@@ -62,7 +35,7 @@ def compiled(network: YOLOv7, x: Tensor, precision: str) -> Run | Missing:
     return lambda: sampled(fast(x))
 
 
-@bodies("plain", "plain in our process", "compile", "openvino")
+@bodies("plain", "plain in our process", "compile")
 @pytest.mark.parametrize(("variant", "precision"), CASES.values(), ids=CASES)
 def bench_network(
     variant: str,
@@ -87,13 +60,14 @@ def bench_network(
         def run() -> Tensor:
             return sampled(plain(x))
 
-        slow = Missing("minutes to start: not for a smoke test")
+        slow = Missing("takes a minute to start; bench.peers compiles every variant")
         return {
             "ours": lambda: sampled(ours(x)),
             "plain": process,
             "plain in our process": run,
-            "compile": slow if smoke else compiled(model(variant), x, precision),
-            "openvino": slow if smoke else openvino(model(variant), x, precision),
+            "compile": slow
+            if smoke or variant != COMPILED
+            else compiled(model(variant), x, precision),
         }
 
     flops = sum(layer.flops for layer in conv_layers(model(variant).fuse(), size, size))

@@ -13,6 +13,7 @@ from yolov7.network import keep_freed_memory
 from yolov7.train.config import PRESETS, preset_name
 from yolov7.train.ema import EMA
 from yolov7.train.loss import Loss, LossWeights
+from yolov7.train.norm import join_norms
 from yolov7.train.optimizer import build_optimizer
 from yolov7.train.prepare import head_loss
 
@@ -55,6 +56,7 @@ def step(
     dtype: torch.dtype,
     memory_format: torch.memory_format = torch.channels_last,
     *,
+    joined: bool = False,
     compiled: bool = False,
 ) -> Callable[[], Tensor]:
     """Forward, loss, backward, optimizer and moving average on the same images over and over."""
@@ -67,6 +69,8 @@ def step(
     for group in optimizer.param_groups:
         group["lr"] = 0.0  # so that all contenders see the same loss
     ema = EMA(model)
+    if joined:
+        join_norms(model)
     network = torch.compile(model) if compiled else model
 
     def run() -> Tensor:
@@ -100,7 +104,7 @@ def bench_train_step(
         if device.type == "cuda" and not smoke:
             compiled = step(variant, images, dtype, compiled=True)
         return {
-            "ours": step(variant, images, dtype),
+            "ours": step(variant, images, dtype, joined=device.type == "cuda"),
             "eager": step(variant, images, dtype, torch.contiguous_format),
             "compile": compiled,
         }

@@ -53,7 +53,7 @@ class Pace:
 
     Attributes:
         seconds: For all its turns, set-up and check apart.
-        least: Turns of each contender, even beyond that time.
+        least: Turns of each contender, even beyond that time; three if that takes thrice as long.
         most: Turns of each contender.
     """
 
@@ -119,9 +119,11 @@ def race(
     turns: dict[str, list[float]] = {name: [] for name in runs}
     for name in runs if pace is not SMOKE else ():
         clock(runs[name])  # the check was the first call, this one finds everything in place
-    deadline = time.perf_counter() + pace.seconds
+    started = time.perf_counter()
     for turn in range(pace.most):
-        if turn >= pace.least and time.perf_counter() > deadline:
+        spent = time.perf_counter() - started
+        enough = pace.least if spent < 3 * pace.seconds else min(3, pace.least)
+        if turn >= enough and spent > pace.seconds:
             break
         for name, run in runs.items():
             turns[name].append(clock(run))

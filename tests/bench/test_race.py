@@ -1,0 +1,51 @@
+"""Turns and checks of the comparisons."""
+
+import time
+
+import pytest
+import torch
+
+from bench.ceilings import Ceilings
+from bench.race import Clock, Pace, Work, close, equal, race
+
+CPU = Clock(torch.device("cpu"))
+
+
+def test_contenders_take_turns() -> None:
+    order: list[str] = []
+    runs = {"ours": lambda: order.append("ours"), "eager": lambda: order.append("eager")}
+    times = race(runs, CPU, Pace(10.0, 5, most=5))
+    assert order == ["ours", "eager"] * 6  # the first turn of each is not counted
+    assert [len(seconds) for seconds in times.values()] == [5, 5]
+
+
+def test_long_turns_are_fewer() -> None:
+    assert len(race({"ours": lambda: time.sleep(0.02)}, CPU, Pace(0.01, 5))["ours"]) == 3
+    assert len(race({"ours": lambda: None}, CPU, Pace(10.0, 5, most=7))["ours"]) == 7
+
+
+def test_waiting_is_timed_but_keeps_no_processor_busy() -> None:
+    assert CPU(lambda: time.sleep(0.05)) >= 0.05
+    assert CPU.busy(lambda: time.sleep(0.05)) < 0.04
+
+
+def test_wrong_results_do_not_pass() -> None:
+    a = torch.randn(3, 4)
+    close(1e-6)([a], [a])
+    equal((a, 1), (a, 1))
+    for wrong in (a + 0.1, a.where(a != a[0, 0], float("nan"))):
+        with pytest.raises(AssertionError, match="relative RMS"):
+            close(1e-3)(wrong, a)
+        with pytest.raises(AssertionError):
+            equal(wrong, a)
+    with pytest.raises(AssertionError, match="is not"):
+        close(1.0)(a, a[:1])
+
+
+def test_share_of_the_ceilings() -> None:
+    ceilings = Ceilings(torch.device("cpu"), small=True)
+    flops, bandwidth = ceilings.flops(torch.float32), ceilings.bandwidth
+    assert ceilings.share(Work(flops=flops), 2.0) == pytest.approx(0.5)
+    assert ceilings.share(Work(bytes=3 * bandwidth, flops=flops), 4.0) == pytest.approx(0.75)
+    assert ceilings.share(Work(), 1.0) == 0
+    assert set(ceilings.as_dict()) == {"copy GB/s", "float32 TFLOP/s"}
