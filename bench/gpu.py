@@ -157,7 +157,7 @@ def run_training(run: Run, until: float) -> None:
 def _suites(run: Run, name: str, suites: Sequence[str], until: float) -> None:
     files = [f"bench/bench_{suite}.py" for suite in suites]
     pace = ["--smoke"] if run.dry else ["--seconds", "0.5"]
-    command = ["pytest", "-q", *files, "--benchmark-quiet", *pace]
+    command = ["pytest", "-q", *files, *pace]
     command += ["--rows", str(run.folder / "rows.jsonl")]
     slow = {"engine", "compiled"} & set(suites)  # a network takes minutes in the interpreter
     run.process(name, command, until, **_interpreter(run.dry and not slow))

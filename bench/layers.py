@@ -27,7 +27,13 @@ from yolov7.benchmark import measure
 from yolov7.engine.network import PlannedNetwork
 from yolov7.info import conv_layers
 from yolov7.kernels import runtime
-from yolov7.kernels.conv import ConvCall, choose_config, conv_reference, workspace_elements
+from yolov7.kernels.conv import (
+    ConvCall,
+    ConvLayer,
+    choose_config,
+    conv_reference,
+    workspace_elements,
+)
 from yolov7.kernels.conv.cases import DTYPES, Record, layer_key, layer_of
 from yolov7.kernels.conv.launcher import config_kind, default_config, fits_tma
 from yolov7.kernels.runtime import Config
@@ -36,6 +42,7 @@ from yolov7.model import YOLOv7, create_model
 from yolov7.variants import VARIANTS
 
 BATCHES = (1, 32)
+EXACT = "fp32 exact"  # as the layer's option says; else fp32 is multiplied as TF32
 REPEATS = 30
 ROUNDS = 300  # batches that an engine is timed for
 FIRST = "yolov7"  # before the other variants
@@ -79,13 +86,14 @@ def check_jobs(device: torch.device, *, small: bool) -> Iterator[Job]:
     """A job for each layer, type and batch; YOLOv7 in fp16 comes first."""
     records = list(dict.fromkeys(map(shrunk, family()))) if small else family()
     precisions = [name for name in DTYPES if name != "fp8" or runtime.capability(device) >= (8, 9)]
+    precisions.append(EXACT)
     batches = (1, 2) if small else BATCHES
     for precision, batch, record in itertools.product(precisions, batches, records):
-        layer = layer_of(record, batch)
+        layer = layer_of(record, batch, exact=precision == EXACT)
         name = f"{layer.describe()} {record.activation} {precision}"
 
-        def job(record: Record = record, batch: int = batch, precision: str = precision) -> Entry:
-            call = random_call(layer_of(record, batch), DTYPES[precision], device)
+        def job(layer: ConvLayer = layer, precision: str = precision) -> Entry:
+            call = random_call(layer, DTYPES.get(precision, torch.float32), device)
             expected = conv_reference(call)
             wrong = {}
             for origin, config in configs(call).items():
@@ -195,6 +203,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu" and not options.small:
         parser.error("needs a GPU; --small does not")
+    torch.backends.cudnn.allow_tf32 = False  # what is compared with is to be exact
     jobs = check_jobs if options.what == "check" else time_jobs
     with torch.no_grad():
         return work_off(jobs(device, small=options.small), options.file)

@@ -11,9 +11,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import geometric_mean
 
+import torch
+
 from bench.plots import save_pictures
 from bench.race import OURS
-from bench.results import RESULTS, ROOT, Report, Row, verdict
+from bench.results import RESULTS, ROOT, Report, Row, environment, verdict
 from yolov7.variants import VARIANTS
 
 README = ROOT / "README.md"
@@ -140,7 +142,11 @@ def _means(pairs: Sequence[tuple[Row, Row]]) -> Iterator[str]:
 
 def keep(folder: Path) -> Path:
     """Take a run into the repository: its report, its pictures, its configs."""
-    path = Report.load(folder / "results.json").save()
+    report = Report.load(folder / "results.json")
+    if report.environment["commit"] == "unknown":  # a checkout without its history: this one's
+        here = environment(torch.device("cpu"))
+        report.environment |= {name: here[name] for name in ("commit", "changed")}
+    path = report.save()
     save_pictures(Report.load(path), path.parent)
     if (folder / "configs").exists():
         shutil.copytree(folder / "configs", ROOT / "kernels" / "configs", dirs_exist_ok=True)

@@ -62,7 +62,7 @@ def test_results_are_taken_into_the_repository(
     from bench import readme
 
     run, repository = tmp_path / "run", tmp_path / "repository"
-    known = {"device": "NVIDIA H200", "date": "2026-01-02T00:00:00", "commit": "abc"}
+    known = {"device": "NVIDIA H200", "date": "2026-01-02T00:00:00", "commit": "unknown"}
     configs = run / "configs" / "NVIDIA_H200" / "conv.json"
     configs.parent.mkdir(parents=True)
     configs.write_text("{}")
@@ -71,7 +71,9 @@ def test_results_are_taken_into_the_repository(
     monkeypatch.setattr(readme, "ROOT", repository)
     monkeypatch.setattr(Report, "save", lambda report: _saved(report, repository))
     path = readme.keep(run)
-    assert Report.load(path) == report
+    kept = Report.load(path)
+    assert kept.rows == report.rows
+    assert kept.environment["commit"] not in ("", "unknown")  # a checkout without its history
     assert (repository / "kernels" / "configs" / "NVIDIA_H200" / "conv.json").read_text() == "{}"
 
 
