@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from bench.comparison import Comparison, bodies
-from bench.race import Missing, Run, Work, close
+from bench.race import Run, Work, close
 from yolov7.model import YOLOv7, create_model
 from yolov7.network import keep_freed_memory
 from yolov7.train.config import PRESETS, preset_name
@@ -53,14 +53,22 @@ def model_and_loss(variant: str, size: int) -> tuple[YOLOv7, Loss, LossWeights]:
 def step(
     variant: str,
     images: Tensor,
-    dtype: torch.dtype,
-    memory_format: torch.memory_format = torch.channels_last,
+    memory_format: torch.memory_format,
     *,
     joined: bool = False,
     compiled: bool = False,
 ) -> Callable[[], Tensor]:
-    """Forward, loss, backward, optimizer and moving average on the same images over and over."""
+    """Forward, loss, backward, optimizer and moving average on the same images over and over.
+
+    Args:
+        variant: What is trained, from scratch.
+        images: [B, 3, H, W] in 0..1.
+        memory_format: Of model and images.
+        joined: Norm and activation in one operation.
+        compiled: The model by torch.compile.
+    """
     device = images.device
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model, loss, weights = model_and_loss(variant, images.shape[2])
     model = model.to(device, memory_format=memory_format)  # type: ignore[call-overload]  # stub lacks it
     images = images.contiguous(memory_format=memory_format)
@@ -87,27 +95,25 @@ def step(
     return run
 
 
-@bodies("eager", "compile")
+def ours(variant: str, images: Tensor) -> Callable[[], Tensor]:
+    """The step as the loop takes it."""
+    return step(variant, images, torch.channels_last, joined=images.is_cuda)
+
+
+@bodies("eager")
 @RUNS
 def bench_train_step(
     variant: str, size: int, batch: int, compete: Comparison, device: torch.device, smoke: bool
 ) -> None:
-    """As the loop trains, beside plain NCHW; on CUDA all of them in bf16."""
+    """As the loop trains, beside plain NCHW; on CUDA both in bf16."""
     variant, size, batch = ("yolov7-tiny", 64, 2) if smoke else (variant, size, batch)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     images = torch.rand(batch, 3, size, size, device=device)
 
-    def contenders() -> dict[str, Run | Missing]:
+    def contenders() -> dict[str, Run]:
         if device.type == "cpu":
             keep_freed_memory()  # as the loop does; it serves the baseline too
-        compiled: Run | Missing = Missing("timed on CUDA only: it takes minutes to start")
-        if device.type == "cuda" and not smoke:
-            compiled = step(variant, images, dtype, compiled=True)
-        return {
-            "ours": step(variant, images, dtype, joined=device.type == "cuda"),
-            "eager": step(variant, images, dtype, torch.contiguous_format),
-            "compile": compiled,
-        }
+        plain = torch.contiguous_format
+        return {"ours": ours(variant, images), "eager": step(variant, images, plain)}
 
     compete(contenders, agree=close(2e-2), work=Work(items=batch))
 
@@ -151,3 +157,20 @@ def bench_assignment(boxes: int, compete: Comparison, device: torch.device, smok
         return {"ours": lambda: loss.assigner(raw, truth)}
 
     compete(contenders, agree=None, work=Work(items=1))
+
+
+@bodies("compile")
+@RUNS
+def bench_train_step_compiled(
+    variant: str, size: int, batch: int, compete: Comparison, device: torch.device
+) -> None:
+    """As the loop trains, beside `torch.compile`."""
+    if device.type != "cuda":
+        pytest.skip("timed on CUDA only: it takes minutes to start")
+    images = torch.rand(batch, 3, size, size, device=device)
+
+    def contenders() -> dict[str, Run]:
+        rival = step(variant, images, torch.channels_last, compiled=True)
+        return {"ours": ours(variant, images), "compile": rival}
+
+    compete(contenders, agree=close(2e-2), work=Work(items=batch))
