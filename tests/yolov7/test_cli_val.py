@@ -74,7 +74,7 @@ def test_result_table_and_run_folder(
 
     lines = text.splitlines()
     assert "yolov7-tiny" in lines[0]
-    assert "cpu, float32, eager" in lines[0]
+    assert "cpu, fp32, eager" in lines[0]
     ap, ar = f"{result['AP']:.3f}", f"{result['AR10']:.3f}"
     assert lines[2] == (
         f" Average Precision  (AP) @[ IoU=0.50:0.95 | area=   all | maxDets=100 ] = {ap}"

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from yolov7.engine.plan import Plan, make_plan
 from yolov7.engine.steps import Slice, Step, Task
 from yolov7.head import Detect
+from yolov7.kernels.concat import concat
 from yolov7.kernels.conv import (
     ConvCall,
     ConvLayer,
@@ -171,6 +172,8 @@ class PlannedNetwork:
             case "spp":
                 (source,), targets = task.reads, [self._map(w) for w in task.writes]
                 return [partial(spp, self._map(source), source.buffer.layout, targets)]
+            case "copy":
+                return [partial(concat, [self._map(task.reads[0])], self._map(task.writes[0]))]
             case "maxpool" | "upsample" as kind:
                 move = max_pool if kind == "maxpool" else upsample
                 (source,), (target,) = task.reads, task.writes
