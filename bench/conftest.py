@@ -32,6 +32,12 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(Turns(handle), "turns")
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Measure before anything else has left threads behind."""
+    if session.items and not session.config.getoption("--turns"):
+        session.config.stash[CEILINGS].flops(torch.float32)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Go on behind the results that the file has."""
     if path := config.getoption("--rows"):

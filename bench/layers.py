@@ -110,6 +110,7 @@ def time_jobs(device: torch.device, *, small: bool) -> Iterator[Job]:
     """A job for each step of YOLOv7's plan at batch 1 and 32, fp16."""
     ceilings = Ceilings(device, small=small)
     dtype = torch.float16 if device.type == "cuda" else torch.float32
+    rate = ceilings.flops(dtype)
     for batch in (1,) if small else BATCHES:
         model = create_model("yolov7-tiny", 3, width=0.125) if small else create_model(FIRST)
         model = model.fuse().requires_grad_(False).to(device)
@@ -135,7 +136,7 @@ def time_jobs(device: torch.device, *, small: bool) -> Iterator[Job]:
                 replay = captured(run, device)
                 times = [ceilings.clock(replay) for _ in range(1 if small else REPEATS)]
                 seconds = statistics.median(times)
-                floor = max(flops / ceilings.flops(dtype), moved / ceilings.bandwidth)
+                floor = max(flops / rate, moved / ceilings.bandwidth)
                 return {
                     "batch": batch,
                     "kind": kind,
