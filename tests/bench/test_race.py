@@ -45,9 +45,8 @@ def test_wrong_results_do_not_pass() -> None:
 def test_share_of_the_ceilings() -> None:
     ceilings = Ceilings(torch.device("cpu"), small=True)
     flops, bandwidth = ceilings.flops(torch.float32), ceilings.bandwidth
-    assert ceilings.share(Work(flops=flops), 2.0) == pytest.approx(0.5, rel=0.9)
-    assert ceilings.share(Work(bytes=3 * bandwidth, flops=flops), 4.0) == pytest.approx(
-        0.75, rel=0.01
-    )
+    assert 0 < ceilings.share(Work(flops=flops), 2.0) <= 0.5  # the rate is measured again
+    assert ceilings.flops(torch.float32) >= flops
+    assert ceilings.share(Work(bytes=3 * bandwidth), 4.0) == pytest.approx(0.75)
     assert ceilings.share(Work(), 1.0) == 0
     assert set(ceilings.as_dict()) == {"copy GB/s", "float32 TFLOP/s"}
