@@ -22,6 +22,7 @@ from torch import Tensor
 from yolov7.detector import Detector
 from yolov7.engine.pipeline import FramePipeline, Suppression
 from yolov7.engine.steps import Step
+from yolov7.exported import ExportedNetwork
 from yolov7.info import conv_layers
 from yolov7.kernels.nms import batched_nms
 from yolov7.letterbox import Image, letterbox, letterbox_geometry
@@ -47,7 +48,7 @@ class Timing:
         samples: Stage -> milliseconds per batch; "whole" is all of it, undivided.
         startup_s: Seconds from the model to the first boxes.
         peak_bytes: Most memory held: of the device on CUDA, of the process on a CPU.
-        flops: Of one image, two per multiply-add.
+        flops: Of one image, two per multiply-add; 0 where they are not known.
         ceiling: FLOP/s of a matrix product of this device and precision, in this run.
         bandwidth: Bytes per second of a copy, read and written, in this run.
         steps: With the engine graph, each step of the plan: name, flops, bytes, ms.
@@ -79,7 +80,7 @@ class Timing:
             "engine": self.engine,
             "batch": self.batch,
             "images_per_second": round(1e3 * self.batch / whole, 2),
-            "percent_of_ceiling": round(100 * rate / self.ceiling, 1),
+            "percent_of_ceiling": round(100 * rate / self.ceiling, 1) if self.flops else None,
             "ceiling_tflops": round(self.ceiling / 1e12, 3),
             "launches": len(self.steps) or None,
             "gb_per_second": round(self.bandwidth / 1e9, 1),
@@ -101,9 +102,9 @@ def sample_frame() -> Image:
 
 
 def measure(
-    model: YOLOv7,
+    weights: YOLOv7 | str | None,
     *,
-    engine: str,
+    engine: str = "auto",
     device: str = "auto",
     precision: str = "auto",
     imgsz: int | None = None,
@@ -113,7 +114,8 @@ def measure(
     """Time one engine.
 
     Args:
-        model: In any form; it is not changed.
+        weights: A model in any form, which is not changed, or what `Detector` takes, exported files
+            too, whose operations are not counted.
         engine: See `Network`.
         device: Likewise.
         precision: Likewise.
@@ -127,25 +129,29 @@ def measure(
     frames = [sample_frame()] * batch
     start = time.perf_counter()
     detector = Detector(
-        model, engine=engine, device=device, precision=precision, imgsz=imgsz, batch=batch
+        weights, engine=engine, device=device, precision=precision, imgsz=imgsz, batch=batch
     )
     (height, width) = detector(frames)[0].input_shape
     startup_s = time.perf_counter() - start
-    network = detector.network
-    assert isinstance(network, Network)
-    stages = _graph_stages if network.engine == "graph" else _eager_stages
-    samples = _timed({**stages(network, frames, detector.imgsz)}, network.device, rounds)
+    network, steps = detector.network, []
+    if isinstance(network, Network) and network.engine == "graph":
+        stages = _graph_stages(network, frames, detector.imgsz)
+        steps = _steps(network, batch, height, width, rounds=rounds)
+    else:
+        stages = _eager_stages(network, frames, detector.imgsz)
+    samples = _timed(stages, network.device, rounds)
     samples |= _timed({"whole": lambda: detector(frames)}, network.device, rounds)
+    layers = conv_layers(weights, height, width) if isinstance(weights, YOLOv7) else []
     return Timing(
         network.engine,
         batch,
         samples,
         startup_s,
         memory_bytes(network.device, peak=True),
-        sum(layer.flops for layer in conv_layers(model, height, width)),
+        sum(layer.flops for layer in layers),
         matrix_rate(network.device, network.dtype),
         copy_rate(network.device),
-        _steps(network, batch, height, width, rounds=rounds) if network.engine == "graph" else [],
+        steps,
     )
 
 
@@ -190,7 +196,9 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def _eager_stages(network: Network, frames: list[Image], imgsz: tuple[int, int]) -> Stages:
+def _eager_stages(
+    network: Network | ExportedNetwork, frames: list[Image], imgsz: tuple[int, int]
+) -> Stages:
     """The network's own decoding is part of it."""
     kept: dict[str, Any] = {}
 

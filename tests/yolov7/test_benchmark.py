@@ -39,6 +39,19 @@ def test_bench_writes_rows_totals_and_a_picture(
     assert "images/s" in capsys.readouterr().out
 
 
+def test_an_exported_file_is_timed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    file, result = tmp_path / "demo.onnx", tmp_path / "bench.json"
+    assert main(["export", "--format", "onnx", "--imgsz", "64", "--output", str(file)]) == 0
+    where = ["--project", str(tmp_path), "--json", str(result), "--rounds", "2"]
+    assert main(["bench", "--weights", str(file), *where]) == 0
+    (total,) = json.loads(result.read_text())["totals"]["engines"]
+    assert total["engine"].startswith("onnxruntime")
+    assert total["images_per_second"] > 0
+    assert total["percent_of_ceiling"] is None
+
+
 def test_soak_reports_tail_drift_and_growth(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -13,6 +13,8 @@ from yolov7.checkpoint import load_model
 from yolov7.cli.options import ModelOptions
 from yolov7.detector import Detector
 from yolov7.errors import UserError
+from yolov7.exported import SUFFIXES
+from yolov7.model import YOLOv7
 from yolov7.network import resolve_device
 from yolov7.progress import progress
 from yolov7.runs import new_run
@@ -52,20 +54,26 @@ def run(options: Bench) -> int:
     return 0
 
 
+def _exported(options: Bench) -> bool:
+    return options.weights is not None and Path(options.weights).suffix in SUFFIXES
+
+
 def _engines(options: Bench) -> list[str]:
     if options.engines:
         return list(options.engines)
-    if options.engine != "auto":
+    if _exported(options) or options.engine != "auto":
         return [options.engine]
     on_cuda = resolve_device(options.device).type == "cuda"
     return ["eager", "compile", "graph"] if on_cuda else ["eager", "compile"]
 
 
 def _compare(options: Bench) -> dict[str, Any]:
-    model = load_model(options.weights, variant=options.variant)
+    weights: YOLOv7 | str | None = options.weights
+    if not _exported(options):
+        weights = load_model(options.weights, variant=options.variant)
     timings = [
         measure(
-            model,
+            weights,
             engine=engine,
             device=options.device,
             precision=options.precision,
@@ -117,9 +125,11 @@ def _print(timings: list[Timing]) -> None:
     for timing in timings:
         t = timing.totals()
         launches = f", {t['launches']} launches" if t["launches"] else ""
+        reached = t["percent_of_ceiling"]
+        network = f"the network at {reached} % of " if reached else "matrix products at "
         console.print(
-            f"{t['engine']}: {t['images_per_second']} images/s, the network at "
-            f"{t['percent_of_ceiling']} % of {t['ceiling_tflops']} TFLOP/s{launches}, "
+            f"{t['engine']}: {t['images_per_second']} images/s, "
+            f"{network}{t['ceiling_tflops']} TFLOP/s{launches}, "
             f"{t['peak_bytes'] / 2**20:.0f} MiB at most, first boxes after {t['startup_s']} s"
         )
 
