@@ -25,7 +25,7 @@ MANY = 16  # comparisons of a suite that get a line each
 UNMEASURED = (
     "**On a GPU nothing has been measured yet**, so no speed of the kernels or of the engine is "
     "claimed. What their docstrings expect follows from counted bytes and operations; "
-    "`python -m bench.gpu` measures it all in some eight minutes."
+    "`python -m bench.gpu` is there to measure it."
 )
 
 
