@@ -144,7 +144,7 @@ class Network:
     @torch.no_grad()
     def __call__(self, x: Tensor) -> Tensor:
         """Decoded boxes [B, N, 5 + classes] in fp32 of images x [B, 3, H, W], RGB in 0..1."""
-        x = x.to(self.device, self.dtype).contiguous(memory_format=torch.channels_last)
+        x = x.to(self.device, self.dtype, memory_format=torch.channels_last)
         if self.engine == "graph":
             with self._lock:  # a plan has one set of buffers
                 return self.planned(x.shape[0], x.shape[2], x.shape[3])(x)
