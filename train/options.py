@@ -25,6 +25,8 @@ class Train:
     """compound scale of the variant's width, from scratch"""
     downsample: Downsample | None = None
     """form of the strided layers, from scratch (default: the variant's)"""
+    multiplier: float = 1.0
+    """plain factor on the channels of every convolution, from scratch"""
     split: str = "train"
     """split to train on"""
     val_split: str = "val"

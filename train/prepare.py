@@ -57,13 +57,17 @@ def build_model(options: Train, names: list[str]) -> tuple[YOLOv7, list[str]]:
                 depth=options.depth,
                 width=options.width,
                 downsample=options.downsample,
+                multiplier=options.multiplier,
                 names=names,
             )
         except ValueError as error:
             raise UserError(str(error)) from None
         return model, []
-    if (options.depth, options.width, options.downsample) != (1.0, 1.0, None):
-        raise UserError("--depth, --width and --downsample are for training from scratch")
+    scales = (options.depth, options.width, options.downsample, options.multiplier)
+    if scales != (1.0, 1.0, None, 1.0):
+        raise UserError(
+            "--depth, --width, --downsample and --multiplier are for training from scratch"
+        )
     model = load_model(options.weights, variant=options.variant)
     if model.form != "training":
         raise UserError(

@@ -73,6 +73,7 @@ def save_model(model: YOLOv7, path: str | Path, **metadata: Any) -> None:
         "depth": v.depth,
         "width": v.width,
         "downsample": v.downsample,
+        "multiplier": v.multiplier,
         "form": model.form,
         "names": model.names,
         "imgsz": model.imgsz,
@@ -128,6 +129,7 @@ def _load_safetensors(path: Path) -> YOLOv7:
             metadata["depth"],
             metadata["width"],
             metadata["downsample"],
+            metadata.get("multiplier", 1.0),
         )
         form: Form = metadata["form"]
         model = _empty(spec, len(metadata["names"]), form)

@@ -241,6 +241,7 @@ def create_model(
     depth: float | None = None,
     width: float | None = None,
     downsample: Downsample | None = None,
+    multiplier: float = 1.0,
     names: Sequence[str] | None = None,
 ) -> YOLOv7:
     """A freshly initialised member of the family.
@@ -252,6 +253,7 @@ def create_model(
         depth: compound scale of the depth over the named variant's.
         width: compound scale of the width over the named variant's.
         downsample: form of the strided layers; None keeps the variant's.
+        multiplier: plain factor on the channels of every convolution, see `variants.scaled`.
         names: class names, `num_classes` of them.
 
     Raises:
@@ -272,6 +274,7 @@ def create_model(
         1.0 if depth is None else depth,
         1.0 if width is None else width,
         downsample,
+        multiplier,
     )
     model = YOLOv7(variant, num_classes, form)
     if names is not None:

@@ -55,6 +55,7 @@ class Variant:
     activation: Literal["silu", "leaky_relu"] = "silu"
     depth: float = 1.0  # scales of this spec over the preset of its name, see `scaled`
     width: float = 1.0
+    multiplier: float = 1.0
     downsample: Downsample | None = None
 
     @property
@@ -73,8 +74,9 @@ def scaled(
     depth: float = 1.0,
     width: float = 1.0,
     downsample: Downsample | None = None,
+    multiplier: float = 1.0,
 ) -> Variant:
-    """`variant` under the paper's compound scaling.
+    """`variant` under the paper's compound scaling, and under a plain width multiplier.
 
     Args:
         variant: the spec to scale.
@@ -82,29 +84,42 @@ def scaled(
         width: factor on every convolution except an ELAN's entries and chain (rounded up to a
             multiple of 8).
         downsample: form of all strided layers after the stem; None keeps the variant's.
+        multiplier: factor on every convolution, entries and chain too (arXiv 1704.04861, section
+            3.3; rounded up to a multiple of 8).
 
     Raises:
         ValueError: a factor that is not positive.
     """
-    if not (math.isfinite(depth) and math.isfinite(width) and depth > 0 and width > 0):
-        raise ValueError(f"depth and width must be positive, got depth={depth}, width={width}")
+    factors = {"depth": depth, "width": width, "multiplier": multiplier}
+    for name, factor in factors.items():
+        if not (math.isfinite(factor) and factor > 0):
+            raise ValueError(f"{name} must be positive, got {factor}")
+
+    def thin(channels: int) -> int:
+        return math.ceil(channels * multiplier / 8) * 8
 
     def wide(channels: int) -> int:
-        return math.ceil(channels * width / 8) * 8
+        return math.ceil(channels * width * multiplier / 8) * 8
 
     return replace(
         variant,
         stem=tuple((wide(channels), stride) for channels, stride in variant.stem),
         backbone=tuple(
-            replace(s, down=None if s.down is None else wide(s.down), out=wide(s.out))
+            Stage(
+                None if s.down is None else wide(s.down), thin(s.entry), thin(s.chain), wide(s.out)
+            )
             for s in variant.backbone
         ),
-        levels=tuple(replace(level, width=wide(level.width)) for level in variant.levels),
+        levels=tuple(
+            Level(wide(level.width), thin(level.entry), thin(level.chain))
+            for level in variant.levels
+        ),
         pairs=max(1, math.floor(variant.pairs * depth + 0.5)),
         backbone_down=downsample or variant.backbone_down,
         neck_down=downsample or variant.neck_down,
         depth=variant.depth * depth,
         width=variant.width * width,
+        multiplier=variant.multiplier * multiplier,
         downsample=downsample or variant.downsample,
     )
 

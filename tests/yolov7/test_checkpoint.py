@@ -146,7 +146,7 @@ def test_state_dict_under_the_authors_names(tiny: YOLOv7, tmp_path: Path, shuffl
 
 @pytest.mark.parametrize("form", ["training", "deploy", "fused"])
 def test_safetensors_round_trip(tmp_path: Path, form: str) -> None:
-    spec = scaled(VARIANTS["yolov7-w6"], 0.5, 0.125, "downc")
+    spec = scaled(VARIANTS["yolov7-w6"], 0.5, 0.25, "downc", multiplier=0.5)
     model = YOLOv7(spec, 3, "deploy" if form == "fused" else form)  # type: ignore[arg-type]  # a Literal
     model.names, model.imgsz = ["a", "b", "ü"], 416
     model.eval()

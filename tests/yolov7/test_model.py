@@ -112,6 +112,23 @@ def test_scaling_keeps_elan_entries_and_rounds_channels_to_eight() -> None:
     assert model(torch.rand(1, 3, 64, 96)).shape == (1, 3 * (8 * 12 + 4 * 6 + 2 * 3), 7)
 
 
+def test_multiplier_thins_every_convolution() -> None:
+    spec = scaled(VARIANTS["yolov7-tiny"], multiplier=0.4375)
+    assert [c for c, _ in spec.stem] == [16, 32]
+    assert [(s.entry, s.chain, s.out) for s in spec.backbone] == [
+        (16, 16, 32),
+        (32, 32, 56),
+        (56, 56, 112),
+        (112, 112, 224),
+    ]
+    assert [(s.width, s.entry, s.chain) for s in spec.levels] == [
+        (32, 16, 16),
+        (56, 32, 32),
+        (112, 56, 56),
+    ]
+    assert scaled(spec, multiplier=2.0).multiplier == 0.875
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -119,6 +136,7 @@ def test_scaling_keeps_elan_entries_and_rounds_channels_to_eight() -> None:
         ({"name": "yolov7", "num_classes": 0}, "num_classes"),
         ({"name": "yolov7", "width": -1.0}, "must be positive"),
         ({"name": "yolov7", "depth": float("nan")}, "must be positive"),
+        ({"name": "yolov7", "multiplier": 0.0}, "multiplier must be positive"),
         ({"name": "yolov7", "form": "fused"}, "form must be"),
         ({"name": "yolov7", "downsample": "x"}, "downsample must be"),
         ({"name": "yolov7", "num_classes": 2, "names": ["a"]}, "1 class names for 2 classes"),
