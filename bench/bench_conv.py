@@ -52,8 +52,8 @@ def prepared(
 
 def launched(call: ConvCall) -> Run:
     """Our kernel with the config that is looked up, into the call's own output."""
-    config = choose_config(call)
-    workspace = torch.empty(workspace_elements([call.layer], config), device=call.x.device)
+    config = choose_config([call])
+    workspace = torch.empty(workspace_elements([call], config), device=call.x.device)
 
     def run() -> Tensor:
         launch_conv([call], config, workspace)

@@ -71,12 +71,12 @@ def shrunk(record: Record) -> Record:
 
 def configs(call: ConvCall) -> dict[str, Config]:
     """What to check a call with: by origin, each config once."""
-    found: dict[str, Config] = {"chosen": choose_config(call), "default": default_config(call)}
+    found: dict[str, Config] = {"chosen": choose_config([call]), "default": default_config([call])}
     folder = runtime.device_folder(call.x.device)
     entries = load_entries(runtime.CONFIGS / str(folder) / "conv.json").values()
-    kind = config_kind(call.layer, call.x.dtype)
+    kind = config_kind([call])
     for entry in entries:
-        if entry.kind == kind and (not entry.config["TMA"] or fits_tma(call)):
+        if entry.kind == kind and (not entry.config["TMA"] or fits_tma([call])):
             found[f"of {'x'.join(map(str, entry.size))}"] = entry.config
     distinct = {tuple(sorted(config.items())): name for name, config in reversed(found.items())}
     return {name: config for name, config in found.items() if name in distinct.values()}
@@ -97,7 +97,7 @@ def check_jobs(device: torch.device, *, small: bool) -> Iterator[Job]:
             expected = conv_reference(call)
             wrong = {}
             for origin, config in configs(call).items():
-                elements = workspace_elements([call.layer], config)
+                elements = workspace_elements([call], config)
                 workspace = torch.empty(elements, device=device)
                 if reason := check_config(call, expected, config, workspace):
                     wrong[f"{origin} {dict(config)}"] = reason

@@ -92,9 +92,9 @@ def search_space(call: ConvCall, capability: tuple[int, int]) -> Iterator[dict[s
     whose tiles overlap, or two that don't.
     """
     layer, size = call.layer, call.x.element_size()
-    rows, n_out, _ = config_size(layer)
+    rows, n_out = layer.compute.rows, layer.out_channels
     hopper = capability >= (9, 0)
-    tma = hopper and fits_tma(call)
+    tma = hopper and fits_tma([call])
     limit = (227 if hopper else 99) * 1024
     width = max(16, triton.next_power_of_2(n_out))
     smallest = 32 if size == 1 else 16
@@ -199,14 +199,14 @@ def tune_layer(
         The best entry; None when no config was tried or none was right.
     """
     expected = conv_reference(call)
-    key = config_kind(call.layer, call.x.dtype), config_size(call.layer)
+    key = config_kind([call]), config_size([call])
     best: tuple[float, dict[str, int]] | None = None
     tried = 0
     for config in configs:
         if time.monotonic() > deadline:
             break
         tried += 1
-        workspace = torch.empty(workspace_elements([call.layer], config), device=call.x.device)
+        workspace = torch.empty(workspace_elements([call], config), device=call.x.device)
         wrong = check_config(call, expected, config, workspace)
         if wrong is not None:
             report(f"  rejected {config}: {wrong}")
@@ -255,7 +255,7 @@ def layers_to_tune(
 
 def ordered_configs(call: ConvCall, capability: tuple[int, int]) -> list[dict[str, int]]:
     """The search space, the default config before everything else."""
-    default = dict(default_config(call))
+    default = dict(default_config([call]))
     return [default, *(c for c in search_space(call, capability) if c != default)]
 
 
@@ -286,8 +286,9 @@ def _tune_device(options: argparse.Namespace) -> int:  # pragma: no cover - need
     dtype = DTYPES[options.precision]
     records = workload(options.variant, 1, options.precision)["layers"]
     for layer in layers_to_tune(records, options.batch, dtype):
-        configs = ordered_configs(meta_call(layer, dtype, like="cuda"), capability)
-        known = entries.get((config_kind(layer, dtype), config_size(layer)))
+        described = meta_call(layer, dtype, like="cuda")
+        configs = ordered_configs(described, capability)
+        known = entries.get((config_kind([described]), config_size([described])))
         if known is not None and known.tried >= len(configs):
             continue
         if time.monotonic() > deadline:

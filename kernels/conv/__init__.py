@@ -99,8 +99,8 @@ def _conv_triton(
         x, weight, bias, scale, residual, out, source, target, kernel, stride, activation,
         options, scales,
     )  # fmt: skip
-    config = choose_config(call)
-    elements = workspace_elements([call.layer], config)
+    config = choose_config([call])
+    elements = workspace_elements([call], config)
     workspace = torch.empty(elements, device=x.device) if elements else None
     launch_conv([call], config, workspace)
 

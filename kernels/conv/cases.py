@@ -89,8 +89,8 @@ def layer_of(record: Any, batch: int, **options: Any) -> ConvLayer:
 
 
 def _launch(calls: list[ConvCall]) -> None:
-    config = choose_config(calls[0])
-    elements = workspace_elements([c.layer for c in calls], config)
+    config = choose_config(calls)
+    elements = workspace_elements(calls, config)
     launch_conv(calls, config, torch.empty(elements, device=calls[0].x.device))
 
 
@@ -149,6 +149,9 @@ def compile_cases(
     sizes = ((128, 80), (256, 40), (512, 20))
     group = [meta_call(layer_of(Record(c, 2 * c, 3, 1, s, s), batch), dtype) for c, s in sizes]
     yield f"{_name(group[0])} and two more, grouped", lambda: _launch(group)
+    strided = meta_call(layer_of(Record(256, 256, 3, 2, 80, 80), batch), dtype)
+    pooled = meta_call(layer_of(Record(512, 256, 1, 1, 80, 80), batch, pool=True), dtype)
+    yield f"{_name(strided)} and pooled, grouped", lambda: _launch([strided, pooled])
 
 
 def layer_key(record: Any) -> Record:
@@ -165,4 +168,4 @@ def layer_key(record: Any) -> Record:
 
 
 def _name(call: ConvCall) -> str:
-    return f"{call.layer.describe()} {config_kind(call.layer, call.x.dtype).rpartition('-')[2]}"
+    return f"{call.layer.describe()} {config_kind([call]).rpartition('-')[2]}"

@@ -77,7 +77,6 @@ def _gather_tile(
     # Constexprs
     KERNEL: tl.constexpr,
     REDUCTION: tl.constexpr,
-    POOL: tl.constexpr,
     UPSAMPLE: tl.constexpr,
     ACTIVATION: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -111,13 +110,15 @@ def _gather_tile(
     if SPLIT_K > 1:
         tap = first // blocks_k
         k = first % blocks_k * BLOCK_K
+    POOLED: tl.constexpr = KERNEL < REDUCTION  # a 1x1 that reduces is one behind a max-pool
+    STAGES: tl.constexpr = 2 if POOLED else None  # its four loads a step fill the shared memory
     weight_rows = tl.minimum(offs_n, n_out - 1).to(tl.int64) * (KERNEL * KERNEL * c_in)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for _ in tl.range(first, steps):
+    for _ in tl.range(first, steps, num_stages=STAGES):
         offs_k = k + tl.arange(0, BLOCK_K)
         shift = (tap // KERNEL - KERNEL // 2) * source_pitch + tap % KERNEL - KERNEL // 2
         a = _load_a(x_ptr, row + shift, offs_k, c_in, x_stride, source_rows, source_pitch, EVEN_K)
-        if POOL:
+        if POOLED:
             for corner in tl.static_range(1, 4):
                 at = row + corner // 2 * source_pitch + corner % 2
                 other = _load_a(
@@ -163,10 +164,8 @@ def conv_gather_kernel(
     # Scalars, one tuple per layer
     scales,
     # Constexprs
-    GROUPS: tl.constexpr,
-    KERNEL: tl.constexpr,
+    KERNELS: tl.constexpr,  # one per layer
     REDUCTION: tl.constexpr,
-    POOL: tl.constexpr,
     UPSAMPLE: tl.constexpr,
     ACTIVATION: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -178,16 +177,20 @@ def conv_gather_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """One tile a program; the tiles of all layers of the group, one layer after the other."""
+    """One tile a program; the tiles of all layers of the group, one layer after the other.
+
+    Each layer has its own copy of the loop: a 1x1 behind a max-pool, which waits for memory, runs
+    beside a 3x3 of stride 2, which multiplies, in the shared memory that the latter takes alone.
+    """
     begin(PDL)
     tile = tl.program_id(0)
-    for g in tl.static_range(GROUPS):
+    for g in tl.static_range(len(KERNELS)):
         tiles = tl.cdiv(shapes[g][0][0], BLOCK_M) * tl.cdiv(shapes[g][1][1], BLOCK_N) * SPLIT_K
         if (tile >= 0) & (tile < tiles):
             _gather_tile(
                 x_ptrs[g], weight_ptrs[g], scale_ptrs[g], bias_ptrs[g], residual_ptrs[g],
                 out_ptrs[g], partial_ptrs[g], tile, shapes[g], scales[g],
-                KERNEL, REDUCTION, POOL, UPSAMPLE, ACTIVATION, PRECISION, PROMOTE, EVEN_K, SPLIT_K,
+                KERNELS[g], REDUCTION, UPSAMPLE, ACTIVATION, PRECISION, PROMOTE, EVEN_K, SPLIT_K,
                 BLOCK_M, BLOCK_N, BLOCK_K,
             )  # fmt: skip
         tile -= tiles

@@ -8,7 +8,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from yolov7.kernels.conv.gather import conv_gather_kernel
-from yolov7.kernels.conv.layer import ConvCall, ConvLayer, epilogue_activation
+from yolov7.kernels.conv.layer import ConvCall, epilogue_activation
 from yolov7.kernels.conv.parts import conv_reduce_kernel
 from yolov7.kernels.conv.tma import conv_tma_kernel
 from yolov7.kernels.runtime import Config, capability, find_config, launch, processors
@@ -23,39 +23,48 @@ _NAMES = {
 }
 
 
-def config_kind(layer: ConvLayer, dtype: torch.dtype) -> str:
-    """What configs of the JSON file are for: ``3x3s1-fp16``, ``1x1s1-pool-fp8``."""
-    option = "-pool" if layer.pool else "-upsample" if layer.upsample else ""
-    precision = "exact" if _exact(layer, dtype) else _NAMES[dtype]
-    return f"{layer.kernel}x{layer.kernel}s{layer.stride}{option}-{precision}"
+def config_kind(calls: Sequence[ConvCall]) -> str:
+    """What configs of the JSON file are for: ``3x3s1-fp16``, ``3x3s2+1x1s1-pool-fp8``."""
+    kinds = []
+    for call in calls:
+        layer = call.layer
+        marks = {"pool": layer.pool, "upsample": layer.upsample, "sum": call.residual is not None}
+        options = "".join(f"-{name}" for name, on in marks.items() if on)
+        kinds.append(f"{layer.kernel}x{layer.kernel}s{layer.stride}{options}")
+    precision = "exact" if _exact(calls) else _NAMES[calls[0].x.dtype]
+    return f"{'+'.join(kinds)}-{precision}"
 
 
-def config_size(layer: ConvLayer) -> tuple[int, int, int]:
-    """(rows, output channels, length of the sum): the size that configs are looked up by."""
-    return layer.compute.rows, layer.out_channels, layer.taps * layer.in_channels
+def config_size(calls: Sequence[ConvCall]) -> tuple[int, ...]:
+    """Rows, output channels and length of the sum of each layer: what configs are looked up by."""
+    layers = [c.layer for c in calls]
+    return tuple(n for x in layers for n in (x.compute.rows, x.out_channels, x.length))
 
 
-def choose_config(call: ConvCall) -> Config:
-    """The tuned config of the nearest layer on this device, or the default one."""
-    kind = config_kind(call.layer, call.x.dtype)
-    default = default_config(call)
-    config = find_config("conv", kind, config_size(call.layer), default, call.x.device)
-    return config if not config["TMA"] or fits_tma(call) else default
+def choose_config(calls: Sequence[ConvCall]) -> Config:
+    """The tuned config of the nearest launch on this device, or the default one."""
+    kind, size = config_kind(calls), config_size(calls)
+    default = default_config(calls)
+    config = find_config("conv", kind, size, default, calls[0].x.device)
+    return config if not config["TMA"] or fits_tma(calls) else default
 
 
-def fits_tma(call: ConvCall) -> bool:
-    """Whether tensor descriptors can read and write this call's maps (16-byte bases, strides)."""
+def fits_tma(calls: Sequence[ConvCall]) -> bool:
+    """Whether tensor descriptors can read and write these maps (16-byte bases, strides)."""
+    return not _exact(calls) and all(map(_fits_tma, calls))
+
+
+def _fits_tma(call: ConvCall) -> bool:
     layer = call.layer
     tensors = [call.x, call.weight] if layer.upsample else [call.x, call.weight, call.out]
     return (
         layer.reduction == 1
-        and not _exact(layer, call.x.dtype)
         and all(t.stride(0) * t.element_size() % 16 == 0 for t in tensors)
         and all(t.storage_offset() * t.element_size() % 16 == 0 for t in tensors)
     )
 
 
-def default_config(call: ConvCall) -> Config:
+def default_config(calls: Sequence[ConvCall]) -> Config:
     """A config from counted tiles, for devices and sizes that nobody tuned.
 
     The largest tile that keeps three quarters of the processors busy, since what limits a large
@@ -63,25 +72,25 @@ def default_config(call: ConvCall) -> Config:
     does, tiles of 64 x 64 and the sum split over the idle processors. No choice spills registers
     on sm_80, 89, 90 or 100; that is held by the ahead-of-time tests.
     """
-    layer, device = call.layer, call.x.device
-    rows, n_out, _ = config_size(layer)
+    device = calls[0].x.device
     units = processors(device)
     hopper = (9, 0) <= capability(device) < (10, 0)
-    tma = capability(device) >= (9, 0) and fits_tma(call)
+    tma = capability(device) >= (9, 0) and fits_tma(calls)
     sizes = _TMA_TILES if tma else _GATHER_TILES
-    width = max(16, _power_of_two(n_out))
+    width = max(16, _power_of_two(max(c.layer.out_channels for c in calls)))
     fitting = [(m, n) for m, n in sizes if n <= width] or [(64, width)]
-    exact = _exact(layer, call.x.dtype)
+    exact, plain = _exact(calls), all(map(_plain_store, calls))
+    item = max(c.out.element_size() for c in calls)
     if exact:
         fitting = [(64, min(32, width))]  # multiplied one by one: operands live in registers
-    elif not _plain_store(call) or _long_fp8_sum(call) or not hopper:  # larger ones spill
-        largest = 64 * 64 if call.out.dtype == torch.float32 else 128 * 128
+    elif not plain or _long_fp8_sum(calls) or not hopper:  # larger ones spill
+        largest = 64 * 64 if item == 4 else 128 * 128
         fitting = [(m, n) for m, n in fitting if m * n <= largest]
-    filled = (tile for tile in fitting if _busy(_tiles(rows, n_out, *tile), units) >= 0.75)
+    filled = (tile for tile in fitting if _busy(_tiles(calls, *tile), units) >= 0.75)
     block_m, block_n = next(filled, fitting[-1])
-    block_k = _block_k(call, tma)
-    tiles = _tiles(rows, n_out, block_m, block_n)
-    steps = layer.taps * -(-layer.in_channels // block_k)
+    block_k = _block_k(calls, tma)
+    tiles = _tiles(calls, block_m, block_n)
+    steps = max(c.layer.taps * -(-c.layer.in_channels // block_k) for c in calls)
     # A second launch pays where it takes at least a dozen steps away from each program.
     split = max(1, min(2 * units // tiles, steps // 12, 8)) if 0 < tiles < units else 1
     config = {
@@ -93,13 +102,13 @@ def default_config(call: ConvCall) -> Config:
     }
     if not tma:
         roomy = capability(device) >= (9, 0)
-        stages = 2 if layer.pool or exact else 4 if roomy else 3
-        config |= {"num_warps": 4, "num_stages": stages}
+        config |= {"num_warps": 4, "num_stages": 2 if exact else 4 if roomy else 3}
         if block_m * block_n <= 64 * 64:
             config["maxnreg"] = 168  # left alone, ptxas aims lower and spills a register or two
         return config | ({"launch_pdl": 1} if capability(device) >= (9, 0) else {})
-    staged = block_m * block_n * call.out.element_size() * (1 if call.residual is None else 2)
-    stage = (block_m + block_n) * block_k * call.x.element_size()
+    added = any(c.residual is not None for c in calls)
+    staged = block_m * block_n * item * (2 if added else 1)
+    stage = (block_m + block_n) * block_k * calls[0].x.element_size()
     large = block_m * block_n >= (128 * 128 if hopper else 128 * 64)
     occupancy = 1 if large else 2
     # Overlapping one tile's store with the next one's loads takes registers and a second tile.
@@ -108,7 +117,7 @@ def default_config(call: ConvCall) -> Config:
         **config,
         "num_warps": 8 if large else 4,
         "num_stages": min(4, (_SHARED_BYTES - staged) // stage),
-        "FLATTEN": int(hopper and several and _plain_store(call)),
+        "FLATTEN": int(hopper and several and plain),
         "OCCUPANCY": occupancy,
         "launch_pdl": 1,
     }
@@ -119,14 +128,14 @@ _GATHER_TILES = ((64, 128), (64, 64))
 _SHARED_BYTES = 224 * 1024  # of Hopper's 227 KiB; the rest holds barriers
 
 
-def _long_fp8_sum(call: ConvCall) -> bool:
+def _long_fp8_sum(calls: Sequence[ConvCall]) -> bool:
     """Whether a sum of fp8 products is so long that it needs more than 14 bits."""
-    return call.x.dtype == torch.float8_e4m3fn and config_size(call.layer)[2] >= 1024
+    return any(c.x.dtype == torch.float8_e4m3fn and c.layer.length >= 1024 for c in calls)
 
 
-def _exact(layer: ConvLayer, dtype: torch.dtype) -> bool:
+def _exact(calls: Sequence[ConvCall]) -> bool:
     """Whether products are those of fp32, which no matrix instruction computes."""
-    return layer.exact and dtype == torch.float32
+    return calls[0].layer.exact and calls[0].x.dtype == torch.float32
 
 
 def _plain_store(call: ConvCall) -> bool:
@@ -135,14 +144,15 @@ def _plain_store(call: ConvCall) -> bool:
     return plain and call.out.dtype != torch.float32
 
 
-def _block_k(call: ConvCall, tma: bool) -> int:
+def _block_k(calls: Sequence[ConvCall], tma: bool) -> int:
     """128 bytes along the sum, the widest swizzle, or 64 where shared memory is scarce."""
-    size = call.x.element_size()
-    if _exact(call.layer, call.x.dtype):
+    size = calls[0].x.element_size()
+    if _exact(calls):
         return 16
-    roomy = tma or capability(call.x.device) >= (9, 0)
+    roomy = tma or capability(calls[0].x.device) >= (9, 0)
     smallest = 32 if size == 1 else 16
-    return max(smallest, min((128 if roomy else 64) // size, _power_of_two(call.layer.in_channels)))
+    widest = _power_of_two(max(c.layer.in_channels for c in calls))
+    return max(smallest, min((128 if roomy else 64) // size, widest))
 
 
 def _busy(tiles: int, units: int) -> float:
@@ -154,73 +164,74 @@ def _power_of_two(value: int) -> int:
     return 1 << (value - 1).bit_length()
 
 
-def _tiles(rows: int, columns: int, block_m: int, block_n: int) -> int:
-    return -(-rows // block_m) * -(-columns // block_n)
+def _tiles(calls: Sequence[ConvCall], block_m: int, block_n: int) -> int:
+    """Tiles of all layers together."""
+    sizes = ((c.layer.compute.rows, c.layer.out_channels) for c in calls)
+    return sum(-(-rows // block_m) * -(-columns // block_n) for rows, columns in sizes)
 
 
-def workspace_elements(layers: Sequence[ConvLayer], config: Config) -> int:
-    """fp32 elements of workspace that `launch_conv` needs for these layers and this config."""
+def workspace_elements(calls: Sequence[ConvCall], config: Config) -> int:
+    """fp32 elements of workspace that `launch_conv` needs for these calls and this config."""
     if config["SPLIT_K"] == 1:
         return 0
-    return sum(config["SPLIT_K"] * layer.compute.rows * layer.out_channels for layer in layers)
+    return sum(config["SPLIT_K"] * c.layer.compute.rows * c.layer.out_channels for c in calls)
 
 
 def launch_conv(calls: Sequence[ConvCall], config: Config, workspace: Tensor | None = None) -> None:
-    """Run convolutions of one kind in one launch (two with split-K).
+    """Run independent convolutions in one launch (two with split-K).
 
     Args:
-        calls: one to three independent layers that agree in everything but sizes. Nothing is
-            validated here; `check_call` does that once, when buffers are planned.
+        calls: one to three layers that agree in everything but sizes; a 1x1 behind a max-pool may
+            stand beside a 3x3 of stride 2. Nothing is validated here; `check_call` does that once,
+            when buffers are planned.
         config: ``TMA`` (1: the Hopper kernel, 0: the portable one), ``BLOCK_M``, ``BLOCK_N``,
             ``BLOCK_K``, ``SPLIT_K``, ``num_warps``, ``num_stages``, from sm_90 on ``launch_pdl``,
             and for the Hopper kernel ``FLATTEN`` and ``OCCUPANCY`` (programs per processor).
         workspace: `workspace_elements` of fp32, needed for ``SPLIT_K > 1``.
     """
-    layer = calls[0].layer
-    constexprs = {
-        "GROUPS": len(calls),
-        "KERNEL": layer.kernel,
-        "UPSAMPLE": layer.upsample,
-        "ACTIVATION": epilogue_activation(layer.activation, calls[0].out.dtype),
-        "PRECISION": "ieee" if layer.exact else "tf32",
-        "PROMOTE": any(_long_fp8_sum(c) for c in calls),
-    }
-    partials = _partials(calls, config, workspace)
-    options = {key: value for key, value in config.items() if key not in _LAUNCHER_KEYS}
-    tiles = config["SPLIT_K"] * sum(
-        _tiles(c.layer.compute.rows, c.layer.out_channels, config["BLOCK_M"], config["BLOCK_N"])
-        for c in calls
-    )
+    tiles = config["SPLIT_K"] * _tiles(calls, config["BLOCK_M"], config["BLOCK_N"])
     if not tiles:
         return
+    layer = calls[0].layer
+    options = {key: value for key, value in config.items() if key not in _LAUNCHER_KEYS}
     shared = {
         "scale_ptrs": tuple(c.scale for c in calls),
         "bias_ptrs": tuple(c.bias for c in calls),
         "residual_ptrs": tuple(c.residual for c in calls),
-        "partial_ptrs": partials,
+        "partial_ptrs": _partials(calls, config, workspace),
         "shapes": tuple(_shape(c) for c in calls),
         "scales": tuple(_scales(c) for c in calls),
+        "UPSAMPLE": layer.upsample,
+        "ACTIVATION": epilogue_activation(layer.activation, calls[0].out.dtype),
         "PDL": bool(config.get("launch_pdl", 0)),
-        **constexprs,
+    }
+    product = {
+        "PRECISION": "ieee" if layer.exact else "tf32",
+        "PROMOTE": _long_fp8_sum(calls),
+        **shared,
     }
     if config["TMA"]:
         programs = min(tiles, processors(calls[0].x.device) * config["OCCUPANCY"])
-        args = {**_descriptors(calls, config), **shared}
+        args = {
+            "GROUPS": len(calls),
+            "KERNEL": layer.kernel,
+            **_descriptors(calls, config),
+            **product,
+        }
         launch(conv_tma_kernel, (programs,), args, options)
     else:
         args = {
             "x_ptrs": tuple(c.x for c in calls),
             "weight_ptrs": tuple(c.weight for c in calls),
             "out_ptrs": tuple(c.out for c in calls),
+            "KERNELS": tuple(c.layer.kernel for c in calls),
             "REDUCTION": layer.reduction,
-            "POOL": layer.pool,
             "EVEN_K": all(c.layer.in_channels % config["BLOCK_K"] == 0 for c in calls),
-            **shared,
+            **product,
         }
         launch(conv_gather_kernel, (tiles,), args, options)
     if config["SPLIT_K"] > 1:
-        for call, partial in zip(calls, partials, strict=True):
-            _launch_reduce(call, partial, config)
+        _launch_reduce(calls, shared, config)
 
 
 def _shape(call: ConvCall) -> tuple[tuple[int, ...], ...]:
@@ -246,10 +257,10 @@ def _partials(
 ) -> tuple[Tensor | None, ...]:
     if config["SPLIT_K"] == 1:
         return (None,) * len(calls)
-    needed = workspace_elements([c.layer for c in calls], config)
+    needed = workspace_elements(calls, config)
     if workspace is None or workspace.numel() < needed:
         raise ValueError(f"split-K needs a workspace of {needed} fp32 elements")
-    sizes = [workspace_elements([c.layer], config) for c in calls]
+    sizes = [workspace_elements([c], config) for c in calls]
     return tuple(workspace[:needed].split(sizes))
 
 
@@ -267,25 +278,19 @@ def _descriptors(calls: Sequence[ConvCall], config: Config) -> dict[str, Any]:
     return args
 
 
-def _launch_reduce(call: ConvCall, partial: Tensor | None, config: Config) -> None:
-    rows, n_out = call.layer.compute.rows, call.layer.out_channels
+def _launch_reduce(calls: Sequence[ConvCall], shared: dict[str, Any], config: Config) -> None:
+    rows = max(c.layer.compute.rows for c in calls)
+    n_out = max(c.layer.out_channels for c in calls)
     block_n = min(128, max(16, _power_of_two(n_out)))
     block_m = 2048 // block_n
     args = {
-        "partial_ptr": partial,
-        "scale_ptr": call.scale,
-        "bias_ptr": call.bias,
-        "residual_ptr": call.residual,
-        "out_ptr": call.out,
-        "shape": _shape(call),
-        "scales": _scales(call),
-        "ACTIVATION": epilogue_activation(call.layer.activation, call.out.dtype),
-        "UPSAMPLE": call.layer.upsample,
+        "out_ptrs": tuple(c.out for c in calls),
+        "GROUPS": len(calls),
         "SPLIT_K": config["SPLIT_K"],
-        "PDL": bool(config.get("launch_pdl", 0)),
+        **shared,
     }
     options = {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": 4}
     if "launch_pdl" in config:
         options["launch_pdl"] = config["launch_pdl"]
-    grid = (-(-rows // block_m), -(-n_out // block_n))
+    grid = (-(-rows // block_m), -(-n_out // block_n), len(calls))
     launch(conv_reduce_kernel, grid, args, options)

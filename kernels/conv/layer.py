@@ -92,10 +92,15 @@ class ConvLayer:
         return self.kernel * self.kernel
 
     @property
+    def length(self) -> int:
+        """Terms of the sum that each element of the output is."""
+        return self.taps * self.in_channels
+
+    @property
     def flops(self) -> int:
         """Multiplications and additions, border pixels apart."""
         pixels = self.compute.n * self.compute.h * self.compute.w
-        return 2 * pixels * self.taps * self.in_channels * self.out_channels
+        return 2 * pixels * self.length * self.out_channels
 
     def describe(self) -> str:
         """One readable line: ``8x64x80x80 -> 128, 3x3 s1``."""

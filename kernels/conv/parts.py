@@ -151,7 +151,7 @@ def store_partial(
 
 
 @triton.jit
-def conv_reduce_kernel(
+def _reduce_tile(
     # Tensors
     partial_ptr,  # [SPLIT_K, rows, n_out] fp32
     scale_ptr,  # [n_out] fp32 or None
@@ -166,12 +166,9 @@ def conv_reduce_kernel(
     ACTIVATION: tl.constexpr,
     UPSAMPLE: tl.constexpr,
     SPLIT_K: tl.constexpr,
-    PDL: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Add the splits' shares, always in the same order, and finish the convolution."""
-    begin(PDL)
     rows = shape[0][0]
     n_out = shape[1][1]
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -183,3 +180,37 @@ def conv_reduce_kernel(
         acc += tl.load(partial_ptr + row[:, None] * n_out + offs_n[None, :], mask=mask, other=0.0)
     acc = finish(acc, scale_ptr, bias_ptr, residual_ptr, offs_m, offs_n, shape, scales, ACTIVATION)
     store_rows(out_ptr, acc, offs_m, offs_n, shape, scales, UPSAMPLE)
+
+
+@triton.jit
+def conv_reduce_kernel(
+    # Tensors, one of each per layer of the group
+    partial_ptrs,
+    scale_ptrs,
+    bias_ptrs,
+    residual_ptrs,
+    out_ptrs,
+    # Shapes, one tuple per layer
+    shapes,
+    # Scalars, one tuple per layer
+    scales,
+    # Constexprs
+    GROUPS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    UPSAMPLE: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    PDL: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Add the splits' shares, always in the same order, and finish the convolutions.
+
+    The grid has a plane for each layer, of the largest one's size.
+    """
+    begin(PDL)
+    for g in tl.static_range(GROUPS):
+        if tl.program_id(2) == g:
+            _reduce_tile(
+                partial_ptrs[g], scale_ptrs[g], bias_ptrs[g], residual_ptrs[g], out_ptrs[g],
+                shapes[g], scales[g], ACTIVATION, UPSAMPLE, SPLIT_K, BLOCK_M, BLOCK_N,
+            )  # fmt: skip

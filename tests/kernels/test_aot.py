@@ -12,7 +12,7 @@ import triton
 
 from yolov7.kernels import aot
 from yolov7.kernels.aot import Row, compile_all, compile_spec, load_table, passed_limits, worse
-from yolov7.kernels.conv import ConvCall, launch_conv
+from yolov7.kernels.conv import ConvCall, launch_conv, workspace_elements
 from yolov7.kernels.conv.cases import DTYPES, SAMPLES, Record, layer_of, meta_call
 from yolov7.kernels.conv.launcher import default_config
 from yolov7.kernels.runtime import recording
@@ -27,12 +27,13 @@ MATRIX = {
 CHAIN = Record(128, 128, 3, 1, 80, 80)
 
 
-def compile_conv(call: ConvCall, target: str, **changes: int) -> Row:
-    """The convolution kernel of one call, with changes to its default config."""
+def compile_conv(target: str, *calls: ConvCall, **changes: int) -> Row:
+    """The convolution kernel of one launch, with changes to its default config."""
     with recording(aot.capability_of(target)) as specs:
-        config = {**default_config(call), **changes}
-        launch_conv([call], config, torch.empty(0, device="meta"))
-    return compile_spec(specs[0], target, call.layer.describe())
+        config = {**default_config(calls), **changes}
+        workspace = torch.empty(workspace_elements(calls, config), device="meta")
+        launch_conv(calls, config, workspace)
+    return compile_spec(specs[0], target, calls[0].layer.describe())
 
 
 @pytest.mark.aot
@@ -54,7 +55,7 @@ def test_matrix_instructions_of_every_type(target: str, precision: str) -> None:
     layers = (CHAIN, replace(CHAIN, stride=2))
     calls = [meta_call(layer_of(r, 32), DTYPES[precision]) for r in layers]
     for call in calls:
-        row = compile_conv(call, target)
+        row = compile_conv(target, call)
         assert row.mma == MATRIX[target][precision]
         assert passed_limits(row) == []
 
@@ -62,17 +63,32 @@ def test_matrix_instructions_of_every_type(target: str, precision: str) -> None:
 @pytest.mark.aot
 def test_hopper_reads_both_operands_through_descriptors() -> None:
     """What the pitched map is for; the strided gather keeps A in shared memory as well."""
-    row = compile_conv(meta_call(layer_of(CHAIN, 32), torch.float16), "sm_90")
+    row = compile_conv("sm_90", meta_call(layer_of(CHAIN, 32), torch.float16))
     assert (row.kernel, row.mma_operand) == ("conv_tma_kernel", "shared")
     assert row.tma_loads >= 4
     strided = meta_call(layer_of(replace(CHAIN, stride=2), 32), torch.float16)
-    row = compile_conv(strided, "sm_90")
+    row = compile_conv("sm_90", strided)
     assert (row.kernel, row.mma_operand) == ("conv_gather_kernel", "shared")
 
 
 @pytest.mark.aot
+@pytest.mark.parametrize("target", MATRIX)
+def test_branches_of_one_launch_cost_no_more_than_the_larger(target: str) -> None:
+    """Registers and shared memory of the pooled beside the strided branch, in every type."""
+    for precision, mma in MATRIX[target].items():
+        records = (replace(CHAIN, stride=2), replace(CHAIN, kernel=1))
+        layers = [layer_of(r, 32, pool=r.kernel == 1) for r in records]
+        calls = [meta_call(layer, DTYPES[precision]) for layer in layers]
+        both, *alone = (compile_conv(target, *group) for group in (calls, *([c] for c in calls)))
+        assert passed_limits(both) == []
+        assert (both.mma, both.mma_count) == (mma, sum(row.mma_count for row in alone))
+        assert both.shared_bytes <= max(row.shared_bytes for row in alone)
+        assert both.registers <= 1.1 * max(row.registers for row in alone)
+
+
+@pytest.mark.aot
 def test_exact_fp32_uses_no_matrix_instructions() -> None:
-    row = compile_conv(meta_call(layer_of(CHAIN, 2, exact=True), torch.float32), "sm_80")
+    row = compile_conv("sm_80", meta_call(layer_of(CHAIN, 2, exact=True), torch.float32))
     assert row.mma == ""
     assert row.local_bytes == 0
     assert passed_limits(replace(row, shape=row.shape + " exact")) == []
@@ -95,16 +111,16 @@ def test_nothing_became_worse(batch: int) -> None:
 @pytest.mark.aot
 def test_planted_spill_and_shared_memory_are_caught() -> None:
     call = meta_call(layer_of(CHAIN, 32), torch.float16)
-    spilled = compile_conv(call, "sm_90", BLOCK_M=256, num_warps=4, num_stages=2)
+    spilled = compile_conv("sm_90", call, BLOCK_M=256, num_warps=4, num_stages=2)
     assert any("local memory" in limit for limit in passed_limits(spilled))
-    large = compile_conv(call, "sm_90", num_stages=6)
+    large = compile_conv("sm_90", call, num_stages=6)
     assert any("bytes of shared memory, sm_90 has 232448" in text for text in passed_limits(large))
 
 
 @pytest.mark.aot
 def test_planted_loss_of_matrix_instructions_is_caught() -> None:
-    good = compile_conv(meta_call(layer_of(CHAIN, 2), torch.float32), "sm_90")
-    lost = compile_conv(meta_call(layer_of(CHAIN, 2, exact=True), torch.float32), "sm_90")
+    good = compile_conv("sm_90", meta_call(layer_of(CHAIN, 2), torch.float32))
+    lost = compile_conv("sm_90", meta_call(layer_of(CHAIN, 2, exact=True), torch.float32))
     lost = replace(lost, kernel=good.kernel, config=good.config)
     assert "no matrix instructions" in passed_limits(lost)
     assert any("HGMMA shared" in text for text in worse([lost], [good]))
@@ -139,7 +155,7 @@ def small_cases(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def cases(*_: object) -> Iterator[tuple[str, Callable[[], None]]]:
         call = meta_call(layer_of(CHAIN, 1), torch.float16)
-        yield "one layer", lambda: launch_conv([call], default_config(call))
+        yield "one layer", lambda: launch_conv([call], default_config([call]))
 
     monkeypatch.setattr(aot, "kernel_cases", cases)
 

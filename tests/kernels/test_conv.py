@@ -130,10 +130,15 @@ def assert_correct(call: ConvCall, dtype: torch.dtype | None = None) -> None:
 
 
 def run(call: ConvCall, config: Config) -> None:
-    check_call(call)
-    elements = workspace_elements([call.layer], config)
-    workspace = torch.full((elements,), float("nan"), device=call.x.device)
-    launch_conv([call], config, workspace)
+    run_all([call], config)
+
+
+def run_all(calls: list[ConvCall], config: Config) -> None:
+    for call in calls:
+        check_call(call)
+    elements = workspace_elements(calls, config)
+    workspace = torch.full((elements,), float("nan"), device=calls[0].x.device)
+    launch_conv(calls, config, workspace)
 
 
 def nchw_reference(call: ConvCall) -> Tensor:
@@ -271,11 +276,27 @@ def test_grouped_layers(config: Config, split: int, kernel_device: torch.device)
     """Three layers of different sizes in one launch."""
     shapes = [(2, 6, 8, 16, 24), (2, 3, 4, 48, 8), (2, 1, 2, 32, 40)]
     calls = [call_of(layer_of(*s, kernel=3), kernel_device, torch.float16) for s in shapes]
-    config = {**config, "SPLIT_K": split}
-    workspace = torch.empty(workspace_elements([c.layer for c in calls], config))
-    launch_conv(calls, config, workspace.fill_(float("nan")).to(kernel_device))
+    run_all(calls, {**config, "SPLIT_K": split})
     for call in calls:
         assert_correct(call)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("split", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float8_e4m3fn], ids=str)
+def test_pooled_beside_strided(dtype: torch.dtype, split: int, kernel_device: torch.device) -> None:
+    """Two branches into neighbouring slices of one map; a pool drops the last odd line."""
+    strided = call_of(layer_of(2, 6, 8, 16, 24, kernel=3, stride=2), kernel_device, dtype)
+    pooled = call_of(layer_of(2, 7, 9, 40, 32, pool=True), kernel_device, dtype)
+    whole = torch.full((strided.layer.target.rows, 16 + 24 + 32 + 16), float("nan"))
+    whole = whole.to(kernel_device, strided.out.dtype)
+    calls = [replace(strided, out=whole[:, 16:40]), replace(pooled, out=whole[:, 40:72])]
+    assert pooled.layer.target == strided.layer.target
+    for order in (calls, calls[::-1]):
+        run_all(order, {**GATHER, "SPLIT_K": split})
+        for call in calls:
+            assert_correct(call)
+        whole.fill_(float("nan"))
 
 
 @pytest.mark.interpreter
@@ -309,11 +330,16 @@ def test_empty_batch(kernel_device: torch.device) -> None:
     assert conv(call.x, call.weight, call.bias, call.layer).shape == (0, 24)
 
 
-def test_opcheck(kernel_device: torch.device) -> None:
-    call = call_of(layer_of(1, 3, 4, 16, 16, kernel=3), kernel_device, torch.float16)
-    layout = call.layer.source.sizes
-    args = (call.x, call.weight, call.bias, None, None, call.out, layout, layout, 3, 1, "silu")
-    torch.library.opcheck(torch.ops.yolov7.conv.default, (*args, [False] * 3, [1.0, 1.0]))
+@pytest.mark.parametrize(
+    "options", [{"kernel": 3}, {"kernel": 3, "stride": 2}, {"pool": True}], ids=str
+)
+def test_opcheck(options: dict[str, Any], kernel_device: torch.device) -> None:
+    call = call_of(layer_of(1, 3, 4, 16, 16, **options), kernel_device, torch.float16)
+    layer = call.layer
+    tensors = (call.x, call.weight, call.bias, None, None, call.out)
+    sizes = (layer.source.sizes, layer.target.sizes, layer.kernel, layer.stride)
+    rest = ("silu", [layer.pool, False, False], [1.0, 1.0])
+    torch.library.opcheck(torch.ops.yolov7.conv.default, (*tensors, *sizes, *rest))
 
 
 def test_compiles_into_one_graph(kernel_device: torch.device) -> None:

@@ -16,10 +16,12 @@ def configs_of(call: ConvCall) -> list[Config]:
     """The default config, the chosen one, and every other that is shipped for this kind."""
     folder = runtime.device_folder(call.x.device)
     assert folder is not None
-    kind = config_kind(call.layer, call.x.dtype)
+    kind = config_kind([call])
     shipped = load_entries(runtime.CONFIGS / folder / "conv.json").values()
-    same = [e.config for e in shipped if e.kind == kind and (fits_tma(call) or not e.config["TMA"])]
-    configs = [default_config(call), choose_config(call), *same]
+    same = [
+        e.config for e in shipped if e.kind == kind and (fits_tma([call]) or not e.config["TMA"])
+    ]
+    configs = [default_config([call]), choose_config([call]), *same]
     return list({str(config): config for config in configs}.values())
 
 
@@ -37,7 +39,7 @@ def test_every_layer_of_a_model(variant: str, batch: int, precision: str) -> Non
         call = random_call(layer, dtype, device)
         expected = conv_reference(call)
         for config in configs_of(call):
-            workspace = torch.empty(workspace_elements([layer], config), device=device)
+            workspace = torch.empty(workspace_elements([call], config), device=device)
             fault = check_config(call, expected, config, workspace)
             if fault is not None:
                 wrong.append(f"{layer.describe()} {config}: {fault}")

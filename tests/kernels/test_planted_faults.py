@@ -81,7 +81,7 @@ def test_load_without_its_mask(
 def test_more_instructions(tmp_path: Path) -> None:
     call = cases.meta_call(cases.layer_of(CHAIN, 2), torch.float16)
     with recording((8, 0)) as specs:
-        launcher.launch_conv([call], launcher.default_config(call))
+        launcher.launch_conv([call], launcher.default_config([call]))
     old = "acc = multiply(a, b, acc, PRECISION, PROMOTE)"
     more = f"{old}\n        acc *= tl.sqrt(acc * acc + 1.0)"
     slow = planted(gather, old, more, tmp_path)

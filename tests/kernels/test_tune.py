@@ -56,7 +56,7 @@ def test_search_space_is_small_and_fits(
 def test_default_config_is_tried_first() -> None:
     with recording((9, 0)):
         configs = tune.ordered_configs(meta_call(layer_of(CHAIN, 32), torch.float16), (9, 0))
-        default = default_config(meta_call(layer_of(CHAIN, 32), torch.float16))
+        default = default_config([meta_call(layer_of(CHAIN, 32), torch.float16)])
     assert configs[0] == default
     assert configs.count(configs[0]) == 1
 

@@ -27,7 +27,6 @@ from yolov7.kernels.conv import (
     quantise_weight,
     workspace_elements,
 )
-from yolov7.kernels.conv.launcher import fits_tma
 from yolov7.kernels.conv.layer import FP8_MAX, to_dtype
 from yolov7.kernels.conv.stem import Stem, conv_stem, space_to_depth_weight
 from yolov7.kernels.decode import decode
@@ -236,10 +235,8 @@ class PlannedNetwork:
     def _prepare_convs(self, calls: list[ConvCall]) -> list[Callable[[], object]]:
         if not self._kernels:
             return [partial(_run_reference, call) for call in calls]
-        config = choose_config(max(calls, key=lambda call: call.layer.flops))
-        if config["TMA"] and not all(map(fits_tma, calls)):
-            return [launch for call in calls for launch in self._prepare_convs([call])]
-        elements = workspace_elements([call.layer for call in calls], config)
+        config = choose_config(calls)
+        elements = workspace_elements(calls, config)
         if elements and (self._workspace is None or self._workspace.numel() < elements):
             self._workspace = torch.empty(elements, device=self.device)
         return [lambda: launch_conv(calls, config, self._workspace)]

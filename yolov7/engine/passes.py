@@ -169,7 +169,7 @@ def merge(tasks: list[Task]) -> list[Task]:
 
 
 def _neighbours(a: Task, b: Task) -> bool:
-    if not (a.kind == b.kind == "conv" and a.inputs == b.inputs and a.kernel == 1):
+    if not (a.kind == b.kind == "conv" and a.inputs == b.inputs and a.kernel == b.kernel == 1):
         return False
     if a.groups_with != b.groups_with or a.upsample or a.residual or b.residual:
         return False

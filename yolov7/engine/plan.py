@@ -7,7 +7,8 @@ What the passes do, in order:
 2. place: the parts of a concat are written by their producers into slices of its buffer, so the
    concat itself is gone; a part that has another home already is copied.
 3. merge: 1x1 convolutions of one input that write neighbouring slices become one product.
-4. group: independent convolutions of one kind go into one launch.
+4. group: independent convolutions of one kind go into one launch; the pooled branch of a
+   downsampling goes with the strided one.
 5. allocate: buffers whose lives do not overlap share memory.
 """
 

@@ -77,11 +77,13 @@ class Task:
 
     @property
     def groups_with(self) -> tuple[object, ...]:
-        """What convolutions of one launch must agree in."""
-        return (
-            self.kind, self.kernel, self.stride, self.pool, self.upsample, self.activation,
-            self.residual is None,
-        )  # fmt: skip
+        """What convolutions of one launch must agree in: a pooled branch goes with a strided one.
+
+        What keeps the size of its map reads through descriptors, with one kernel for all.
+        """
+        reads = "halved" if self.pool or self.stride == 2 else self.kernel
+        types = tuple(where.buffer.itemsize for where in self.reads)  # of the residual as well
+        return self.kind, reads, types, self.upsample, self.activation
 
     def describe(self) -> str:
         """`64x80x80 -> 128 3x3/1`: the input of one image, then what is made of it."""
