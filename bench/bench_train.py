@@ -1,13 +1,18 @@
-"""A training step, its loss, and the assignment of a crowded image."""
+"""A training step, its loss, and the assignment of a crowded image.
 
+`python -m bench.bench_train VARIANT SIZE BATCH` is a plain step in a process of its own.
+"""
+
+import sys
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
+from bench.baselines.plain import OwnProcess, serve
 from bench.comparison import Comparison, bodies
-from bench.race import Run, Work, close
+from bench.race import Missing, Run, Work, close
 from yolov7.model import YOLOv7, create_model
 from yolov7.network import keep_freed_memory
 from yolov7.train.config import PRESETS, preset_name
@@ -32,6 +37,11 @@ def labels(batch: int, boxes: int, largest: float = 0.5, smallest: float = 0.02)
     found[..., 0] = (found[..., 0] * CLASSES).floor()
     found[..., 3:] = smallest + (largest - smallest) * found[..., 3:] ** 3
     return found
+
+
+def random_images(size: int, batch: int) -> Tensor:
+    """The same images [batch, 3, size, size] in every process."""
+    return torch.rand(batch, 3, size, size, generator=torch.Generator().manual_seed(0))
 
 
 def model_and_loss(variant: str, size: int) -> tuple[YOLOv7, Loss, LossWeights]:
@@ -100,20 +110,30 @@ def ours(variant: str, images: Tensor) -> Callable[[], Tensor]:
     return step(variant, images, torch.channels_last, joined=images.is_cuda)
 
 
-@bodies("eager")
+@bodies("plain", "eager")
 @RUNS
 def bench_train_step(
-    variant: str, size: int, batch: int, compete: Comparison, device: torch.device, smoke: bool
+    variant: str,
+    size: int,
+    batch: int,
+    compete: Comparison,
+    device: torch.device,
+    smoke: bool,
+    request: pytest.FixtureRequest,
 ) -> None:
-    """As the loop trains, beside plain NCHW; on CUDA both in bf16."""
+    """As the loop trains, beside plain NCHW; on CUDA in bf16."""
     variant, size, batch = ("yolov7-tiny", 64, 2) if smoke else (variant, size, batch)
-    images = torch.rand(batch, 3, size, size, device=device)
+    images = random_images(size, batch).to(device)
 
-    def contenders() -> dict[str, Run]:
+    def contenders() -> dict[str, Run | Missing]:
+        plain: Run | Missing = Missing("the eager step is plain on CUDA")
         if device.type == "cpu":
-            keep_freed_memory()  # as the loop does; it serves the baseline too
-        plain = torch.contiguous_format
-        return {"ours": ours(variant, images), "eager": step(variant, images, plain)}
+            keep_freed_memory()  # as the loop does; it serves the eager step in our process too
+            process = OwnProcess("bench.bench_train", variant, size, batch)
+            request.session.addfinalizer(process.close)
+            plain = lambda: process().squeeze()  # noqa: E731  # one of the contenders below
+        eager = step(variant, images, torch.contiguous_format)
+        return {"ours": ours(variant, images), "plain": plain, "eager": eager}
 
     compete(contenders, agree=close(2e-2), work=Work(items=batch))
 
@@ -174,3 +194,8 @@ def bench_train_step_compiled(
         return {"ours": ours(variant, images), "compile": rival}
 
     compete(contenders, agree=close(2e-2), work=Work(items=batch))
+
+
+if __name__ == "__main__":
+    name, side, count = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    serve(step(name, random_images(side, count), torch.contiguous_format))

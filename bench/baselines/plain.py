@@ -1,18 +1,22 @@
-"""A plain fused forward in a process of its own, with the allocator as glibc sets it.
+"""Plain contenders in a process of their own, with the allocator as glibc sets it.
 
-`Network` keeps freed memory, for its whole process: beside it a plain forward would take no page
-faults either. `python -m bench.baselines.plain VARIANT SIZE` builds the model of `model`, and runs
-once for every line that it reads.
+`Network` and the training loop keep freed memory, for their whole process: beside them plain
+PyTorch would take no page faults either. A module that is run as `python -m MODULE ARGUMENTS`
+hands `serve` what it does; `OwnProcess` starts it and has it take turns.
+`python -m bench.baselines.plain VARIANT SIZE` is a fused forward in NCHW and fp32.
 """
 
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import IO
 
 import torch
 from torch import Tensor
 
 from yolov7.model import YOLOv7, create_model
+
+WARM = 3  # runs before the first turn
 
 
 def model(variant: str) -> YOLOv7:
@@ -31,20 +35,26 @@ def sampled(decoded: Tensor) -> Tensor:
     return decoded[0, :: max(decoded.shape[1] // 10, 1), :5][:10]
 
 
-class PlainProcess:
-    """The other process; call it for a forward, `close` it at the end."""
+class OwnProcess:
+    """The other process; call it for a turn, `close` it at the end.
 
-    def __init__(self, variant: str, size: int) -> None:
-        command = [sys.executable, "-m", "bench.baselines.plain", variant, str(size)]
+    Args:
+        module: What to run.
+        arguments: Of its command line.
+    """
+
+    def __init__(self, module: str, *arguments: object) -> None:
+        command = [sys.executable, "-m", module, *map(str, arguments)]
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
 
     def __call__(self) -> Tensor:
-        """Boxes [10, 5] of one forward."""
+        """The numbers [n] that the turn gave."""
         print(file=_open(self._process.stdin), flush=True)
-        values = [float(word) for word in _open(self._process.stdout).readline().split()]
-        return torch.tensor(values).view(-1, 5)
+        return torch.tensor(
+            [float(word) for word in _open(self._process.stdout).readline().split()]
+        )
 
     def close(self) -> None:
         """End it."""
@@ -57,14 +67,19 @@ def _open(stream: IO[str] | None) -> IO[str]:
     return stream
 
 
-@torch.inference_mode()
-def _serve(variant: str, size: int) -> None:
-    network, x = model(variant).fuse(), image(size)
-    for _ in range(3):
-        network(x)
+def serve(run: Callable[[], Tensor]) -> None:
+    """Run once for every line of standard input, and print the numbers that come out."""
+    for _ in range(WARM):
+        run()
     for _ in sys.stdin:
-        print(*sampled(network(x)).flatten().tolist(), flush=True)
+        print(*run().flatten().tolist(), flush=True)
+
+
+@torch.inference_mode()
+def _forward(variant: str, size: int) -> None:
+    network, x = model(variant).fuse(), image(size)
+    serve(lambda: sampled(network(x)))
 
 
 if __name__ == "__main__":
-    _serve(sys.argv[1], int(sys.argv[2]))
+    _forward(sys.argv[1], int(sys.argv[2]))
