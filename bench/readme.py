@@ -1,4 +1,4 @@
-"""`python -m bench.readme`: write the README's section on speed from the kept results.
+"""`python -m bench.readme`: write the README's tables of speed and accuracy from kept results.
 
 ``--keep FOLDER`` first takes the results and configs of a `bench.gpu` run into the repository. Of
 each device the newest report counts. What no GPU has measured is said to be unmeasured.
@@ -7,19 +7,19 @@ each device the newest report counts. What no GPU has measured is said to be unm
 import argparse
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import geometric_mean
 
 import torch
 
+from bench import accuracy
 from bench.plots import save_pictures
 from bench.race import OURS
 from bench.results import RESULTS, ROOT, Report, Row, environment, verdict
 from yolov7.variants import VARIANTS
 
 README = ROOT / "README.md"
-START, END = "<!-- speed: written by python -m bench.readme -->", "<!-- end of speed -->"
 NETWORKS = ("engine", "family")  # suites with a row for each variant
 MANY = 16  # comparisons of a suite that get a line each
 UNMEASURED = (
@@ -41,9 +41,9 @@ def on_gpu(report: Report) -> bool:
     return "cuda" in report.environment
 
 
-def section(reports: Sequence[Report]) -> str:
-    """The section's text, markers included."""
-    lines = [START, ""]
+def speed(reports: Sequence[Report]) -> list[str]:
+    """Lines of the section on speed."""
+    lines = []
     if not any(map(on_gpu, reports)):
         lines += [UNMEASURED, ""]
     for report in reports:
@@ -51,7 +51,7 @@ def section(reports: Sequence[Report]) -> str:
         if on_gpu(report):
             lines += [*_variant_table(report), ""]
         lines += [*_comparison_table(report), ""]
-    return "\n".join([*lines, END])
+    return lines[:-1]
 
 
 def _heading(report: Report) -> Iterator[str]:
@@ -153,27 +153,36 @@ def keep(folder: Path) -> Path:
     return path
 
 
-def rewritten(text: str, reports: Sequence[Report]) -> str:
-    """The README's text with the section between its markers written anew.
+def rewritten(text: str, sections: Mapping[str, Sequence[str]]) -> str:
+    """The README's text with the lines between the markers of each section written anew.
 
     Raises:
         ValueError: The markers are missing.
     """
-    before, start, rest = text.partition(START)
-    _, end, after = rest.partition(END)
-    if not start or not end:
-        raise ValueError(f"the README has no lines {START} and {END}")
-    return f"{before}{section(reports)}{after}"
+    for name, lines in sections.items():
+        start = f"<!-- {name}: written by python -m bench.readme -->"
+        end = f"<!-- end of {name} -->"
+        before, found, rest = text.partition(start)
+        _, closed, after = rest.partition(end)
+        if not found or not closed:
+            raise ValueError(f"the README has no lines {start} and {end}")
+        text = before + "\n".join([start, "", *lines, "", end]) + after
+    return text
+
+
+def sections() -> dict[str, list[str]]:
+    """The lines of every section that is written from kept results."""
+    return {"accuracy": list(accuracy.table(accuracy.kept())), "speed": speed(newest())}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Write the section."""
+    """Write the sections."""
     parser = argparse.ArgumentParser(prog="python -m bench.readme", description=__doc__)
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="of a bench.gpu run")
     options = parser.parse_args(arguments)
     if options.keep:
         print("kept:", keep(options.keep))
-    README.write_text(rewritten(README.read_text(), newest()))
+    README.write_text(rewritten(README.read_text(), sections()))
     return 0
 
 

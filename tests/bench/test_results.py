@@ -63,7 +63,7 @@ def test_table_shows_losses() -> None:
 
 
 def test_section_without_a_gpu_says_so() -> None:
-    text = readme.section([Report(ENVIRONMENT, {}, ROWS)])
+    text = "\n".join(readme.speed([Report(ENVIRONMENT, {}, ROWS)]))
     assert "nothing has been measured yet" in text
     assert "| nms batch 1 | 2 | eager | 6 | 3.00 | win |" in text
     assert "| loader mosaic | 10 | plain | 5 | 0.50 | loss |" in text
@@ -83,7 +83,7 @@ def test_section_of_a_gpu() -> None:
         for body, ms in (("ours", 1.0), ("eager", 2.0 if i else 0.5))
     ]
     checks = {"layers": 7, "configs": 9, "wrong": {}, "processes": {}}
-    text = readme.section([Report(GPU, {}, rows + layers, [], checks)])
+    text = "\n".join(readme.speed([Report(GPU, {}, rows + layers, [], checks)]))
     assert "nothing has been measured" not in text
     assert "| yolov7 | 0.500 | 1.000 | 7000 | 50 % | 2000 images/s |" in text
     assert "conv batch 32, mean of 20 | 1 | eager | 1.866 | 1.87 | 19 win, 0 even, 1 loss" in text
@@ -92,12 +92,12 @@ def test_section_of_a_gpu() -> None:
 
 def test_readme_shows_the_kept_results() -> None:
     text = readme.README.read_text()
-    assert text == readme.rewritten(text, readme.newest()), "run `python -m bench.readme`"
+    assert text == readme.rewritten(text, readme.sections()), "run `python -m bench.readme`"
 
 
 def test_readme_without_markers() -> None:
     with pytest.raises(ValueError, match="has no lines"):
-        readme.rewritten("# a README", [])
+        readme.rewritten("# a README", {"speed": []})
 
 
 def test_pictures(tmp_path: Path) -> None:
