@@ -1,6 +1,6 @@
 """The engine's plan: what it folds, where values lie, that nothing overwrites what is read."""
 
-from itertools import combinations
+from itertools import combinations, pairwise
 
 import pytest
 import torch
@@ -79,6 +79,20 @@ def test_grouped_tasks_do_not_depend_on_each_other(plan: Plan) -> None:
         written = {v.name for task in step.tasks for v in task.outputs}
         assert not written & {v.name for task in step.tasks for v in task.needs}
         assert len({task.groups_with for task in step.tasks if task.convs}) <= 1
+
+
+def test_steps_are_a_chain(plan: Plan) -> None:
+    """Each needs the one before it, so that streams for branches could not overlap any two."""
+    for before, step in pairwise(plan.steps):
+        written = [where for task in before.tasks for where in task.writes]
+        read = [where for task in step.tasks for where in task.reads]
+        assert any(
+            a.buffer is b.buffer
+            and a.start < b.start + b.channels
+            and b.start < a.start + a.channels
+            for a in written
+            for b in read
+        )
 
 
 def test_totals_of_v7() -> None:

@@ -8,7 +8,8 @@ What the passes do, in order:
    concat itself is gone; a part that has another home already is copied.
 3. merge: 1x1 convolutions of one input that write neighbouring slices become one product.
 4. group: independent convolutions of one kind go into one launch; the pooled branch of a
-   downsampling goes with the strided one.
+   downsampling goes with the strided one. After that every step of the family's plans reads what
+   the step before it wrote: concurrent streams would have nothing to run side by side.
 5. allocate: buffers whose lives do not overlap share memory.
 """
 
