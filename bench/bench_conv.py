@@ -10,8 +10,15 @@ from torch import Tensor
 from bench.comparison import Comparison, bodies
 from bench.race import Agree, Run, Work, captured, close
 from yolov7.info import conv_layers
-from yolov7.kernels.conv import ConvCall, choose_config, launch_conv, workspace_elements
-from yolov7.kernels.conv.cases import Record, layer_key, layer_of
+from yolov7.kernels.conv import ConvCall
+from yolov7.kernels.conv.cases import (
+    Record,
+    bound,
+    chosen_config,
+    layer_key,
+    layer_of,
+    meta_call,
+)
 from yolov7.kernels.tune import random_call
 from yolov7.model import create_model
 
@@ -47,16 +54,15 @@ def prepared(
         sides = (min(record.height, 6), min(record.width, 6))
         channels = (min(record.in_channels, 32), min(record.out_channels, 16))
         batch, record = 1, Record(*channels, record.kernel, record.stride, *sides)
-    return random_call(layer_of(record, batch), dtype, device)
+    return random_call(meta_call(layer_of(record, batch), dtype), device)
 
 
 def launched(call: ConvCall) -> Run:
     """Our kernel with the config that is looked up, into the call's own output."""
-    config = choose_config([call])
-    workspace = torch.empty(workspace_elements([call], config), device=call.x.device)
+    launch = bound([call], chosen_config([call]))
 
     def run() -> Tensor:
-        launch_conv([call], config, workspace)
+        launch()
         return call.out
 
     return captured(run, call.x.device)

@@ -1,9 +1,9 @@
-"""Layer by layer on the device: is every config right, and how long does every step take?
+"""Launch by launch on the device: is every config right, and how long does every step take?
 
-``python -m bench.layers check FILE`` compares the convolution of every distinct layer of the whole
-family, in every type, at batch 1 and 32, with fp32: with the config that is looked up, the default
-one, and every other one shipped for its kind. ``python -m bench.layers time FILE`` times every step
-of YOLOv7's plan beside its roofline, and every stage of the engines.
+``python -m bench.layers check FILE`` compares every distinct launch of convolutions of the whole
+family's plans, in every type, at batch 1 and 32, with fp32: with the config that is looked up, the
+default one, and every other one shipped for its kind. ``python -m bench.layers time FILE`` times
+every step of YOLOv7's plan beside its roofline, and every stage of the engines.
 
 Both append a JSON a line and skip what FILE has already, so that a run that was cut, or that a bad
 kernel took down, goes on behind it.
@@ -24,25 +24,20 @@ import torch
 from bench.ceilings import Ceilings
 from bench.race import Run, captured
 from yolov7.benchmark import measure
-from yolov7.engine.network import PlannedNetwork
-from yolov7.info import conv_layers
+from yolov7.engine.network import PlannedNetwork, described
 from yolov7.kernels import runtime
-from yolov7.kernels.conv import (
-    ConvCall,
-    ConvLayer,
-    choose_config,
-    conv_reference,
-    workspace_elements,
+from yolov7.kernels.conv.cases import DTYPES, Calls, call_name
+from yolov7.kernels.tune import (
+    check_config,
+    members,
+    random_calls,
+    references,
+    shipped_configs,
 )
-from yolov7.kernels.conv.cases import DTYPES, Record, layer_key, layer_of
-from yolov7.kernels.conv.launcher import config_kind, default_config, fits_tma
-from yolov7.kernels.runtime import Config
-from yolov7.kernels.tune import check_config, load_entries, random_call
 from yolov7.model import YOLOv7, create_model
 from yolov7.variants import VARIANTS
 
 BATCHES = (1, 32)
-EXACT = "fp32 exact"  # as the layer's option says; else fp32 is multiplied as TF32
 REPEATS = 30
 ROUNDS = 300  # batches that an engine is timed for
 FIRST = "yolov7"  # before the other variants
@@ -51,59 +46,40 @@ Entry = dict[str, Any]
 Job = tuple[str, Callable[[], Entry]]
 
 
-def family() -> list[Record]:
-    """The distinct convolutions of all variants, YOLOv7's first, the stems apart."""
-    records: dict[Record, None] = {}
-    for name in sorted(VARIANTS, key=lambda variant: variant != FIRST):
-        with torch.device("meta"):
-            model = create_model(name, form="deploy").fuse()
-        layers = conv_layers(model, model.imgsz, model.imgsz)
-        records |= dict.fromkeys(layer_key(layer) for layer in layers)
-    return [record for record in records if record.in_channels not in (3, 12)]
-
-
-def shrunk(record: Record) -> Record:
-    """A few pixels and channels of a layer, for the interpreter."""
-    sides = min(record.height, 6), min(record.width, 6)
-    channels = min(record.in_channels, 32), min(record.out_channels, 16)
-    return Record(*channels, record.kernel, record.stride, *sides, record.activation)
-
-
-def configs(call: ConvCall) -> dict[str, Config]:
-    """What to check a call with: by origin, each config once."""
-    found: dict[str, Config] = {"chosen": choose_config([call]), "default": default_config([call])}
-    folder = runtime.device_folder(call.x.device)
-    entries = load_entries(runtime.CONFIGS / str(folder) / "conv.json").values()
-    kind = config_kind([call])
-    for entry in entries:
-        if entry.kind == kind and (not entry.config["TMA"] or fits_tma([call])):
-            found[f"of {'x'.join(map(str, entry.size))}"] = entry.config
-    distinct = {tuple(sorted(config.items())): name for name, config in reversed(found.items())}
-    return {name: config for name, config in found.items() if name in distinct.values()}
+def family(*, small: bool) -> Iterator[YOLOv7]:
+    """All variants on the meta device, YOLOv7 first; small: one of few and narrow layers."""
+    with torch.device("meta"):
+        if small:
+            yield create_model("yolov7-tiny", 3, width=0.125).fuse()
+            return
+        for name in sorted(VARIANTS, key=lambda variant: variant != FIRST):
+            yield create_model(name, form="deploy").fuse()
 
 
 def check_jobs(device: torch.device, *, small: bool) -> Iterator[Job]:
-    """A job for each layer, type and batch; YOLOv7 in fp16 comes first."""
-    records = list(dict.fromkeys(map(shrunk, family()))) if small else family()
+    """A job for each launch, type and batch; YOLOv7 in fp16 comes first."""
+    models = list(family(small=small))
     precisions = [name for name in DTYPES if name != "fp8" or runtime.capability(device) >= (8, 9)]
-    precisions.append(EXACT)
     batches = (1, 2) if small else BATCHES
-    for precision, batch, record in itertools.product(precisions, batches, records):
-        layer = layer_of(record, batch, exact=precision == EXACT)
-        name = f"{layer.describe()} {record.activation} {precision}"
+    seen: set[str] = set()
+    for precision, batch, model in itertools.product(precisions, batches, models):
+        size = 64 if small else model.imgsz
+        for launch in described(model, batch, size, size, DTYPES[precision]):
+            name = f"{call_name(launch)} {members(launch)[0].layer.activation} in {precision}"
+            if name not in seen:
+                seen.add(name)
+                yield name, partial(check, launch, device)
 
-        def job(layer: ConvLayer = layer, precision: str = precision) -> Entry:
-            call = random_call(layer, DTYPES.get(precision, torch.float32), device)
-            expected = conv_reference(call)
-            wrong = {}
-            for origin, config in configs(call).items():
-                elements = workspace_elements([call], config)
-                workspace = torch.empty(elements, device=device)
-                if reason := check_config(call, expected, config, workspace):
-                    wrong[f"{origin} {dict(config)}"] = reason
-            return {"configs": len(configs(call)), "wrong": wrong}
 
-        yield name, job
+def check(launch: Calls, device: torch.device) -> Entry:
+    """How many configs were compared, and which are wrong, why."""
+    calls = random_calls(launch, device)
+    expected = references(calls)
+    found = {
+        f"{origin} {dict(config)}": check_config(calls, expected, config)
+        for origin, config in shipped_configs(calls).items()
+    }
+    return {"configs": len(found), "wrong": {name: why for name, why in found.items() if why}}
 
 
 def time_jobs(device: torch.device, *, small: bool) -> Iterator[Job]:

@@ -28,11 +28,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from yolov7.kernels import runtime
+from yolov7.kernels.conv.cases import DTYPES
 from yolov7.kernels.runtime import CompileSpec, recording
 
 SHARED_LIMITS = {"sm_80": 166_912, "sm_89": 101_376, "sm_90": 232_448, "sm_100": 232_448}
@@ -181,7 +183,7 @@ def workload(variant: str | None, batch: int, precision: str) -> dict[str, Any]:
     """What ``compile_cases`` of any kernel may ask for by name.
 
     Args:
-        variant: a model's name, whose layers are taken from `yolov7.info`; None for samples.
+        variant: a model's name, whose plan says what is launched; None for samples.
         batch: images.
         precision: fp16, bf16, fp8 or fp32.
     """
@@ -189,14 +191,15 @@ def workload(variant: str | None, batch: int, precision: str) -> dict[str, Any]:
     if variant is None:
         return known
     # The command line may look up the arrow: nothing else in this package knows the models.
+    network = importlib.import_module("yolov7.engine.network")
     model_module = importlib.import_module("yolov7.model")
-    info = importlib.import_module("yolov7.info")
-    model = model_module.create_model(variant, form="deploy").fuse()
-    size = model.variant.imgsz
+    with torch.device("meta"):
+        model = model_module.create_model(variant, form="deploy").fuse()
+    size = model.imgsz
     strides = model.head.strides
     return {
         **known,
-        "layers": info.conv_layers(model, size, size),
+        "calls": network.described(model, batch, size, size, DTYPES[precision]),
         "size": size,
         "rows": 3 * sum((size // int(stride)) ** 2 for stride in strides),
         "nc": 80,

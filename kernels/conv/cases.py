@@ -1,23 +1,23 @@
 """Which convolutions to compile ahead of time; see `yolov7.kernels.aot`."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from yolov7.kernels.conv.launcher import choose_config, config_kind, launch_conv, workspace_elements
-from yolov7.kernels.conv.layer import ConvCall, ConvLayer
-from yolov7.kernels.conv.stem import Stem, launch_stem, stem_config
+from yolov7.kernels.conv.layer import DTYPE_NAMES, ConvCall, ConvLayer
+from yolov7.kernels.conv.stem import Stem, StemCall, launch_stem, stem_config, stem_kind
 from yolov7.kernels.layout import PitchedLayout
+from yolov7.kernels.runtime import Config
 
-DTYPES = {
-    "fp16": torch.float16,
-    "bf16": torch.bfloat16,
-    "fp8": torch.float8_e4m3fn,
-    "fp32": torch.float32,
-}
+DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+
+Calls = Sequence[ConvCall] | StemCall
+"""What one launch computes."""
 
 
 @dataclass(frozen=True)
@@ -88,70 +88,76 @@ def layer_of(record: Any, batch: int, **options: Any) -> ConvLayer:
     )
 
 
-def _launch(calls: list[ConvCall]) -> None:
-    config = choose_config(calls)
-    elements = workspace_elements(calls, config)
-    launch_conv(calls, config, torch.empty(elements, device=calls[0].x.device))
-
-
-def _launch_meta_stem(stem: Stem, height: int, width: int, out_channels: int, dtype: Any) -> None:
-    images = torch.empty(stem.target.n, height, width, 3, dtype=dtype, device="meta")
-    images = images.permute(0, 3, 1, 2)
-    weight = torch.empty(out_channels, 3 * stem.kernel**2, dtype=dtype, device="meta")
-    bias = torch.empty(out_channels, device="meta")
-    out = stem.target.empty(out_channels, dtype=dtype, device="meta")
-    launch_stem(stem, images, weight, bias, out, stem_config(stem, images, out))
-
-
-def _stem_case(record: Any, batch: int, dtype: Any) -> tuple[str, Callable[[], None]]:
+def stem_call(record: Any, batch: int, dtype: torch.dtype) -> StemCall:
     """The first layer: 3 channels, or 12 that are 2x2 pixels of an image twice as large."""
     folded = record.in_channels == 12
     kernel, stride = (6, 2) if folded else (record.kernel, record.stride)
     height, width = (side * (2 if folded else 1) for side in (record.height, record.width))
     target = PitchedLayout.of(batch, height // stride, width // stride)
-    stem = Stem(target, kernel, stride, record.activation)
-    name = f"{batch}x3x{height}x{width} -> {record.out_channels}, {kernel}x{kernel} s{stride} stem"
     dtype = torch.float16 if dtype == torch.float8_e4m3fn else dtype
     n = record.out_channels
-    return name, lambda: _launch_meta_stem(stem, height, width, n, dtype)
+    return StemCall(
+        Stem(target, kernel, stride, record.activation),
+        torch.empty(batch, height, width, 3, dtype=dtype, device="meta").permute(0, 3, 1, 2),
+        torch.empty(n, 3 * kernel**2, dtype=dtype, device="meta"),
+        torch.empty(n, device="meta"),
+        target.empty(n, dtype=dtype, device="meta"),
+    )
+
+
+def sample_calls(batch: int, dtype: torch.dtype) -> Iterator[Calls]:
+    """A layer of every kind, every option of the kernels, and groups."""
+    for record in SAMPLES:
+        if record.in_channels in (3, 12):
+            yield stem_call(record, batch, dtype)
+        else:
+            yield [meta_call(layer_of(record, batch), dtype)]
+    wide = Record(256, 128, 1, 1, 80, 80)
+    yield [meta_call(layer_of(wide, batch, pool=True), dtype)]
+    yield [meta_call(layer_of(wide, batch, upsample=True), dtype)]
+    yield [meta_call(layer_of(wide, batch), dtype, residual=True)]
+    sizes = ((128, 80), (256, 40), (512, 20))
+    yield [meta_call(layer_of(Record(c, 2 * c, 3, 1, s, s), batch), dtype) for c, s in sizes]
+    strided = layer_of(Record(256, 256, 3, 2, 80, 80), batch)
+    pooled = layer_of(Record(512, 256, 1, 1, 80, 80), batch, pool=True)
+    yield [meta_call(layer, dtype) for layer in (strided, pooled)]
 
 
 def compile_cases(
-    batch: int = 1,
-    layers: Iterable[Any] = SAMPLES,
-    precision: str = "fp16",
+    batch: int = 1, calls: Iterable[Calls] | None = None, precision: str = "fp16"
 ) -> Iterator[tuple[str, Callable[[], object]]]:
     """Launches to compile ahead of time, see `yolov7.kernels.runtime.CompileSpec`.
 
     Args:
         batch: images.
-        layers: a model's convolutions; each distinct one once, then every option of the kernel on
-            one of them.
-        precision: fp16, bf16, fp8 or fp32.
+        calls: a model's launches, equal ones once; by default samples of every kind.
+        precision: fp16, bf16, fp8 or fp32, of the samples.
     """
-    dtype = DTYPES[precision]
-    distinct = dict.fromkeys(layer_key(r) for r in layers)
-    for record in distinct:
-        if record.in_channels in (3, 12):
-            yield _stem_case(record, batch, dtype)
-            continue
-        call = meta_call(layer_of(record, batch), dtype)
-        yield _name(call), lambda call=call: _launch([call])  # type: ignore[misc]
-    wide = Record(256, 128, 1, 1, 80, 80)
-    optional = {
-        "pool": meta_call(layer_of(wide, batch, pool=True), dtype),
-        "upsample": meta_call(layer_of(wide, batch, upsample=True), dtype),
-        "residual": meta_call(layer_of(wide, batch), dtype, residual=True),
-    }
-    for option, call in optional.items():
-        label = " residual" if option == "residual" else ""
-        yield _name(call) + label, lambda call=call: _launch([call])  # type: ignore[misc]
-    sizes = ((128, 80), (256, 40), (512, 20))
-    group = [meta_call(layer_of(Record(c, 2 * c, 3, 1, s, s), batch), dtype) for c, s in sizes]
-    yield f"{_name(group[0])} and two more, grouped", lambda: _launch(group)
-    strided = meta_call(layer_of(Record(256, 256, 3, 2, 80, 80), batch), dtype)
-    pooled = meta_call(layer_of(Record(512, 256, 1, 1, 80, 80), batch, pool=True), dtype)
-    yield f"{_name(strided)} and pooled, grouped", lambda: _launch([strided, pooled])
+    calls = sample_calls(batch, DTYPES[precision]) if calls is None else calls
+    for name, launch in {call_name(c): c for c in calls}.items():
+        yield name, lambda launch=launch: bound(launch, chosen_config(launch))()  # type: ignore[misc]
+
+
+def call_name(calls: Calls) -> str:
+    """One readable line: ``1x64x80x80 -> 128, 3x3 s1 fp16``."""
+    if isinstance(calls, StemCall):
+        return f"{calls.describe()} {stem_kind(calls).rpartition('-')[2]}"
+    marks = (" sum" if c.residual is not None else "" for c in calls)
+    layers = (c.layer.describe() + mark for c, mark in zip(calls, marks, strict=True))
+    return f"{'; '.join(layers)} {config_kind(calls).rpartition('-')[2]}"
+
+
+def chosen_config(calls: Calls) -> Config:
+    """The config that is looked up for a launch."""
+    return stem_config(calls) if isinstance(calls, StemCall) else choose_config(calls)
+
+
+def bound(calls: Calls, config: Config) -> Callable[[], None]:
+    """A launch with a config and a workspace of its own."""
+    if isinstance(calls, StemCall):
+        return partial(launch_stem, calls, config)
+    elements = workspace_elements(calls, config)
+    return partial(launch_conv, calls, config, torch.empty(elements, device=calls[0].x.device))
 
 
 def layer_key(record: Any) -> Record:
@@ -165,7 +171,3 @@ def layer_key(record: Any) -> Record:
         record.width,
         record.activation,
     )
-
-
-def _name(call: ConvCall) -> str:
-    return f"{call.layer.describe()} {config_kind([call]).rpartition('-')[2]}"

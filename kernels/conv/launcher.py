@@ -8,19 +8,13 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from yolov7.kernels.conv.gather import conv_gather_kernel
-from yolov7.kernels.conv.layer import ConvCall, epilogue_activation
+from yolov7.kernels.conv.layer import DTYPE_NAMES, ConvCall, epilogue_activation
 from yolov7.kernels.conv.parts import conv_reduce_kernel
 from yolov7.kernels.conv.tma import conv_tma_kernel
 from yolov7.kernels.runtime import Config, capability, find_config, launch, processors
 
 MAX_GROUPS = 3
 _LAUNCHER_KEYS = ("TMA", "OCCUPANCY")
-_NAMES = {
-    torch.float16: "fp16",
-    torch.bfloat16: "bf16",
-    torch.float8_e4m3fn: "fp8",
-    torch.float32: "fp32",
-}
 
 
 def config_kind(calls: Sequence[ConvCall]) -> str:
@@ -31,7 +25,7 @@ def config_kind(calls: Sequence[ConvCall]) -> str:
         marks = {"pool": layer.pool, "upsample": layer.upsample, "sum": call.residual is not None}
         options = "".join(f"-{name}" for name, on in marks.items() if on)
         kinds.append(f"{layer.kernel}x{layer.kernel}s{layer.stride}{options}")
-    precision = "exact" if _exact(calls) else _NAMES[calls[0].x.dtype]
+    precision = "exact" if _exact(calls) else DTYPE_NAMES[calls[0].x.dtype]
     return f"{'+'.join(kinds)}-{precision}"
 
 
@@ -74,8 +68,9 @@ def default_config(calls: Sequence[ConvCall]) -> Config:
     """
     device = calls[0].x.device
     units = processors(device)
-    hopper = (9, 0) <= capability(device) < (10, 0)
-    tma = capability(device) >= (9, 0) and fits_tma(calls)
+    roomy = capability(device) >= (9, 0)
+    hopper = roomy and capability(device) < (10, 0)
+    tma = roomy and fits_tma(calls)
     sizes = _TMA_TILES if tma else _GATHER_TILES
     width = max(16, _power_of_two(max(c.layer.out_channels for c in calls)))
     fitting = [(m, n) for m, n in sizes if n <= width] or [(64, width)]
@@ -84,7 +79,8 @@ def default_config(calls: Sequence[ConvCall]) -> Config:
     if exact:
         fitting = [(64, min(32, width))]  # multiplied one by one: operands live in registers
     elif not plain or _long_fp8_sum(calls) or not hopper:  # larger ones spill
-        largest = 64 * 64 if item == 4 else 128 * 128
+        cramped = item == 4 or (len(calls) > 1 and not roomy)
+        largest = 64 * 64 if cramped else 128 * 128
         fitting = [(m, n) for m, n in fitting if m * n <= largest]
     filled = (tile for tile in fitting if _busy(_tiles(calls, *tile), units) >= 0.75)
     block_m, block_n = next(filled, fitting[-1])
@@ -101,11 +97,10 @@ def default_config(calls: Sequence[ConvCall]) -> Config:
         "SPLIT_K": 1 << (split.bit_length() - 1),
     }
     if not tma:
-        roomy = capability(device) >= (9, 0)
         config |= {"num_warps": 4, "num_stages": 2 if exact else 4 if roomy else 3}
         if block_m * block_n <= 64 * 64:
             config["maxnreg"] = 168  # left alone, ptxas aims lower and spills a register or two
-        return config | ({"launch_pdl": 1} if capability(device) >= (9, 0) else {})
+        return config | ({"launch_pdl": 1} if roomy else {})
     added = any(c.residual is not None for c in calls)
     staged = block_m * block_n * item * (2 if added else 1)
     stage = (block_m + block_n) * block_k * calls[0].x.element_size()

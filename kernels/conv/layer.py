@@ -10,7 +10,13 @@ from yolov7.kernels.layout import PitchedLayout
 
 ACTIVATIONS = ("silu", "leaky_relu", "none")
 FP8_MAX = 448.0
-DTYPES = (torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float32)
+DTYPE_NAMES = {
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.float8_e4m3fn: "fp8",
+    torch.float32: "fp32",
+}
+DTYPES = tuple(DTYPE_NAMES)
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from yolov7.kernels.conv.layer import (
     ACTIVATIONS,
+    DTYPE_NAMES,
     DTYPES,
     activate,
     epilogue_activation,
@@ -56,15 +57,41 @@ class Stem:
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"activation {self.activation!r} is none of {ACTIVATIONS}")
 
-    def check(self, images: Tensor, weight: Tensor, bias: Tensor, out: Tensor) -> None:
+    @property
+    def compute(self) -> PitchedLayout:
+        """The layout whose rows are computed."""
+        return self.target
+
+
+@dataclass(frozen=True)
+class StemCall:
+    """A first convolution with its tensors, all preallocated: what the launcher takes."""
+
+    layer: Stem
+    images: Tensor
+    """``[n, c, h, w]``, any strides."""
+    weight: Tensor
+    """``[out, kernel * kernel * c]``."""
+    bias: Tensor
+    """``[out]`` fp32."""
+    out: Tensor
+    """``[target.rows, out]``, a channel slice or whole."""
+
+    def describe(self) -> str:
+        """One readable line: ``1x3x640x640 -> 32, 3x3 s1 stem``."""
+        k, shape = self.layer.kernel, "x".join(map(str, self.images.shape))
+        return f"{shape} -> {self.out.shape[1]}, {k}x{k} s{self.layer.stride} stem"
+
+    def check(self) -> None:
         """Raise ``ValueError`` unless the tensors fit; see `conv_stem`."""
-        k, t = self.kernel, self.target
-        self.target.check(out, "output")
-        size = [(side + 2 * ((k - 1) // 2) - k) // self.stride + 1 for side in images.shape[2:]]
+        k, t, stride = self.layer.kernel, self.layer.target, self.layer.stride
+        images, weight, bias, out = self.images, self.weight, self.bias, self.out
+        t.check(out, "output")
+        size = [(side + 2 * ((k - 1) // 2) - k) // stride + 1 for side in images.shape[2:]]
         if images.ndim != 4 or [images.shape[0], *size] != [t.n, t.h, t.w]:
             raise ValueError(
                 f"images {tuple(images.shape)} do not give {t.n} x {t.h} x {t.w} pixels by a "
-                f"{k}x{k} convolution of stride {self.stride}"
+                f"{k}x{k} convolution of stride {stride}"
             )
         n_out = out.shape[1]
         if tuple(weight.shape) != (n_out, k * k * images.shape[1]) or not weight.is_contiguous():
@@ -93,12 +120,12 @@ def space_to_depth_weight(weight: Tensor) -> Tensor:
     return parts.permute(0, 3, 4, 2, 5, 1).reshape(out, channels, 6, 6)
 
 
-def stem_reference(images: Tensor, weight: Tensor, bias: Tensor, stem: Stem) -> Tensor:
+def stem_reference(call: StemCall) -> Tensor:
     """The output map ``[target.rows, out]`` in fp32, in plain PyTorch, zero border."""
-    k = stem.kernel
-    kernel = weight.float().view(weight.shape[0], k, k, images.shape[1]).permute(0, 3, 1, 2)
-    y = exact_conv2d(images.float(), kernel, stem.stride, (k - 1) // 2) + bias[:, None, None]
-    return stem.target.from_nchw(activate(y, stem.activation))
+    stem, k, channels = call.layer, call.layer.kernel, call.images.shape[1]
+    weight = call.weight.float().view(-1, k, k, channels).permute(0, 3, 1, 2)
+    y = exact_conv2d(call.images.float(), weight, stem.stride, (k - 1) // 2)
+    return stem.target.from_nchw(activate(y + call.bias[:, None, None], stem.activation))
 
 
 @triton.jit
@@ -164,33 +191,42 @@ def conv_stem_kernel(
     store_rows(out_ptr, acc, offs_m, offs_n, shape, scales, False)
 
 
-def stem_config(stem: Stem, images: Tensor, out: Tensor) -> Config:
+def stem_kind(call: StemCall) -> str:
+    """What configs of the JSON file are for: ``stem3x3s1-fp16``."""
+    stem = call.layer
+    return f"stem{stem.kernel}x{stem.kernel}s{stem.stride}-{DTYPE_NAMES[call.out.dtype]}"
+
+
+def stem_size(call: StemCall) -> tuple[int, int]:
+    """(rows, output channels): the size that configs are looked up by."""
+    return call.layer.target.rows, call.out.shape[1]
+
+
+def default_stem_config(call: StemCall) -> Config:
+    """A config for devices and sizes that nobody tuned."""
+    config = {"BLOCK_M": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 1}
+    return config | ({"launch_pdl": 1} if capability(call.out.device) >= (9, 0) else {})
+
+
+def stem_config(call: StemCall) -> Config:
     """The tuned config of the nearest stem on this device, or the default one."""
-    default = {"BLOCK_M": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 1}
-    if capability(images.device) >= (9, 0):
-        default["launch_pdl"] = 1
-    kind = f"{stem.kernel}x{stem.kernel}s{stem.stride}"
-    return find_config("conv_stem", kind, (stem.target.rows, out.shape[1]), default, images.device)
+    default = default_stem_config(call)
+    return find_config("conv", stem_kind(call), stem_size(call), default, call.out.device)
 
 
-def launch_stem(
-    stem: Stem, images: Tensor, weight: Tensor, bias: Tensor, out: Tensor, config: Config
-) -> None:
-    """Run the first convolution into a preallocated map.
+def launch_stem(call: StemCall, config: Config) -> None:
+    """Run the first convolution.
 
     Args:
-        stem: sizes and options; ``stem.check`` is the caller's affair, once.
-        images: ``[n, c, h, w]``, any strides.
-        weight: ``[out, kernel * kernel * c]``.
-        bias: ``[out]`` fp32.
-        out: ``[target.rows, out]``, a channel slice or whole.
+        call: sizes, options and tensors; ``call.check`` is the caller's affair, once.
         config: ``BLOCK_M``, ``BLOCK_K``, ``num_warps``, ``num_stages``, ``launch_pdl``.
     """
+    stem, images, out = call.layer, call.images, call.out
     t, n_out = stem.target, out.shape[1]
     args = {
         "image_ptr": images,
-        "weight_ptr": weight,
-        "bias_ptr": bias,
+        "weight_ptr": call.weight,
+        "bias_ptr": call.bias,
         "out_ptr": out,
         "image_h": images.shape[2],
         "image_w": images.shape[3],
@@ -229,8 +265,9 @@ def _stem_triton(
     out_scale: float,
 ) -> None:
     stem = Stem(PitchedLayout(*target), kernel, stride, activation, out_scale)
-    stem.check(images, weight, bias, out)
-    launch_stem(stem, images, weight, bias, out, stem_config(stem, images, out))
+    call = StemCall(stem, images, weight, bias, out)
+    call.check()
+    launch_stem(call, stem_config(call))
 
 
 def _stem_reference(
@@ -245,8 +282,9 @@ def _stem_reference(
     out_scale: float,
 ) -> None:
     stem = Stem(PitchedLayout(*target), kernel, stride, activation, out_scale)
-    stem.check(images, weight, bias, out)
-    out.copy_(to_dtype(stem_reference(images, weight, bias, stem), out.dtype, out_scale))
+    call = StemCall(stem, images, weight, bias, out)
+    call.check()
+    out.copy_(to_dtype(stem_reference(call), out.dtype, out_scale))
 
 
 _stem_op = triton_op(

@@ -39,7 +39,7 @@ def compile_conv(target: str, *calls: ConvCall, **changes: int) -> Row:
 @pytest.mark.aot
 @pytest.mark.parametrize("target", MATRIX)
 def test_every_option_compiles_within_the_limits(target: str) -> None:
-    rows = list(compile_all(target, {"batch": 2, "layers": SAMPLES}, only=["conv"]))
+    rows = list(compile_all(target, {"batch": 2}, only=["conv"]))
     assert len(rows) >= len(SAMPLES) + 4
     assert not [f"{row.shape}: {limit}" for row in rows for limit in passed_limits(row)]
     kinds = {row.mma for row in rows if row.kernel != "conv_reduce_kernel"}
@@ -73,17 +73,18 @@ def test_hopper_reads_both_operands_through_descriptors() -> None:
 
 @pytest.mark.aot
 @pytest.mark.parametrize("target", MATRIX)
-def test_branches_of_one_launch_cost_no_more_than_the_larger(target: str) -> None:
-    """Registers and shared memory of the pooled beside the strided branch, in every type."""
+def test_pooled_branch_beside_the_strided_one(target: str) -> None:
+    """One launch multiplies as both do and takes the shared memory of the larger, in every type."""
     for precision, mma in MATRIX[target].items():
         records = (replace(CHAIN, stride=2), replace(CHAIN, kernel=1))
         layers = [layer_of(r, 32, pool=r.kernel == 1) for r in records]
         calls = [meta_call(layer, DTYPES[precision]) for layer in layers]
-        both, *alone = (compile_conv(target, *group) for group in (calls, *([c] for c in calls)))
+        with recording(aot.capability_of(target)):
+            config = default_config(calls)
+        both, *alone = (compile_conv(target, *g, **config) for g in (calls, *([c] for c in calls)))
         assert passed_limits(both) == []
         assert (both.mma, both.mma_count) == (mma, sum(row.mma_count for row in alone))
-        assert both.shared_bytes <= max(row.shared_bytes for row in alone)
-        assert both.registers <= 1.1 * max(row.registers for row in alone)
+        assert both.shared_bytes == max(row.shared_bytes for row in alone)
 
 
 @pytest.mark.aot

@@ -8,6 +8,7 @@ from torch import Tensor
 from yolov7.kernels.conv import pack_weight
 from yolov7.kernels.conv.stem import (
     Stem,
+    StemCall,
     conv_stem,
     launch_stem,
     space_to_depth_weight,
@@ -43,8 +44,9 @@ def test_stem(case: tuple[int, ...], dtype: torch.dtype, kernel_device: torch.de
     images, weight = images.to(kernel_device, dtype), weight.to(kernel_device, dtype)
     bias = bias.to(kernel_device)
     out = stem.target.empty(len(bias), dtype=dtype, device=kernel_device).fill_(float("nan"))
-    launch_stem(stem, images, weight, bias, out, stem_config(stem, images, out))
-    expected = stem_reference(images, weight, bias, stem)
+    call = StemCall(stem, images, weight, bias, out)
+    launch_stem(call, stem_config(call))
+    expected = stem_reference(call)
     assert (out[stem.target.border(kernel_device)] == 0).all()
     error = (out.float() - expected).abs() / expected.abs().clamp_min(1)
     assert error.max() <= TOLERANCE[dtype]
@@ -59,7 +61,7 @@ def test_reads_a_pitched_map_and_writes_a_slice(kernel_device: torch.device) -> 
     conv_stem(pixels.permute(0, 3, 1, 2), weight, bias, stem, out=wide[:, 8:16])
     assert wide[:, :8].isnan().all()
     assert wide[:, 16:].isnan().all()
-    expected = stem_reference(images.half().to(kernel_device), weight, bias, stem)
+    expected = stem_reference(StemCall(stem, images.half().to(kernel_device), weight, bias, wide))
     torch.testing.assert_close(wide[:, 8:16].float(), expected, atol=2e-3, rtol=2e-3)
 
 
@@ -87,7 +89,7 @@ def test_operation(kernel_device: torch.device) -> None:
     stem, images, weight, bias = problem(1, 4, 5, 16)
     images, weight, bias = (t.to(kernel_device) for t in (images, weight, bias))
     out = conv_stem(images, weight, bias, stem)
-    expected = stem_reference(images, weight, bias, stem)
+    expected = stem_reference(StemCall(stem, images, weight, bias, out))
     torch.testing.assert_close(out, expected, atol=2e-3, rtol=2e-3)
     args = (images, weight, bias, out, stem.target.sizes, 3, 1, "silu", 1.0)
     torch.library.opcheck(torch.ops.yolov7.conv_stem.default, args)

@@ -1,14 +1,15 @@
 """The tuner's parts that need no GPU, and one layer tuned in the interpreter."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from yolov7.kernels import runtime, tune
-from yolov7.kernels.conv import ConvCall, conv_reference, launch_conv
-from yolov7.kernels.conv.cases import Record, layer_of, meta_call
+from yolov7.kernels import aot, runtime, tune
+from yolov7.kernels.conv import ConvCall, cases, launch_conv
+from yolov7.kernels.conv.cases import Calls, Record, layer_of, meta_call, stem_call
 from yolov7.kernels.conv.launcher import default_config
 from yolov7.kernels.runtime import find_config, recording
 from yolov7.kernels.tune import Entry
@@ -16,23 +17,48 @@ from yolov7.kernels.tune import Entry
 CHAIN = Record(128, 128, 3, 1, 80, 80)
 HEAD = Record(256, 255, 1, 1, 80, 80, "none")
 SMALL = Record(16, 24, 1, 1, 4, 5)
+STEM = Record(3, 32, 3, 1, 6, 7)
+CPU = torch.device("cpu")
 
 
-def test_expensive_layers_come_first_and_only_once() -> None:
-    stem = Record(3, 32, 3, 1, 640, 640)
-    layers = tune.layers_to_tune([HEAD, stem, CHAIN, CHAIN], [1, 32], torch.float16)
-    assert [(x.source.n, x.kernel) for x in layers] == [(32, 3), (32, 1), (1, 3), (1, 1)]
-    seconds = [tune.expected_seconds(layer, torch.float16) for layer in layers]
+def launch_of(*records: Record, batch: int = 1, dtype: torch.dtype = torch.float16) -> Calls:
+    if records[0].in_channels == 3:
+        return stem_call(records[0], batch, dtype)
+    return [meta_call(layer_of(record, batch), dtype) for record in records]
+
+
+def test_expensive_launches_come_first_and_only_once() -> None:
+    records = (HEAD, CHAIN, CHAIN)
+    launches = [launch_of(record, batch=batch) for record in records for batch in (1, 32)]
+    found = tune.launches_to_tune(launches)
+    assert [(x.layer.target.n, x.layer.kernel) for (x,) in map(tune.members, found)] == [
+        (32, 3), (32, 1), (1, 3), (1, 1)
+    ]  # fmt: skip
+    seconds = list(map(tune.expected_seconds, found))
     assert seconds == sorted(seconds, reverse=True)
 
 
 def test_roofline_counts_operations_or_bytes() -> None:
     layer = layer_of(CHAIN, 32)
-    assert tune.expected_seconds(layer, torch.float16) == layer.flops / tune.RATE
-    bound = layer_of(HEAD, 32)
-    sizes = (bound.source.rows * 256, bound.target.rows * 255, 256 * 255)
-    expected = 2 * sum(sizes) / tune.BANDWIDTH
-    assert tune.expected_seconds(bound, torch.float16) == pytest.approx(expected)
+    two = launch_of(CHAIN, CHAIN, batch=32)
+    assert tune.expected_seconds(two) == 2 * layer.flops / tune.RATE
+    (call,) = tune.members(launch_of(HEAD, batch=32))
+    assert isinstance(call, ConvCall)
+    sizes = 2 * (call.x.numel() + call.out.numel() + call.weight.numel()) + 4 * 255
+    assert tune.expected_seconds([call]) == pytest.approx(sizes / tune.BANDWIDTH)
+
+
+@pytest.mark.parametrize("variant", ["yolov7", "yolov7-e6e"])
+@pytest.mark.parametrize("precision", ["fp16", "fp8"])
+def test_every_launch_of_a_plan_is_tuned(variant: str, precision: str) -> None:
+    launches = aot.workload(variant, 1, precision)["calls"]
+    kinds = {tune.launch_key(launch)[0] for launch in tune.launches_to_tune(launches)}
+    expected = {"3x3s1", "1x1s1", "1x1s1-upsample", "3x3s2+1x1s1-pool", "1x1s1+1x1s1"}
+    expected |= {"stem3x3s1"} if variant == "yolov7" else {"stem6x6s2", "1x1s1-sum"}
+    assert {f"{kind}-{precision}" for kind in expected} <= kinds
+    with recording((9, 0)):
+        for launch in launches:
+            assert len(tune.ordered_configs(launch, (9, 0))) >= 6
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (9, 0)], ids=["sm_80", "sm_90"])
@@ -41,8 +67,8 @@ def test_roofline_counts_operations_or_bytes() -> None:
 def test_search_space_is_small_and_fits(
     record: Record, capability: tuple[int, int], dtype: torch.dtype
 ) -> None:
-    call = meta_call(layer_of(record, 1), dtype)
-    configs = list(tune.search_space(call, capability))
+    calls = [meta_call(layer_of(record, 1), dtype)]
+    configs = list(tune.search_space(calls, capability))
     assert 6 <= len(configs) <= 160
     assert len({str(config) for config in configs}) == len(configs)
     tma = capability == (9, 0) and record.stride == 1
@@ -55,8 +81,8 @@ def test_search_space_is_small_and_fits(
 
 def test_default_config_is_tried_first() -> None:
     with recording((9, 0)):
-        configs = tune.ordered_configs(meta_call(layer_of(CHAIN, 32), torch.float16), (9, 0))
-        default = default_config([meta_call(layer_of(CHAIN, 32), torch.float16)])
+        calls = [meta_call(layer_of(CHAIN, 32), torch.float16)]
+        configs, default = tune.ordered_configs(calls, (9, 0)), default_config(calls)
     assert configs[0] == default
     assert configs.count(configs[0]) == 1
 
@@ -69,12 +95,15 @@ def test_error_of_nan_is_infinite() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float8_e4m3fn], ids=str)
-def test_random_layers_have_outputs_of_order_one(dtype: torch.dtype) -> None:
+def test_random_launches_have_outputs_of_order_one(dtype: torch.dtype) -> None:
     layer = layer_of(Record(64, 32, 3, 1, 6, 7), 2)
-    call = tune.random_call(layer, dtype, torch.device("cpu"))
+    described = meta_call(layer, dtype, residual=True)
+    call = tune.random_call(replace(described, x=described.x[:, :64]), CPU)
     assert (call.x[layer.source.border()].float() == 0).all()
-    expected = conv_reference(call)
-    assert 0.2 <= float(expected.std()) <= 3
+    assert call.out.stride() == described.out.stride()
+    (stem,) = tune.members(tune.random_calls(launch_of(STEM), CPU))
+    for expected in (*tune.references([call]), *tune.references(stem)):  # type: ignore[arg-type]
+        assert 0.2 <= float(expected.std()) <= 3
 
 
 @pytest.mark.interpreter
@@ -86,16 +115,16 @@ def test_wrong_config_is_rejected_and_the_fastest_right_one_wins(
     def faulty(calls: list[ConvCall], config: runtime.Config, workspace: torch.Tensor) -> None:
         launch_conv(calls, config, workspace)
         if config["num_warps"] == 8:
-            calls[0].out[3, 3] += 1
+            calls[-1].out[3, 3] += 1
 
-    monkeypatch.setattr(tune, "launch_conv", faulty)
-    call = tune.random_call(layer_of(SMALL, 1), torch.float16, kernel_device)
+    monkeypatch.setattr(cases, "launch_conv", faulty)
+    calls = tune.random_calls(launch_of(SMALL, SMALL), kernel_device)
     shared = {"TMA": 0, "BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 16, "SPLIT_K": 1, "num_stages": 2}
     configs = [{**shared, "num_warps": warps} for warps in (1, 2, 8, 4)]
     configs.append({**shared, "BLOCK_M": 17, "num_warps": 4})  # does not compile
     times = iter([3e-6, 1e-6, 2e-6])  # one for each right config
     said: list[str] = []
-    best = tune.tune_layer(call, configs, lambda _: next(times), report=said.append)
+    best = tune.tune_launch(calls, configs, lambda _: next(times), report=said.append)
     assert best is not None
     assert (best.config["num_warps"], best.microseconds, best.tried) == (2, 1.0, 5)
     assert len(said) == 2
@@ -103,8 +132,17 @@ def test_wrong_config_is_rejected_and_the_fastest_right_one_wins(
 
 
 def test_time_box_tries_nothing_more() -> None:
-    call = tune.random_call(layer_of(SMALL, 1), torch.float32, torch.device("cpu"))
-    assert tune.tune_layer(call, [{"TMA": 0}], lambda _: 1.0, deadline=0.0) is None
+    calls = tune.random_calls(launch_of(SMALL), CPU)
+    assert tune.tune_launch(calls, [{"TMA": 0}], lambda _: 1.0, deadline=0.0) is None
+
+
+@pytest.mark.interpreter
+def test_stem_is_tuned(kernel_device: torch.device) -> None:
+    calls = tune.random_calls(launch_of(STEM), kernel_device)
+    configs = tune.ordered_configs(calls, (8, 0))[:3]
+    best = tune.tune_launch(calls, configs, lambda _: 1e-6)
+    assert best is not None
+    assert (best.kind, best.size, best.tried) == ("stem3x3s1-fp16", (7 * 8, 32), 3)
 
 
 def test_written_configs_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

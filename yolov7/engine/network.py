@@ -4,7 +4,7 @@ On CUDA, and in Triton's interpreter, a step is a launch of a kernel; on a CPU i
 plain PyTorch references over the same buffers, slices and groups.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -27,8 +27,9 @@ from yolov7.kernels.conv import (
     quantise_weight,
     workspace_elements,
 )
+from yolov7.kernels.conv.cases import Calls
 from yolov7.kernels.conv.layer import FP8_MAX, to_dtype
-from yolov7.kernels.conv.stem import Stem, conv_stem, space_to_depth_weight
+from yolov7.kernels.conv.stem import Stem, StemCall, conv_stem, space_to_depth_weight
 from yolov7.kernels.decode import decode
 from yolov7.kernels.pool import max_pool, spp, upsample
 from yolov7.kernels.runtime import INTERPRET
@@ -52,6 +53,7 @@ class PlannedNetwork:
         images: [batch, 3, height, width] the input, to be written before `run`.
         features: the head's inputs after `run`, [batch, C, H, W] views of the buffers.
         plan: what is run.
+        calls: the convolutions of each launch that has some, in order.
     """
 
     def __init__(
@@ -78,6 +80,7 @@ class PlannedNetwork:
             device=device,
             memory_format=torch.channels_last,
         )
+        self.calls: list[Calls] = []
         self._launches: list[tuple[Step, list[Callable[[], object]]]] = []
         for step in self.plan.steps:
             if step.kind == "head":
@@ -165,7 +168,9 @@ class PlannedNetwork:
         (task, *_) = step.tasks
         match step.kind:
             case "conv":
-                return self._prepare_convs([self._call(task) for task in step.tasks])
+                calls = [self._call(task) for task in step.tasks]
+                self.calls.append(calls)
+                return self._prepare_convs(calls)
             case "stem":
                 return [self._prepare_stem(task)]
             case "spp":
@@ -190,6 +195,7 @@ class PlannedNetwork:
         out = self._map(task.writes[0])
         scale = self._scale(task.writes[0])
         stem = Stem(task.writes[0].buffer.layout, kernel, stride, task.activation, scale)
+        self.calls.append(StemCall(stem, self.images, weight, bias, out))
         return lambda: conv_stem(self.images, weight, bias, stem, out=out)
 
     def _prepare_head(self, task: Task, head: Detect) -> Callable[..., tuple[Tensor, Tensor]]:
@@ -232,7 +238,7 @@ class PlannedNetwork:
         check_call(call)
         return call
 
-    def _prepare_convs(self, calls: list[ConvCall]) -> list[Callable[[], object]]:
+    def _prepare_convs(self, calls: Sequence[ConvCall]) -> list[Callable[[], object]]:
         if not self._kernels:
             return [partial(_run_reference, call) for call in calls]
         config = choose_config(calls)
@@ -240,6 +246,33 @@ class PlannedNetwork:
         if elements and (self._workspace is None or self._workspace.numel() < elements):
             self._workspace = torch.empty(elements, device=self.device)
         return [lambda: launch_conv(calls, config, self._workspace)]
+
+
+def described(
+    model: YOLOv7, batch: int, height: int, width: int, dtype: torch.dtype
+) -> list[Calls]:
+    """What a plan launches, on the meta device: to be compiled, tuned or checked.
+
+    Args:
+        model: in fused form, on the meta device.
+        batch: images.
+        height: of the input in pixels, a multiple of the model's stride.
+        width: likewise.
+        dtype: fp32, fp16 or bf16 maps, or fp8 e4m3 where the plan has them.
+    """
+    fp8 = dtype == torch.float8_e4m3fn
+
+    def planned(names: Iterable[str]) -> PlannedNetwork:
+        ranges = dict.fromkeys(names, FP8_MAX)  # every scale is 1
+        higher, device = torch.float16 if fp8 else dtype, torch.device("meta")
+        return PlannedNetwork(
+            model, batch, height, width, dtype=higher, device=device, ranges=ranges
+        )
+
+    network = planned(())
+    if fp8:
+        network = planned(name for step in network.plan.steps for name, _ in _written(step))
+    return network.calls
 
 
 def _run_all(launches: Sequence[Callable[[], object]]) -> None:
