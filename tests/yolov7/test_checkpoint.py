@@ -16,7 +16,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from yolov7.checkpoint import load_model, read_metadata, save_model
+import yolov7
+from yolov7.checkpoint import DEMO_WEIGHTS, load_model, read_metadata, save_model
 from yolov7.errors import UserError
 from yolov7.model import YOLOv7
 from yolov7.unpickle import TorchFile
@@ -184,6 +185,8 @@ def test_embedded_weights_are_the_default() -> None:
     model = load_model()
     assert model.names == ["RBC", "WBC", "Platelets"]
     assert (model.variant.name, model.imgsz) == ("yolov7-tiny", 320)
+    file = Path(yolov7.__file__).parent / "assets" / DEMO_WEIGHTS
+    assert file.stat().st_size < 3e6
 
 
 # --- files that are wrong, and files that mean harm ------------------------------------------

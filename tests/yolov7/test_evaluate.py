@@ -292,3 +292,15 @@ def test_the_authors_own_evaluation_is_reproduced(
     stats = evaluate(model, dataset, Settings(imgsz=320, preparation=preparation)).stats
     got = [stats[name] for name in ("AP", "AP50", "AP75", "AR100")]
     assert got == pytest.approx(AUTHORS[preparation, split], abs=5e-4)
+
+
+@pytest.mark.parametrize("split", ["test", "val"])
+def test_embedded_weights_reach_what_was_kept(data_dir: Path, split: str) -> None:
+    from bench.accuracy import FIGURES, kept
+    from yolov7.checkpoint import load_model
+
+    model = load_model().fuse()
+    dataset = load_data(data_dir / "blood-cells", split)
+    stats = evaluate(model, dataset, Settings(imgsz=model.imgsz)).stats
+    row = kept()[f"the embedded weights, {split}"]
+    assert [stats[name] for name in FIGURES] == pytest.approx([row[n] for n in FIGURES], abs=5e-4)
