@@ -30,7 +30,8 @@ def stats_kernel(
     shift = tl.load(x_ptr + start * C + offs_c, mask=mask_c, other=0.0).to(tl.float32)
     total = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
     square = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
-    for first in range(start, end, BLOCK_M):
+    # Two stages: the next rows are on their way while these are added.
+    for first in tl.range(start, end, BLOCK_M, num_stages=2):
         offs_m = first + tl.arange(0, BLOCK_M)
         mask = (offs_m < end)[:, None] & mask_c[None, :]
         x = tl.load(x_ptr + offs_m[:, None] * C + offs_c[None, :], mask=mask, other=0.0)
