@@ -195,6 +195,11 @@ class YOLOv7(nn.Module):
             lead[i] = x
         return lead, auxiliary
 
+    def lead_outputs(self, x: Tensor) -> list[Tensor]:
+        """Raw outputs of the lead levels alone; x as for `forward`."""
+        maps = zip(self.lead_convs, self.features(x)[0], strict=True)
+        return self.head.raw([conv(y) for conv, y in maps])
+
     @overload
     def forward(self, x: Tensor, raw: Literal[True]) -> tuple[Tensor, list[Tensor]]: ...
     @overload
@@ -213,10 +218,10 @@ class YOLOv7(nn.Module):
             first, then auxiliary levels. Evaluation mode: decoded boxes [B, N, 5 + classes] (see
             `Detect.decode`); with `raw`, these and the raw outputs.
         """
+        if not (self.training or raw):
+            return self.head.decode(self.lead_outputs(x))
         lead, auxiliary = self.features(x)
         lead = [conv(y) for conv, y in zip(self.lead_convs, lead, strict=True)]
-        if not (self.training or raw):
-            return self.head.decode(self.head.raw(lead))
         auxiliary = [conv(y) for conv, y in zip(self.auxiliary_convs, auxiliary, strict=False)]
         outputs = self.head.raw(lead, auxiliary)
         return outputs if self.training else (self.head.decode(outputs), outputs)

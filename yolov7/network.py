@@ -13,7 +13,7 @@ import shutil
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,10 +23,13 @@ from yolov7.cache import cache_folder
 from yolov7.checkpoint import load_model
 from yolov7.errors import UserError
 from yolov7.exported import SUFFIXES, ExportedNetwork
+from yolov7.head import Detect
 from yolov7.model import YOLOv7
 
 if TYPE_CHECKING:
     from yolov7.engine.network import PlannedNetwork
+
+T = TypeVar("T")
 
 COMPILED = "TORCHINDUCTOR_CACHE_DIR"
 PLANS = 4  # input shapes that the graph engine is ready for
@@ -133,13 +136,13 @@ class Network:
         self._model, self._planned = model, dict[tuple[int, ...], "PlannedNetwork"]()
         self._lock = threading.Lock()
         self._forward: Callable[[Tensor], Tensor] = model
-        if self.device.type == "cpu":
-            keep_freed_memory()
         if self.engine == "compile":
             _keep_compiled()
+        if self.device.type == "cpu":
+            keep_freed_memory()
+            self._forward = self._on_cpu(model)
+        elif self.engine == "compile":
             self._forward = _frozen(torch.compile(model, dynamic=False))
-        elif self.engine == "eager" and self.device.type == "cpu" and _has_packed_convolutions():
-            pack_convolutions(model)
 
     @torch.no_grad()
     def __call__(self, x: Tensor) -> Tensor:
@@ -149,6 +152,14 @@ class Network:
             with self._lock:  # a plan has one set of buffers
                 return self.planned(x.shape[0], x.shape[2], x.shape[3])(x)
         return self._forward(x)
+
+    def _on_cpu(self, model: YOLOv7) -> Callable[[Tensor], Tensor]:
+        outputs: Callable[[Tensor], list[Tensor]] = model.lead_outputs
+        if self.engine == "compile":
+            outputs = _frozen(torch.compile(outputs, dynamic=False))
+        elif self.engine == "eager" and _has_packed_convolutions():
+            pack_convolutions(model)
+        return lambda x: decode_in_place(model.head, outputs(x))
 
     def run_eagerly(self) -> None:
         """Leave the engine graph, and the memory of its plans, for eager."""
@@ -231,7 +242,7 @@ def _keep_compiled() -> None:
         os.environ[COMPILED] = str(cache_folder("inductor"))
 
 
-def _frozen(compiled: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+def _frozen(compiled: Callable[[Tensor], T]) -> Callable[[Tensor], T]:
     """Compile with the weights as constants, which are packed then.
 
     As an option of `torch.compile` this reaches Inductor but not Dynamo, which would pass the
@@ -239,11 +250,39 @@ def _frozen(compiled: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     """
     from torch._inductor import config
 
-    def forward(x: Tensor) -> Tensor:
+    def forward(x: Tensor) -> T:
         with config.patch(freezing=True):
             return compiled(x)
 
     return forward
+
+
+def decode_in_place(head: Detect, raw: Sequence[Tensor]) -> Tensor:
+    """`Detect.decode` in two passes over the memory instead of four.
+
+    It is neither differentiable nor to be traced. Of the 25 ms of yolov7-tiny in bf16 it saves one,
+    and two of what Inductor makes of `Detect.decode`.
+
+    Args:
+        head: Of the model.
+        raw: Its raw outputs, lead levels only.
+
+    Returns:
+        What `Detect.decode` does.
+    """
+    counts = [y.shape[1:4].numel() for y in raw]
+    shape = raw[0].shape[0], sum(counts), head.num_outputs
+    decoded = torch.empty(shape, dtype=torch.promote_types(raw[0].dtype, torch.float32))
+    levels = [part.view(y.shape) for part, y in zip(decoded.split(counts, 1), raw, strict=True)]
+    for level, y in zip(levels, raw, strict=True):
+        level.copy_(y)
+    decoded.sigmoid_()
+    for level, anchors, stride in zip(levels, head.anchors, head.strides, strict=True):
+        height, width = level.shape[2:4]
+        level[..., 0].mul_(2).sub_(0.5).add_(torch.arange(width)).mul_(stride)
+        level[..., 1].mul_(2).sub_(0.5).add_(torch.arange(height).view(-1, 1)).mul_(stride)
+        level[..., 2:4].mul_(2).square_().mul_(anchors.view(1, -1, 1, 1, 2))
+    return decoded
 
 
 def keep_freed_memory() -> None:
