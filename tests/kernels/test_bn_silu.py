@@ -109,7 +109,8 @@ def test_statistics_of_parts_merge(kernel_device: torch.device) -> None:
     parts = [kernel._stats_op(part, None, None, 0.0) for part in x.split([1, 50, 39])]
     mean, var = torch.zeros(18).to(kernel_device), torch.ones(18).to(kernel_device)
     merged = kernel._merge_op(torch.stack(parts), mean, var, 0.5)
-    torch.testing.assert_close(merged, kernel._stats_op(x, None, None, 0.0))
+    whole = kernel._stats_op(x, None, None, 0.0)
+    torch.testing.assert_close(merged, whole, rtol=1e-5, atol=1e-5)  # sums in another order
     torch.testing.assert_close(mean, x.mean(0) / 2)
     torch.testing.assert_close(var, 0.5 + x.var(0) / 2)
 
