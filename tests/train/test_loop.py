@@ -366,7 +366,7 @@ def test_wrong_use_is_explained(options: Train, tmp_path: Path) -> None:
     save_model(create_model("yolov7-tiny", 2, width=0.125, form="deploy"), deploy)
     cases: list[tuple[dict[str, Any], str]] = [
         ({"weights": str(deploy), "width": 1.0}, "is in deploy form, which cannot be trained"),
-        ({"weights": str(deploy)}, "--width .* from scratch"),
+        ({"weights": str(deploy)}, "--width, .* from scratch"),
         ({"data": ""}, "give --data"),
         ({"variant": "yolov9"}, "unknown model 'yolov9'"),
         ({"imgsz": 70}, "no multiple of the stride 32: try 64"),
