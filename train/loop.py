@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from yolov7.checkpoint import load_model, save_model
+from yolov7.cpu import keep_freed_memory
 from yolov7.errors import UserError
 from yolov7.evaluate import Settings
 from yolov7.model import YOLOv7
-from yolov7.network import keep_freed_memory, resolve_device
+from yolov7.network import resolve_device
 from yolov7.runs import new_run
 from yolov7.train import prepare
 from yolov7.train.autobatch import largest_batch

@@ -1,14 +1,6 @@
-"""A fused model made ready to run: device, precision, memory layout, engine.
+"""A fused model made ready to run: device, precision, memory layout, engine."""
 
-On a CPU two things beside the layout count. oneDNN convolutions run with weights packed once and
-the activation applied to the accumulators: what Inductor generates too, without its start-up. And
-freed memory is kept: by default glibc hands every large block back to the system, and a forward of
-yolov7-tiny at 640 pixels then spends a third of its time on 15 000 page faults.
-"""
-
-import ctypes
 import os
-import platform
 import shutil
 import threading
 from collections.abc import Callable, Sequence
@@ -16,14 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from yolov7.blocks import Conv, RepConv
 from yolov7.cache import cache_folder
 from yolov7.checkpoint import load_model
+from yolov7.cpu import Decoder, can_pack, keep_freed_memory, pack_convolutions
 from yolov7.errors import UserError
 from yolov7.exported import SUFFIXES, ExportedNetwork
-from yolov7.head import Detect
 from yolov7.model import YOLOv7
 
 if TYPE_CHECKING:
@@ -147,7 +138,7 @@ class Network:
     @torch.no_grad()
     def __call__(self, x: Tensor) -> Tensor:
         """Decoded boxes [B, N, 5 + classes] in fp32 of images x [B, 3, H, W], RGB in 0..1."""
-        x = x.to(self.device, self.dtype, memory_format=torch.channels_last)
+        x = x.to(self.device, self.dtype).contiguous(memory_format=torch.channels_last)
         if self.engine == "graph":
             with self._lock:  # a plan has one set of buffers
                 return self.planned(x.shape[0], x.shape[2], x.shape[3])(x)
@@ -156,10 +147,15 @@ class Network:
     def _on_cpu(self, model: YOLOv7) -> Callable[[Tensor], Tensor]:
         outputs: Callable[[Tensor], list[Tensor]] = model.lead_outputs
         if self.engine == "compile":
+            if self.dtype == torch.float32:
+                from yolov7.winograd import use_winograd  # loads the compiler
+
+                use_winograd(model)
             outputs = _frozen(torch.compile(outputs, dynamic=False))
-        elif self.engine == "eager" and _has_packed_convolutions():
+        elif self.engine == "eager" and can_pack():
             pack_convolutions(model)
-        return lambda x: decode_in_place(model.head, outputs(x))
+        decode = Decoder(model.head)
+        return lambda x: decode(outputs(x))
 
     def run_eagerly(self) -> None:
         """Leave the engine graph, and the memory of its plans, for eager."""
@@ -255,93 +251,3 @@ def _frozen(compiled: Callable[[Tensor], T]) -> Callable[[Tensor], T]:
             return compiled(x)
 
     return forward
-
-
-def decode_in_place(head: Detect, raw: Sequence[Tensor]) -> Tensor:
-    """`Detect.decode` in two passes over the memory instead of four.
-
-    It is neither differentiable nor to be traced. Of the 25 ms of yolov7-tiny in bf16 it saves one,
-    and two of what Inductor makes of `Detect.decode`.
-
-    Args:
-        head: Of the model.
-        raw: Its raw outputs, lead levels only.
-
-    Returns:
-        What `Detect.decode` does.
-    """
-    counts = [y.shape[1:4].numel() for y in raw]
-    shape = raw[0].shape[0], sum(counts), head.num_outputs
-    decoded = torch.empty(shape, dtype=torch.promote_types(raw[0].dtype, torch.float32))
-    levels = [part.view(y.shape) for part, y in zip(decoded.split(counts, 1), raw, strict=True)]
-    for level, y in zip(levels, raw, strict=True):
-        level.copy_(y)
-    decoded.sigmoid_()
-    for level, anchors, stride in zip(levels, head.anchors, head.strides, strict=True):
-        height, width = level.shape[2:4]
-        level[..., 0].mul_(2).sub_(0.5).add_(torch.arange(width)).mul_(stride)
-        level[..., 1].mul_(2).sub_(0.5).add_(torch.arange(height).view(-1, 1)).mul_(stride)
-        level[..., 2:4].mul_(2).square_().mul_(anchors.view(1, -1, 1, 1, 2))
-    return decoded
-
-
-def keep_freed_memory() -> None:
-    """Ask glibc to keep what is freed for the next allocation; elsewhere nothing happens.
-
-    It holds for the whole process, whose memory then stays at its peak.
-    """
-    if platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
-        mmap_threshold, trim_threshold = -3, -1  # of malloc.h
-        libc.mallopt(mmap_threshold, 1 << 30)
-        libc.mallopt(trim_threshold, (1 << 31) - 1)
-
-
-class PackedConv(nn.Module):
-    """oneDNN convolution, bias and activation in one call, weights packed for the first input.
-
-    Args:
-        conv: What it does, with a bias.
-        act: SiLU, LeakyReLU, or none.
-    """
-
-    def __init__(self, conv: nn.Conv2d, act: nn.Module | None) -> None:
-        super().__init__()
-        self.geometry = (list(conv.padding), list(conv.stride), list(conv.dilation), conv.groups)
-        self.weight: Tensor = conv.weight.detach()
-        self.bias = None if conv.bias is None else conv.bias.detach()
-        self.packed = False
-        match act:
-            case None:
-                self.post: tuple[str, list[float], str] = ("none", [], "")
-            case nn.SiLU():
-                self.post = ("swish", [], "")
-            case nn.LeakyReLU():
-                self.post = ("leaky_relu", [act.negative_slope], "")
-            case _:
-                raise ValueError(f"no oneDNN form of {act}")
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.packed:
-            reorder = torch.ops.mkldnn._reorder_convolution_weight
-            self.weight = reorder(self.weight, *self.geometry, list(x.shape))
-            self.packed = True
-        result: Tensor = torch.ops.mkldnn._convolution_pointwise(
-            x, self.weight, self.bias, *self.geometry, *self.post
-        )
-        return result
-
-
-def _has_packed_convolutions() -> bool:
-    return torch._C._has_mkldnn and platform.machine() in ("x86_64", "AMD64")
-
-
-def pack_convolutions(model: YOLOv7) -> None:
-    """Replace the convolutions of a fused model by packed ones, in place."""
-    for name, module in list(model.named_modules()):
-        if isinstance(module, (Conv, RepConv)):
-            assert isinstance(module.conv, nn.Conv2d)  # RepConv has it once it is fused
-            model.set_submodule(name, PackedConv(module.conv, module.act))
-    for level, conv in enumerate(model.head.lead):
-        assert isinstance(conv, nn.Conv2d)
-        model.head.lead[level] = PackedConv(conv, None)

@@ -12,6 +12,7 @@ from torch import nn
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from yolov7.checkpoint import load_model
+from yolov7.cpu import Decoder, PackedConv
 from yolov7.engine.calibrate import calibrate
 from yolov7.errors import UserError
 from yolov7.model import YOLOv7, create_model
@@ -19,8 +20,6 @@ from yolov7.network import (
     COMPILED,
     PLANS,
     Network,
-    PackedConv,
-    decode_in_place,
     resolve_device,
     resolve_precision,
 )
@@ -70,12 +69,14 @@ def test_packed_convolutions_take_other_shapes(demo: YOLOv7, images: torch.Tenso
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_decoding_in_place_is_decoding(demo: YOLOv7, dtype: torch.dtype) -> None:
     random = torch.Generator().manual_seed(0)
-    sides = ((12, 16), (6, 8), (3, 4))
-    raw = [torch.randn(2, 3, h, w, 8, generator=random).to(dtype) for h, w in sides]
-    before = [y.clone() for y in raw]
-    decoded = decode_in_place(demo.head, raw)
-    torch.testing.assert_close(decoded, demo.head.decode(raw))
-    assert all(torch.equal(a, b) for a, b in zip(raw, before, strict=True))
+    decode = Decoder(demo.head)
+    for scale in (4, 3, 3):  # of another shape, and again
+        sides = [(scale * n, scale * n + n) for n in (4, 2, 1)]
+        raw = [torch.randn(2, 3, h, w, 8, generator=random).to(dtype) for h, w in sides]
+        before = [y.clone() for y in raw]
+        decoded = decode(raw)
+        torch.testing.assert_close(decoded, demo.head.decode(raw))
+        assert all(torch.equal(a, b) for a, b in zip(raw, before, strict=True))
 
 
 def test_bf16_decodes_in_fp32(demo: YOLOv7, images: torch.Tensor) -> None:
@@ -186,6 +187,7 @@ def test_forwards_take_no_page_faults() -> None:
 import resource, torch
 torch.set_num_threads(1)
 from yolov7.checkpoint import load_model
+from yolov7.cpu import Decoder, PackedConv
 from yolov7.network import Network
 network, x = Network(load_model(), device="cpu"), torch.rand(1, 3, 640, 640)
 for _ in range(3): network(x)
