@@ -66,7 +66,7 @@ class PackedConv(nn.Module):
 
 
 def can_pack() -> bool:
-    """Whether this machine has packed convolutions."""
+    """Whether this machine has oneDNN's packed convolutions."""
     return torch._C._has_mkldnn and platform.machine() in ("x86_64", "AMD64")
 
 

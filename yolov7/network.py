@@ -147,7 +147,7 @@ class Network:
     def _on_cpu(self, model: YOLOv7) -> Callable[[Tensor], Tensor]:
         outputs: Callable[[Tensor], list[Tensor]] = model.lead_outputs
         if self.engine == "compile":
-            if self.dtype == torch.float32:
+            if self.dtype == torch.float32 and can_pack():
                 from yolov7.winograd import use_winograd  # loads the compiler
 
                 use_winograd(model)

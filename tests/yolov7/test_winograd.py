@@ -68,10 +68,13 @@ def test_which_convolutions(tiny: YOLOv7) -> None:
             assert relative(actual, expected) < 1e-5
 
 
-@pytest.mark.parametrize(("precision", "count"), [("fp32", 8), ("bf16", 0)])
-def test_the_compile_engine_uses_it_in_fp32(
-    tiny: YOLOv7, precision: str, count: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("precision", "packed", "count"), [("fp32", True, 8), ("fp32", False, 0), ("bf16", True, 0)]
+)
+def test_the_compile_engine_uses_it_in_fp32_with_onednn(
+    tiny: YOLOv7, precision: str, packed: bool, count: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("yolov7.network.can_pack", lambda: packed)
     monkeypatch.setattr("shutil.which", lambda name: name)
     monkeypatch.setattr(torch, "compile", lambda outputs, **_: outputs)
     model = copy.deepcopy(tiny)
