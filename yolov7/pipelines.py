@@ -28,9 +28,12 @@ class Pipelines:
         size = self._batch * max(image.size for image in images)
         pipeline = self._pipelines.pop(shape, None)
         if pipeline is None or pipeline.capacity < size:
+            if self._network.device.type == "cuda":
+                # What is under way may use the buffers that a new pipeline shares or frees.
+                torch.cuda.synchronize(self._network.device)
+            if len(self._pipelines) == PLANS:
+                del self._pipelines[next(iter(self._pipelines))]
             network = self._network.planned(self._batch, *shape)
             pipeline = FramePipeline(network, self._suppression, capacity=size)
         self._pipelines[shape] = pipeline
-        if len(self._pipelines) > PLANS:
-            del self._pipelines[next(iter(self._pipelines))]
         return pipeline.submit([torch.from_numpy(image) for image in images], geometries)

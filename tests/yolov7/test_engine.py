@@ -166,6 +166,26 @@ def test_frames_of_several_sizes_give_the_detectors_boxes() -> None:
     torch.testing.assert_close(rows, expected[2].boxes.data, rtol=1e-4, atol=1e-2)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_batches_in_flight_keep_their_own_geometry() -> None:
+    """Three batches go up before the first is waited for; frames of one letterbox, many sizes."""
+    model, device = load_model().fuse(), torch.device("cuda")
+    sizes = [(240, 320), (480, 640), (720, 960), (960, 1280), (120, 160), (600, 800)]
+    first = sample_frames()[0]
+    frames = [np.asarray(cv2.resize(first, (w, h)), np.uint8) for h, w in sizes]
+    boxes = [letterbox_geometry(f.shape[:2], 320, stride=32, auto=True) for f in frames]
+    network = PlannedNetwork(model, 1, *boxes[0].shape, dtype=torch.float32, device=device)
+    pipeline = FramePipeline(network, Suppression(), capacity=max(f.size for f in frames))
+    tensors = [torch.from_numpy(frame) for frame in frames]
+    alone = [pipeline.submit([t], [b]).wait().boxes for t, b in zip(tensors, boxes, strict=True)]
+    for source in (tensors, [tensor.to(device) for tensor in tensors]):
+        for _ in range(20):
+            flight = [pipeline.submit([t], [b]) for t, b in zip(source, boxes, strict=True)]
+            for pending, expected in zip(flight, alone, strict=True):
+                assert torch.equal(pending.wait().boxes, expected)
+
+
 def test_two_threads_do_not_corrupt_each_other() -> None:
     model = load_model().fuse()
     frames = sample_frames()[:2]

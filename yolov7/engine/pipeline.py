@@ -138,6 +138,7 @@ class FramePipeline:
     @torch.no_grad()
     def _capture(self) -> None:
         """Run once, which compiles the kernels, then record."""
+        self._stream.wait_stream(torch.cuda.current_stream(self._pixels.device))  # the weights
         with torch.cuda.stream(self._stream):
             self._run()
             self._stream.synchronize()
@@ -186,17 +187,22 @@ class FramePipeline:
         index, self._next = self._next, (self._next + 1) % STAGES
         stage, pinned, free = self._stages[index], self._pinned[index], self._free[index]
         free.synchronize()  # until what went through this stage is in the graph's input
+        self._uploads.wait_stream(torch.cuda.current_stream(stage.device))  # which made the frames
         with torch.cuda.stream(self._uploads):
             offset = 0
             for frame in frames:
                 end = offset + frame.numel()
                 source = frame.flatten()
-                if not frame.is_cuda:
+                if frame.is_cuda:
+                    source.record_stream(self._uploads)
+                else:
                     source = pinned[offset:end].copy_(source)
                 stage[offset:end].copy_(source, non_blocking=True)
                 offset = end
             table = table.pin_memory().to(stage.device, non_blocking=True)
             geometry = geometry.pin_memory().to(stage.device, non_blocking=True)
+            for upload in (table, geometry):  # the next batch must not be given their memory
+                upload.record_stream(self._stream)
             uploaded = self._uploads.record_event()
         with torch.cuda.stream(self._stream):
             self._stream.wait_event(uploaded)
