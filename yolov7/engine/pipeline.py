@@ -145,6 +145,7 @@ class FramePipeline:
             self._graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self._graph, stream=self._stream):
                 self._run()
+            self._captured = self.output  # stages run by hand put another there
 
     @torch.no_grad()
     def submit(self, frames: Sequence[Tensor], boxes: Sequence[Geometry]) -> Pending:
@@ -212,7 +213,8 @@ class FramePipeline:
             free.record(self._stream)
             self._graph.replay()
             n = len(frames)
-            outputs = (self.output.boxes, self.output.counts, self.output.overflow)
+            out = self.output = self._captured
+            outputs = (out.boxes, out.counts, out.overflow)
             found = Found(*(o[:n].to("cpu", non_blocking=True) for o in outputs))
             done = self._stream.record_event()
         return Pending(found, done)
