@@ -34,7 +34,10 @@ def ahead(calls: Iterable[Callable[[], T]], workers: int) -> Generator[T]:
 
 def open_capture(target: str | int) -> cv2.VideoCapture | None:
     """OpenCV's reader of a video file, camera or stream; None where it finds none."""
-    capture = cv2.VideoCapture(target)
+    try:
+        capture = cv2.VideoCapture(target)
+    except cv2.error:  # the number does not fit
+        return None
     return capture if capture.isOpened() else None
 
 

@@ -1,7 +1,6 @@
 """The files that a prediction leaves behind: pictures, videos, labels, crops, JSON."""
 
 import json
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -76,7 +75,7 @@ class Recorder:
         self._rows = JsonList(outputs.json) if outputs.json else None
         self._coco = JsonList(outputs.folder / "predictions.json") if outputs.coco else None
         self._names: dict[int, str] = {}  # file name by item
-        self._taken: Counter[str] = Counter()
+        self._taken: dict[str, int] = {}  # the last number that a name was given
         self._videos: dict[int, tuple[cv2.VideoWriter, tuple[int, int]]] = {}
 
     def __enter__(self) -> Self:
@@ -91,8 +90,7 @@ class Recorder:
         for file in (self._rows, self._coco):
             if file:
                 file.close()
-        for writer, _ in self._videos.values():
-            writer.release()
+        self._end_videos()
 
     def write(self, result: Results) -> None:
         """Write everything that is asked for of one image or frame."""
@@ -120,18 +118,27 @@ class Recorder:
         if frame.item not in self._names:
             path = Path(frame.path.split("?")[0])
             stem = path.stem.replace(" ", "-") if frame.kind != "image" else path.stem
-            self._taken[stem] += 1
-            if self._taken[stem] > 1:
-                stem = f"{stem}-{self._taken[stem]}"
+            stem = self._free(stem)
             suffix = path.suffix if path.suffix.lower() in PICTURE_SUFFIXES else ".jpg"
             self._names[frame.item] = stem + suffix if frame.kind == "image" else stem
         # One name per item, and images come once: only those of videos are needed again.
         return self._names.pop(frame.item) if frame.kind == "image" else self._names[frame.item]
 
+    def _free(self, stem: str) -> str:
+        """The name itself, or numbered so that no item has it yet."""
+        name = stem
+        while name in self._taken:
+            self._taken[stem] += 1
+            name = f"{stem}-{self._taken[stem]}"
+        self._taken[name] = 1
+        return name
+
     def _write_frame(self, result: Results, path: Path) -> None:
         frame, picture = result.frame, result.plot()
         height, width = picture.shape[:2]
         if frame.item not in self._videos:
+            if frame.kind == "video":  # one after the other; streams are recorded side by side
+                self._end_videos()
             fps = (frame.fps or FALLBACK_FPS) / self.outputs.vid_stride
             fourcc = cv2.VideoWriter.fourcc(*"mp4v")
             writer = cv2.VideoWriter(str(path), fourcc, fps, (width, height))
@@ -140,6 +147,11 @@ class Recorder:
             self._videos[frame.item] = writer, (width, height)
         writer, size = self._videos[frame.item]
         writer.write(picture if size == (width, height) else _fitted(picture, size))
+
+    def _end_videos(self) -> None:
+        for writer, _ in self._videos.values():
+            writer.release()
+        self._videos.clear()
 
 
 def _fitted(picture: Image, size: tuple[int, int]) -> Image:

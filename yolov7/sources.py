@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
+from http.client import HTTPException
+from io import BytesIO
 from itertools import groupby, repeat
 from pathlib import Path
 from threading import Condition
@@ -25,6 +27,7 @@ from torch import Tensor
 
 from yolov7.capture import Newest, ahead, frame_rate, next_frame, open_capture
 from yolov7.errors import UserError
+from yolov7.image_header import PNG, read_header
 from yolov7.letterbox import Image
 
 IMAGE_SUFFIXES = frozenset(
@@ -163,14 +166,15 @@ class Source:
     def _live(self, group: list[tuple[int, _Item]]) -> Iterator[Frame]:
         changed = Condition()
         self._readers = []
-        for number, item in group:
-            capture = open_capture(item.target)
-            if capture is None:
-                self._report(UserError(f"{item.name}: cannot be opened: check that it is there"))
-            else:
-                self._readers.append((number, item, Newest(capture, self.vid_stride, changed)))
-        readers = [reader for *_, reader in self._readers]
         try:
+            for number, item in group:
+                capture = open_capture(item.target)
+                if capture is None:
+                    error = UserError(f"{item.name}: cannot be opened: check that it is there")
+                    self._report(error)
+                else:
+                    self._readers.append((number, item, Newest(capture, self.vid_stride, changed)))
+            readers = [reader for *_, reader in self._readers]
             while True:
                 with changed:
                     changed.wait_for(
@@ -186,7 +190,7 @@ class Source:
                             image, item.name, number, len(self), "live", count, 0, reader.fps
                         )
         finally:
-            for reader in readers:
+            for *_, reader in self._readers:
                 reader.stop()
 
     def _report(self, error: UserError) -> None:
@@ -215,7 +219,9 @@ def read_image(path: str | Path) -> Image:
 
 def decode_image(data: bytes, name: str) -> Image:
     """``read_image`` for the bytes of a file; ``name`` stands in the error messages."""
-    _check_pixels(_header_pixels(data), name)
+    header = read_header(BytesIO(data))
+    if header:  # known before any memory is taken for the pixels
+        _check_pixels(header.height * header.width, name)
     broken = UserError(f"{name}: truncated, or not an image: replace the file or leave it out")
     if not data or (data.startswith(PNG) and b"IEND" not in data[-64:]):
         raise broken
@@ -262,23 +268,6 @@ def _check_pixels(pixels: int, name: str) -> None:
         )
 
 
-PNG = b"\x89PNG\r\n\x1a\n"
-
-
-def _header_pixels(data: bytes) -> int:
-    """Pixels that a PNG's or JPEG's header claims: known before any memory is taken for them."""
-    if data.startswith(PNG):
-        return int.from_bytes(data[16:20]) * int.from_bytes(data[20:24])
-    at = 2
-    while data.startswith(b"\xff\xd8") and at + 9 <= len(data) and data[at] == 0xFF:
-        marker = data[at + 1]
-        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # start of frame
-            return int.from_bytes(data[at + 5 : at + 7]) * int.from_bytes(data[at + 7 : at + 9])
-        # A filler byte has no length; every other segment says how long it is.
-        at += 1 if marker == 0xFF else 2 + int.from_bytes(data[at + 2 : at + 4])
-    return 0
-
-
 def _items(source: object) -> Iterator[_Item]:
     """The items that a source, or a list of them, stands for."""
     if isinstance(source, (list, tuple)):
@@ -317,35 +306,43 @@ def _from_tensor(tensor: Tensor, name: str) -> Image:
 
 def _from_path(path: Path) -> Iterator[_Item]:
     name = str(path)
-    if path.is_dir():
-        found = sorted(p for p in path.iterdir() if p.suffix.lower() in _SUFFIXES)
-        missing = f"{path}: a folder without images or videos: give another, or one of its parts"
-    elif not path.exists() and any(letter in name for letter in "*?["):
-        matches = (Path(match) for match in glob.glob(name, recursive=True))
-        found = sorted(p for p in matches if p.suffix.lower() in _SUFFIXES)
-        missing = f"{path}: matches no image or video: check the pattern"
-    else:
-        found, missing = [path], ""
+    try:
+        if path.is_dir():
+            found = sorted(p for p in path.iterdir() if p.suffix.lower() in _SUFFIXES)
+            missing = "a folder without images or videos: give another, or one of its parts"
+        elif not path.exists() and any(letter in name for letter in "*?["):
+            matches = (Path(match) for match in glob.glob(name, recursive=True))
+            found = sorted(p for p in matches if p.suffix.lower() in _SUFFIXES)
+            missing = "matches no image or video: check the pattern"
+        else:
+            found, missing = [path], ""
+    except OSError as error:  # a folder that may not be read, a name that is too long
+        found, missing = [], f"cannot be read: {error.strerror}"
     for file in found:
         if file.suffix.lower() in VIDEO_SUFFIXES and file.exists():
             yield _Item(str(file), "video", target=str(file))
         else:
             yield _Item(str(file), "image", partial(read_image, file))
     if not found:
-        yield _Item(name, "image", partial(_fail, UserError(missing)))
+        yield _failing(name, UserError(f"{name}: {missing}"))
 
 
 _SUFFIXES = IMAGE_SUFFIXES | VIDEO_SUFFIXES
+# What urllib raises: no connection, an address that is none, an answer that is not HTTP.
+_REFUSALS = (OSError, ValueError, HTTPException)
 
 
 def _from_url(url: str) -> _Item:
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError as error:
+        return _failing(url, _unreachable(url, error))
     suffix = Path(parts.path).suffix.lower()
     if parts.scheme in STREAM_SCHEMES:
         return _Item(url, "live", target=url)
     if parts.scheme not in ("http", "https"):
         known = ", ".join(sorted(STREAM_SCHEMES | {"http", "https"}))
-        return _Item(url, "image", partial(_fail, UserError(f"{url}: give one of {known}")))
+        return _failing(url, UserError(f"{url}: give one of {known}"))
     if suffix in VIDEO_SUFFIXES:
         return _Item(url, "video", target=url)
     if suffix in IMAGE_SUFFIXES:
@@ -353,8 +350,8 @@ def _from_url(url: str) -> _Item:
     try:  # the name does not tell: the server does
         with urllib.request.urlopen(url, timeout=TIMEOUT_S) as answer:
             kind = answer.headers.get_content_maintype()
-    except (OSError, ValueError) as error:
-        return _Item(url, "image", partial(_fail, _unreachable(url, error)))
+    except _REFUSALS as error:
+        return _failing(url, _unreachable(url, error))
     if kind == "image":
         return _Item(url, "image", partial(_download_image, url))
     return _Item(url, "video" if kind == "video" else "live", target=url)
@@ -364,7 +361,7 @@ def _download_image(url: str) -> Image:
     try:
         with urllib.request.urlopen(url, timeout=TIMEOUT_S) as answer:
             data = answer.read(MAX_DOWNLOAD + 1)
-    except (OSError, ValueError) as error:
+    except _REFUSALS as error:
         raise _unreachable(url, error) from None
     if len(data) > MAX_DOWNLOAD:
         raise UserError(f"{url}: over the limit of {MAX_DOWNLOAD >> 20} MB: download it yourself")
@@ -374,6 +371,11 @@ def _download_image(url: str) -> Image:
 def _unreachable(url: str, error: Exception) -> UserError:
     reason = getattr(error, "reason", None) or error
     return UserError(f"{url}: {reason}: check the address and the connection")
+
+
+def _failing(name: str, error: UserError) -> _Item:
+    """An item that is reported when its turn comes."""
+    return _Item(name, "image", partial(_fail, error))
 
 
 def _fail(error: UserError) -> Image:

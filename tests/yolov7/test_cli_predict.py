@@ -95,6 +95,14 @@ def test_images_of_one_name_do_not_overwrite_each_other() -> None:
     assert {p.name for p in (folder / "labels").iterdir()} == {"1.txt", "1-2.txt", "1-3.txt"}
 
 
+def test_a_numbered_name_that_an_image_has_already_is_left_to_it() -> None:
+    for path in ("d1/a.jpg", "d2/a.jpg", "d3/a-2.jpg", "d4/a.jpg"):
+        write_sample(path)
+    assert predict("--source", "d1", "d2", "d3", "d4") == 0
+    names = {path.name for path in Path("runs/predict/1").glob("*.jpg")}
+    assert names == {"a.jpg", "a-2.jpg", "a-2-2.jpg", "a-3.jpg"}
+
+
 def test_classes_and_sizes(capsys: pytest.CaptureFixture[str]) -> None:
     write_sample("a.png")
     options = ["--classes", "WBC", "2", "--imgsz", "256", "--conf", "0.1"]
@@ -127,7 +135,8 @@ def test_the_others_are_done_and_the_exit_code_is_1() -> None:
     Path("in/cut.png").write_bytes(Path("in/a.png").read_bytes()[:5000])
     Path("in/cut.jpg").write_bytes(cv2.imencode(".jpg", sample())[1].tobytes()[:5000])
     Path("in/no.mp4").write_text("no video")
-    command = [sys.executable, "-m", "yolov7", "predict", "--source", "in", "missing.jpg"]
+    sources = ["in", "missing.jpg", "http://[::1/a.jpg", "http://127.0.0.1:9/a b.jpg", "x" * 300]
+    command = [sys.executable, "-m", "yolov7", "predict", "--source", *sources]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     out, err = done.stdout, done.stderr
     assert done.returncode == 1
@@ -136,9 +145,13 @@ def test_the_others_are_done_and_the_exit_code_is_1() -> None:
         "error: in/cut.png: truncated, or not an image: replace the file or leave it out",
         "error: in/no.mp4: not a video that can be read: check the file",
         "error: missing.jpg: no such file: check the path",
-        "4 of 5 sources could not be read",
+        "error: http://[::1/a.jpg: Invalid IPv6 URL: check the address and the connection",
+        "error: http://127.0.0.1:9/a b.jpg: URL can't contain control characters. '/a b.jpg' "
+        "(found at least ' '): check the address and the connection",
+        f"error: {'x' * 300}: cannot be read: File name too long",
+        "7 of 8 sources could not be read",
     ]
-    assert "image 1/5 in/a.png" in out
+    assert "image 1/8 in/a.png" in out
     assert Path("runs/predict/1/a.png").exists()
 
 

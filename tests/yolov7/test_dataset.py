@@ -250,13 +250,70 @@ def test_images_of_a_coco_json_that_are_missing_or_of_another_size_are_listed(
         ({"categories": [{"id": 18, "name": "dog"}]}, "annotation 2 has category 90"),
         ({"annotations": [{"image_id": 7}]}, "no COCO json: .*category_id"),
         ({"categories": [{"id": 1, "name": "dog"}, {"id": 2, "name": "dog"}]}, "the same name"),
+        ({"categories": [{"id": "x", "name": "dog"}]}, "category x .* id 'x': give a whole number"),
+        ({"images": [{"id": "abc", "file_name": "7.jpg"}]}, "image abc .* id 'abc': give a whole"),
+        ({"images": [{"id": 1.5, "file_name": "7.jpg"}]}, "id 1.5: give a whole number"),
+        ({"images": [{"id": 2**63, "file_name": "7.jpg"}]}, "give a whole number"),
+        ({"images": [{"id": 7}]}, "image 7 has no file_name"),
+        ({"images": ["7.jpg"]}, "image number 1 is not as it should be: string indices"),
+        ({"images": {"7.jpg": 7}}, "no COCO json: it has no images"),
     ],
 )
 def test_a_wrong_coco_json_is_explained(
     tmp_path: Path, change: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=message) as caught:
         load_data(coco_data(tmp_path, coco_content() | change), "val")
+    assert "instances_val2017.json" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"image_id": "abc"}, "annotation 1 has the image_id 'abc': give a whole number"),
+        ({"image_id": None}, "annotation 1 has the image_id None: give a whole number"),
+        ({"bbox": [1, 2, 3]}, r"annotation 1 has the bbox \[1, 2, 3\]: give x, y, width, height"),
+        ({"bbox": [1, 2, 3, float("nan")]}, "annotation 1 has the bbox .*: give x, y, width"),
+        ({"bbox": ["x", 2, 3, 4]}, "annotation 1 .*could not convert string to float: 'x'"),
+        ({"bbox": None}, "annotation 1 is not as it should be"),
+        ({"area": "large"}, "annotation 1 .*could not convert string to float: 'large'"),
+        ({"segmentation": [[1, 2, 3, 4, 5, 6, 7]]}, "annotation 1 has a polygon of 7 numbers"),
+        ({"segmentation": [1, 2, 3, 4, 5, 6]}, "annotation 1 "),
+    ],
+)
+def test_a_wrong_coco_annotation_is_named(
+    tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    content = coco_content()
+    content["annotations"][0] |= change
+    with pytest.raises(UserError, match=message) as caught:
+        load_data(coco_data(tmp_path, content), "val")
+    assert "instances_val2017.json is no COCO json" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_nulls_of_a_coco_annotation_count_as_absent(tmp_path: Path) -> None:
+    content = coco_content()
+    content["annotations"][0] |= {"area": None, "iscrowd": None, "segmentation": None}
+    sample = load_data(coco_data(tmp_path, content), "val").samples[0]
+    assert sample.areas.tolist() == [600, 900]
+    assert sample.crowd.tolist() == [False, True]
+    assert sample.polygons[0] == []
+
+
+def test_numbers_of_a_coco_json_may_be_written_as_text(tmp_path: Path) -> None:
+    """Tools that keep ids as text write `"1"`: such a json says the same."""
+    plain = load_data(coco_data(tmp_path), "val")
+    content = coco_content()
+    for entries in content.values():
+        for entry in entries:
+            for key in ("id", "image_id", "category_id", "iscrowd", "height", "width"):
+                if key in entry:
+                    entry[key] = str(entry[key])
+    text = load_data(coco_data(tmp_path, content), "val")
+    assert [len(sample.classes) for sample in text.samples] == [2, 0]
+    assert_same(text, plain)
 
 
 def test_a_json_that_is_not_cocos(tmp_path: Path) -> None:

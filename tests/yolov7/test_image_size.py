@@ -50,6 +50,22 @@ def test_size_of_a_progressive_jpeg_and_of_one_with_bytes_after_its_end(tmp_path
 
 
 @pytest.mark.parametrize("suffix", [".jpg", ".png"])
+def test_an_exif_record_that_only_the_decoder_understands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
+) -> None:
+    if suffix == ".jpg":
+        path = exif_jpeg(tmp_path / "x.jpg", 6)
+        path.write_bytes(path.read_bytes().replace(b"Exif\0\0MM", b"Exif\0\0??"))
+    else:
+        path = write_image(tmp_path / "x.png")
+        data = path.read_bytes()
+        at = data.index(b"IDAT") - 4
+        path.write_bytes(data[:at] + bytes(4) + b"eXIf" + bytes(4) + data[at:])
+    monkeypatch.setattr(image_size_module, "read_image", lambda _: np.zeros((3, 5, 3), np.uint8))
+    assert image_size(path) == (3, 5)
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png"])
 @pytest.mark.parametrize("share", [0, 0.02, 0.6])
 def test_a_truncated_file_is_judged_by_the_reader(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str, share: float

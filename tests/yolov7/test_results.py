@@ -3,12 +3,14 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import cv2
 import numpy as np
 import pytest
 import torch
 
 from yolov7.drawing import class_colour
 from yolov7.errors import UserError
+from yolov7.recorder import Outputs, Recorder
 from yolov7.results import Boxes, Results
 from yolov7.sources import Frame, read_image
 
@@ -144,3 +146,28 @@ def test_to_supervision(monkeypatch: pytest.MonkeyPatch) -> None:
     assert fields["class_id"].tolist() == [0, 1, 0]
     assert fields["data"]["class_name"].tolist() == ["person", "bus", "person"]
     assert make([]).to_supervision()["xyxy"].shape == (0, 4)
+
+
+def test_one_video_file_is_written_at_a_time_and_streams_side_by_side(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[cv2.VideoWriter] = []
+
+    class Writer(cv2.VideoWriter):
+        def __init__(self, *arguments: object) -> None:
+            super().__init__(*arguments)
+            opened.append(self)
+
+    def writing() -> list[bool]:
+        return [writer.isOpened() for writer in opened]
+
+    monkeypatch.setattr(cv2, "VideoWriter", Writer)
+    with Recorder(Outputs(tmp_path)) as recorder:
+        for item, number in [(1, 1), (1, 2), (2, 1)]:
+            recorder.write(make([], path=f"{item}.avi", item=item, kind="video", number=number))
+        assert writing() == [False, True]
+        for item in (3, 4, 3, 4):
+            recorder.write(make([], path=f"camera {item}", item=item, kind="live"))
+        assert writing()[2:] == [True, True]
+    assert not any(writing())
+    assert len(list(tmp_path.glob("*.mp4"))) == 4

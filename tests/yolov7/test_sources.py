@@ -95,18 +95,18 @@ def test_other_files_are_refused(data: bytes) -> None:
         decode_image(data, "notes.txt")
 
 
-@pytest.mark.parametrize("suffix", [".png", ".jpg"])
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".bmp", ".tiff", ".gif", ".jp2"])
 def test_the_pixel_limit_is_checked_before_decoding(
     monkeypatch: pytest.MonkeyPatch, suffix: str
 ) -> None:
-    data = cv2.imencode(suffix, picture(40, 30))[1].tobytes()
-    monkeypatch.setattr(sources, "MAX_PIXELS", 1199)
+    data = cv2.imencode(suffix, picture(40, 35))[1].tobytes()
+    monkeypatch.setattr(sources, "MAX_PIXELS", 1399)
     monkeypatch.setattr(cv2, "imdecode", lambda *_: pytest.fail("decoded"))
     with pytest.raises(UserError, match=r"big: .*over the limit"):
         decode_image(data, "big")
     monkeypatch.undo()
-    monkeypatch.setattr(sources, "MAX_PIXELS", 1200)
-    assert decode_image(data, "big").shape == (40, 30, 3)
+    monkeypatch.setattr(sources, "MAX_PIXELS", 1400)
+    assert decode_image(data, "big").shape == (40, 35, 3)
 
 
 def test_missing_and_unreadable_files(tmp_path: Path) -> None:
@@ -169,6 +169,24 @@ def test_the_others_are_done_when_some_cannot_be_read(tmp_path: Path) -> None:
     assert len(errors) == 4
     for part in ("absent.png: no such file", "bad.png: trunc", "without images", "matches no"):
         assert part in messages
+
+
+def test_the_others_are_done_when_a_place_cannot_be_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forbidden(_: Path) -> Iterator[Path]:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "iterdir", forbidden)  # root may read every folder
+    (tmp_path / "good.png").write_bytes(png(picture()))
+    errors: list[UserError] = []
+    names = ["x" * 300, "x" * 300 + ".mp4", tmp_path, "http://[::1/a.jpg", tmp_path / "good.png"]
+    assert len(list(Source(names, on_error=errors.append))) == 1
+    long, video, folder, url = map(str, errors)
+    assert long == f"{names[0]}: cannot be read: File name too long"
+    assert video == f"{names[1]}: cannot be read: File name too long"
+    assert folder == f"{tmp_path}: cannot be read: Permission denied"
+    assert url.startswith("http://[::1/a.jpg: Invalid IPv6 URL: check the address")
 
 
 def test_without_a_handler_the_error_is_raised(tmp_path: Path) -> None:
@@ -320,6 +338,8 @@ def test_urls_that_fail(server: Callable[..., str]) -> None:
         (f"{url}/absent", "absent: Not Found: check the address"),
         (f"{url}/page.png", "truncated, or not an image"),
         ("http://127.0.0.1:9/a.png", "refused: check the address and the connection"),
+        (f"{url}/a b.png", "a b.png: URL can't contain control characters.*check the address"),
+        (f"{url}/a b", "a b: URL can't contain control characters.*check the address"),
         ("ftp://example.org/a.png", "give one of http"),
     ]:
         with pytest.raises(UserError, match=match):
@@ -390,9 +410,18 @@ def test_leaving_a_camera_early_releases_it(monkeypatch: pytest.MonkeyPatch) -> 
     assert cameras[0].released
 
 
-def test_a_camera_that_is_not_there() -> None:
-    with pytest.raises(UserError, match="camera 63: cannot be opened"):
-        list(Source(63))
+@pytest.mark.parametrize("number", [63, 20240101123456])
+def test_a_camera_that_is_not_there(number: int) -> None:
+    with pytest.raises(UserError, match=f"camera {number}: cannot be opened"):
+        list(Source(number))
+
+
+def test_a_camera_is_released_when_the_next_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    camera = Camera(0)
+    monkeypatch.setattr(sources, "open_capture", {0: camera, 1: None}.get)
+    with pytest.raises(UserError, match="camera 1: cannot be opened"):
+        list(Source([0, 1]))
+    assert camera.released
 
 
 def test_http_streams_are_live(server: Callable[..., str]) -> None:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from yolov7.cache import cache_folder
 from yolov7.dataset.sample import Dataset, Sample
 
-VERSION = 1  # raise it whenever the same files would be read differently
+VERSION = 2  # raise it whenever the same files would be read differently
 
 
 def load(place: str, names: list[str] | None, files: list[Path] | None) -> Dataset | None:

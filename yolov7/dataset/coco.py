@@ -1,8 +1,10 @@
 """Data sets in COCO form: one json with images, annotations and categories."""
 
 import json
+from collections.abc import Callable
+from math import isfinite
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -10,6 +12,8 @@ from yolov7.dataset.sample import Labels, Polygon
 from yolov7.errors import UserError
 
 SPLITS = ("train", "val", "test")
+
+T = TypeVar("T")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -20,11 +24,13 @@ def read_json(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     except ValueError as error:
         raise UserError(f"{path} is no valid json ({error}): download or write it again") from None
-    missing = {"images", "annotations", "categories"} - set(
-        content if type(content) is dict else ()
-    )
+    missing = [
+        key
+        for key in ("annotations", "categories", "images")
+        if type(content) is not dict or type(content.get(key)) is not list
+    ]
     if missing:
-        raise UserError(f"{path} is no COCO json: it has no {', '.join(sorted(missing))}")
+        raise UserError(f"{path} is no COCO json: it has no {', '.join(missing)}")
     return dict(content)
 
 
@@ -38,7 +44,11 @@ def read_categories(
         path: Where it was read, for messages.
         names: The order of the classes, from a data.yaml; None: by category id.
     """
-    by_name = {str(c["name"]): int(c["id"]) for c in content["categories"]}
+
+    def read(category: dict[str, Any]) -> tuple[str, int]:
+        return str(category["name"]), _whole(category, "id")
+
+    by_name = dict(_each(content["categories"], "category", path, read))
     if len(by_name) < len(content["categories"]):
         raise UserError(f"{path}: two categories have the same name: rename one")
     if names is None:
@@ -52,6 +62,34 @@ def read_categories(
     return list(names), [by_name[name] for name in names]
 
 
+class Listed(NamedTuple):
+    """An image as the json lists it."""
+
+    file: str
+    image_id: int
+    size: tuple[int, int] | None  # height, width in pixels
+
+
+def read_images(content: dict[str, Any], path: Path) -> list[Listed]:
+    """The images in the order of the json; `path` is where it was read, for messages."""
+
+    def read(image: dict[str, Any]) -> Listed:
+        stated = "height" in image and "width" in image
+        size = (_whole(image, "height"), _whole(image, "width")) if stated else None
+        return Listed(str(image["file_name"]), _whole(image, "id"), size)
+
+    return _each(content["images"], "image", path, read)
+
+
+class _Object(NamedTuple):
+    image_id: int
+    class_index: int
+    xywh: list[float]
+    polygons: list[Polygon]
+    crowd: bool
+    area: float
+
+
 def read_annotations(
     content: dict[str, Any], path: Path, category_ids: list[int]
 ) -> dict[int, Labels]:
@@ -63,28 +101,40 @@ def read_annotations(
         category_ids: The category id of each class.
     """
     classes = {category: index for index, category in enumerate(category_ids)}
-    by_image: dict[int, list[dict[str, Any]]] = {}
-    for annotation in content["annotations"]:
-        if annotation["category_id"] not in classes:
+
+    def read(annotation: dict[str, Any]) -> _Object:
+        category = _whole(annotation, "category_id")
+        if category not in classes:
             raise UserError(
-                f"{path}: annotation {annotation.get('id')} has category "
-                f"{annotation['category_id']}, which is not among the categories: correct it"
+                f"has category {category}, which is not among the categories: correct it"
             )
-        by_image.setdefault(annotation["image_id"], []).append(annotation)
-    return {image: _labels(found, classes) for image, found in by_image.items()}
+        xywh = [float(value) for value in annotation["bbox"]]
+        if len(xywh) != 4 or not all(map(isfinite, xywh)):
+            raise UserError(f"has the bbox {annotation['bbox']}: give x, y, width, height")
+        area = annotation.get("area")
+        return _Object(
+            image_id=_whole(annotation, "image_id"),
+            class_index=classes[category],
+            xywh=xywh,
+            polygons=_polygons(annotation),
+            crowd=int(annotation.get("iscrowd") or 0) != 0,
+            area=xywh[2] * xywh[3] if area is None else float(area),
+        )
+
+    by_image: dict[int, list[_Object]] = {}
+    for item in _each(content["annotations"], "annotation", path, read):
+        by_image.setdefault(item.image_id, []).append(item)
+    return {image: _labels(objects) for image, objects in by_image.items()}
 
 
-def _labels(annotations: list[dict[str, Any]], classes: dict[int, int]) -> Labels:
-    xywh = np.array([a["bbox"] for a in annotations], np.float64).reshape(-1, 4)
-    sizes = xywh[:, 2] * xywh[:, 3]
+def _labels(objects: list[_Object]) -> Labels:
+    xywh = np.array([item.xywh for item in objects], np.float64)
     return Labels(
-        classes=np.array([classes[a["category_id"]] for a in annotations], np.int64),
+        classes=np.array([item.class_index for item in objects], np.int64),
         boxes=np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], 1).astype(np.float32),
-        polygons=tuple(_polygons(a) for a in annotations),
-        crowd=np.array([bool(a.get("iscrowd", 0)) for a in annotations], np.bool_),
-        areas=np.array(
-            [a.get("area", size) for a, size in zip(annotations, sizes, strict=True)], np.float64
-        ),
+        polygons=tuple(item.polygons for item in objects),
+        crowd=np.array([item.crowd for item in objects], np.bool_),
+        areas=np.array([item.area for item in objects], np.float64),
     )
 
 
@@ -93,7 +143,46 @@ def _polygons(annotation: dict[str, Any]) -> list[Polygon]:
     parts = annotation.get("segmentation")
     if not isinstance(parts, list):
         return []
-    return [np.array(p, np.float32).reshape(-1, 2) for p in parts if len(p) >= 6]
+    polygons = []
+    for part in parts:
+        if len(part) % 2:
+            raise UserError(f"has a polygon of {len(part)} numbers: give x and y of every point")
+        if len(part) >= 6:
+            polygons.append(np.array(part, np.float32).reshape(-1, 2))
+    return polygons
+
+
+def _each(
+    entries: list[dict[str, Any]], noun: str, path: Path, read: Callable[[dict[str, Any]], T]
+) -> list[T]:
+    """What `read` makes of the entries; whatever it stumbles over is said with their id."""
+    found: list[T] = []
+    for entry in entries:
+        try:
+            found.append(read(entry))
+            continue
+        except UserError as error:
+            reason = str(error)
+        except KeyError as error:
+            reason = f"has no {error.args[0]}"
+        except (TypeError, ValueError, OverflowError) as error:
+            reason = f"is not as it should be: {error}"
+        named = type(entry) is dict and "id" in entry
+        name = f"{noun} {entry['id']}" if named else f"{noun} number {len(found) + 1}"
+        raise UserError(f"{path} is no COCO json: {name} {reason}")
+    return found
+
+
+def _whole(entry: dict[str, Any], key: str) -> int:
+    """A whole number; some tools write it as text, `"7"`, in one list and not in another."""
+    value = entry[key]
+    try:
+        number = int(value)
+        if number.bit_length() < 64 and (type(value) is not float or number == value):
+            return number
+    except (TypeError, ValueError, OverflowError):
+        pass
+    raise UserError(f"has the {key} {value!r}: give a whole number")
 
 
 def split_word(path: Path) -> str | None:
@@ -121,7 +210,7 @@ def find_json(folder: Path, split: str) -> Path | None:
     return instances[0] if instances else None
 
 
-def find_images(path: Path, content: dict[str, Any], split: str) -> Path:
+def find_images(path: Path, images: list[Listed], split: str) -> Path:
     """The folder from which the file names of a COCO json start.
 
     Tried in this order, from the folder of the json and then from its parent: the folder itself,
@@ -132,7 +221,7 @@ def find_images(path: Path, content: dict[str, Any], split: str) -> Path:
     """
     subset = path.stem.removeprefix("instances_")
     tails = ("", subset, split, "images", f"images/{subset}", f"images/{split}")
-    files = [str(image["file_name"]) for image in content["images"][:20]]
+    files = [image.file for image in images[:20]]
     places = [root / tail for root in (path.parent, path.parent.parent) for tail in tails]
     for place in places:
         if any((place / file).is_file() for file in files):

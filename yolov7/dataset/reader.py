@@ -155,15 +155,11 @@ def _read_coco(path: Path, split: str, stated: list[str] | None) -> Dataset:
     if found is not None:
         return found
     content = coco.read_json(path)
-    try:
-        names, category_ids = coco.read_categories(content, path, stated)
-        root = coco.find_images(path, content, split)
-        rows = [_row(root, image) for image in content["images"]]
-        labels = coco.read_annotations(content, path, category_ids)
-    except (KeyError, TypeError) as error:
-        raise UserError(
-            f"{path} is no COCO json: an entry is not as it should be: {error}"
-        ) from None
+    names, category_ids = coco.read_categories(content, path, stated)
+    images = coco.read_images(content, path)
+    root = coco.find_images(path, images, split)
+    rows = [_Row(root / image.file, image.image_id, image.size) for image in images]
+    labels = coco.read_annotations(content, path, category_ids)
     background = Labels.background()
     dataset = _collect(
         rows,
@@ -182,11 +178,6 @@ class _Row:
     path: Path
     image_id: int
     stated: tuple[int, int] | None = None
-
-
-def _row(root: Path, image: dict[str, Any]) -> _Row:
-    stated = (image["height"], image["width"]) if "height" in image and "width" in image else None
-    return _Row(root / image["file_name"], int(image["id"]), stated)
 
 
 def _collect(
