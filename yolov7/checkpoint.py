@@ -4,13 +4,15 @@ The authors' tensors are matched to ours by position: both list their layers in 
 """
 
 import json
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.resources import as_file, files
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,8 +23,8 @@ from yolov7 import __version__
 from yolov7.download import PUBLISHED, published_weights
 from yolov7.errors import UserError
 from yolov7.model import Form, YOLOv7
-from yolov7.unpickle import Record, StoredTensor, TorchFile, module_tensors
-from yolov7.variants import VARIANTS, Variant, scaled
+from yolov7.unpickle import Record, StoredTensor, TorchFile, module_tensors, one_line
+from yolov7.variants import VARIANTS, Downsample, Variant, scaled
 
 DEMO_WEIGHTS = "blood-cells-tiny.safetensors"  # embedded; used when no weights are named
 _FORMAT = "yolov7-triton/1"
@@ -64,6 +66,10 @@ def save_model(model: YOLOv7, path: str | Path, **metadata: Any) -> None:
         model: in any form and floating-point type.
         path: of the .safetensors file.
         metadata: JSON values to keep beside the tensors, such as the training arguments.
+
+    Raises:
+        UserError: the file cannot be written, or a tensor holds NaN or infinity, such as fp16 makes
+            of a number beyond 65504.
     """
     path = Path(path)
     v = model.variant
@@ -81,6 +87,10 @@ def save_model(model: YOLOv7, path: str | Path, **metadata: Any) -> None:
         "version": __version__,
         **metadata,
     }
+    if (name := _not_finite(model)) is not None:
+        half = model.state_dict()[name].dtype == torch.float16
+        remedy = ", perhaps too large for fp16: use --precision fp32" if half else ""
+        raise UserError(f"{path}: tensor {name} holds NaN or infinity{remedy}")
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -93,7 +103,8 @@ def save_model(model: YOLOv7, path: str | Path, **metadata: Any) -> None:
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror})") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:
@@ -105,45 +116,68 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     try:
         with safe_open(path, "pt") as file:
             header = (file.metadata() or {}).get("yolov7", "")
-        metadata = json.loads(header)
-        if metadata["format"] != _FORMAT:
-            raise UserError(f"{path}: of format {metadata['format']}; this version reads {_FORMAT}")
-        return dict(metadata)
     except SafetensorError as error:
         raise UserError(f"{path}: truncated or not a safetensors file ({error})") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
-    except (json.JSONDecodeError, KeyError, TypeError):
+    try:
+        metadata = dict(json.loads(header))
+        written = metadata["format"]
+    except (KeyError, TypeError, ValueError, RecursionError):
         raise UserError(
             f"{path}: no yolov7 metadata; write it with `yolov7 convert` or `save_model`"
         ) from None
+    if written != _FORMAT:
+        raise UserError(f"{path}: of format {one_line(written)}; this version reads {_FORMAT}")
+    return metadata
 
 
 def _load_safetensors(path: Path) -> YOLOv7:
     metadata = read_metadata(path)
-    with safe_open(path, "pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no dict
     try:
-        spec = scaled(
-            VARIANTS[metadata["variant"]],
-            metadata["depth"],
-            metadata["width"],
-            metadata["downsample"],
-            metadata.get("multiplier", 1.0),
-        )
-        form: Form = metadata["form"]
-        model = _empty(spec, len(metadata["names"]), form)
-        shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-        wrong = shapes.items() ^ {(name, tensor.shape) for name, tensor in tensors.items()}
-        if wrong:
-            raise KeyError(f"{min(name for name, _ in wrong)} differs")
-        model.load_state_dict(tensors, assign=True)
-        model.names = [str(n) for n in metadata["names"]]
-        model.imgsz = int(metadata["imgsz"])
-        model.ranges = {str(k): float(v) for k, v in metadata.get("ranges", {}).items()}
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"{path}: its tensors do not fit its metadata ({error})") from None
-    return model.float().eval()
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no dict
+        return _filled(_described(metadata, tensors), tensors)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    except Exception as error:  # metadata can state anything
+        what = one_line(f"{type(error).__name__}: {error}")
+        raise UserError(f"{path}: its tensors do not fit its metadata ({what})") from None
+
+
+def _described(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> YOLOv7:
+    """The empty model that the metadata describes, if its tensors have these names and shapes."""
+    form, downsample, names = metadata["form"], metadata["downsample"], metadata["names"]
+    imgsz = int(metadata["imgsz"])
+    ranges = {str(k): float(v) for k, v in metadata.get("ranges", {}).items()}
+    sound = {
+        "form": form in get_args(Form),
+        "downsample": downsample in (None, *get_args(Downsample)),
+        "names": isinstance(names, list),
+        "imgsz": imgsz >= 1,
+        "ranges": all(math.isfinite(value) for value in ranges.values()),
+    }
+    for key, good in sound.items():
+        if not good:
+            raise UserError(f"its metadata is damaged: {key} is {one_line(repr(metadata[key]))}")
+    spec = scaled(
+        VARIANTS[metadata["variant"]],
+        metadata["depth"],
+        metadata["width"],
+        downsample,
+        metadata.get("multiplier", 1.0),
+    )
+    # Counted before they are built: any depth can be stated in a few bytes.
+    elans = spec.parallel * (len(spec.backbone) + 2 * len(spec.levels) - 2)
+    if elans * 2 * spec.pairs > len(tensors):
+        raise ValueError(f"{len(tensors)} tensors for {elans} x {2 * spec.pairs} convolutions")
+    model = _empty(spec, len(names), form)
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    wrong = shapes.items() ^ {(name, tensor.shape) for name, tensor in tensors.items()}
+    if wrong:
+        raise ValueError(f"{min(name for name, _ in wrong)} differs")
+    model.names, model.imgsz, model.ranges = [str(n) for n in names], imgsz, ranges
+    return model
 
 
 def _empty(spec: Variant, num_classes: int, form: Form) -> YOLOv7:
@@ -151,6 +185,20 @@ def _empty(spec: Variant, num_classes: int, form: Form) -> YOLOv7:
     with torch.device("meta"):
         model = YOLOv7(spec, num_classes, "deploy" if form == "fused" else form)
         return model.fuse() if form == "fused" else model
+
+
+def _filled(model: YOLOv7, tensors: Mapping[str, Tensor]) -> YOLOv7:
+    """`model` with its tensors, in fp32 and evaluation mode."""
+    model.load_state_dict(tensors, assign=True)
+    if (name := _not_finite(model.float())) is not None:
+        raise UserError(f"tensor {name} holds NaN or infinity")
+    return model.eval()
+
+
+def _not_finite(model: YOLOv7) -> str | None:
+    """The first tensor with NaN or infinity in it."""
+    state = model.state_dict().items()
+    return next((n for n, t in state if t.is_floating_point() and not t.isfinite().all()), None)
 
 
 @dataclass(frozen=True)
@@ -170,8 +218,8 @@ def _load_torch(path: Path, variant: str | None) -> YOLOv7:
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
         except Exception as error:  # a storage cut short, a state that is no state
-            what = f"{type(error).__name__}: {error}"
-            raise UserError(f"{path}: damaged ({what[:120]})") from None
+            what = one_line(f"{type(error).__name__}: {error}")
+            raise UserError(f"{path}: damaged ({what})") from None
 
 
 def _official(root: Any) -> _Official:
@@ -187,10 +235,13 @@ def _official(root: Any) -> _Official:
         names = module.get("names")
         if isinstance(names, dict):
             names = list(names.values())
+        if not isinstance(names, list):
+            names = []
         return _Official(
             tensors,
             frozenset(m.origin.rpartition(".")[2] for m in modules),
-            [str(n) for n in names] if isinstance(names, list) else [],
+            # Containers would be endless text where their items share items.
+            [str(n) for n in names if isinstance(n, str | int | float)],
         )
     state = module.get("state_dict", module)
     tensors = {k: t for k, t in state.items() if isinstance(t, StoredTensor)}
@@ -209,7 +260,7 @@ _RANK = {part: rank for rank, part in enumerate(_PARTS)}
 def _registration_order(name: str) -> tuple[int, ...]:
     """Sort key that puts official names, model.LAYER.PART..., in registration order."""
     if not re.fullmatch(r"(module\.)?model\.\d+\.[\w.]+", name):
-        raise UserError(f"tensor {name!r} is not named as the authors name theirs (model.0...)")
+        raise UserError(f"tensor {name!r:.80} is not named as the authors name theirs (model.0...)")
     parts = name.removeprefix("module.").split(".")[1:]
     return tuple(int(p) if p.isdigit() else _RANK.get(p, len(_RANK)) for p in parts)
 
@@ -228,13 +279,9 @@ def _build(official: _Official, variant: str | None) -> YOLOv7:
     names = [n for n in state if n != "head.anchors"]
     loaded = {n: t.load() for n, t in zip(names, weights, strict=True)}
     loaded["head.anchors"] = _anchors(official.tensors, model)
-    for name, tensor in loaded.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise UserError(f"tensor {name} holds NaN or infinity")
-    model.load_state_dict(loaded, assign=True)
     if len(official.names) == num_classes:
         model.names = official.names
-    return model.float().eval()
+    return _filled(model, loaded)
 
 
 def _recognise(
@@ -251,9 +298,12 @@ def _recognise(
         if shapes[0][0] != spec.stem[0][0]:
             continue
         for form in forms:
+            # What grows with the number of classes is built for a trunk of the family only.
+            trunk = [s for n, s in _shapes(_empty(spec, 1, form)) if not n.startswith("head.")]
+            if shapes[: len(trunk)] != trunk:
+                continue
             model = _empty(spec, num_classes, form)
-            ours = [tuple(t.shape) for n, t in model.state_dict().items() if n != "head.anchors"]
-            if ours == shapes:
+            if [s for _, s in _shapes(model)] == shapes:
                 silu_tiny = spec.name == "yolov7-tiny" and not variant and "SiLU" in activations
                 if silu_tiny and "LeakyReLU" not in activations:
                     return _empty(VARIANTS["yolov7-tiny-silu"], num_classes, form)
@@ -263,6 +313,11 @@ def _recognise(
         f"its {len(shapes)} tensors (first: {list(shapes[0])}) are not those of {wanted}; "
         "weights of another architecture cannot be used"
     )
+
+
+def _shapes(model: YOLOv7) -> list[tuple[str, tuple[int, ...]]]:
+    """Names and shapes of the tensors that are matched by position: all but the anchors."""
+    return [(n, tuple(t.shape)) for n, t in model.state_dict().items() if n != "head.anchors"]
 
 
 def _anchors(tensors: Mapping[str, StoredTensor], model: YOLOv7) -> Tensor:

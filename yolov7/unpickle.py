@@ -3,14 +3,14 @@
 A pickle is a program. Here its instructions only ever build plain containers and inert records:
 every class or function that it names becomes a `Record` of that name, tensors become
 `StoredTensor`s whose size, stride and offset are checked against their storage before a view of
-it is made. Names outside a short list are refused.
+it is made. Names outside a short list are refused, and so is whatever would have the interpreter
+hash or print the nested objects of a file: it does so level by level, on the C stack.
 """
 
 import math
 import pickle
 import zipfile
-from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -22,12 +22,7 @@ from yolov7.errors import UserError
 
 # Names that are recorded, never imported: what the authors' training scripts store.
 _RECORDED = ("models.", "utils.", "torch.", "numpy.", "pathlib.", "argparse.")
-_RECORDED_EXACTLY = ("_codecs.encode",)
-_CONTAINERS: dict[str, type] = {
-    "collections.OrderedDict": OrderedDict,
-    "builtins.set": set,
-    "__builtin__.set": set,
-}
+_RECORDED_EXACTLY = ("_codecs.encode", "builtins.set", "__builtin__.set")
 _STORAGES = {
     "torch.FloatStorage": torch.float32,
     "torch.DoubleStorage": torch.float64,
@@ -41,8 +36,9 @@ _STORAGES = {
     "torch.BoolStorage": torch.bool,
 }
 
-
 _DEEPEST = 32  # modules within modules; the family needs 4
+_LONGEST = 100  # characters of a module's or tensor's name within its module
+_DIMENSIONS = 8  # of a tensor; the family needs 6
 
 
 class Record:
@@ -55,9 +51,6 @@ class Record:
     def __init__(self, *args: Any) -> None:
         """Take the arguments; nobody reads them."""
 
-    def __setstate__(self, state: Any) -> None:
-        self.state = state
-
     def __setitem__(self, key: Any, value: Any) -> None:
         """A pickled dict subclass sets items; nobody reads them."""
 
@@ -67,6 +60,21 @@ class Record:
     def get(self, name: str, default: Any = None) -> Any:
         """The attribute `name` of the object that this stands for."""
         return self.state.get(name, default) if isinstance(self.state, dict) else default
+
+
+class _Table(dict[Any, Any]):
+    """A dict or OrderedDict of the pickle: its items come one by one, under plain keys."""
+
+    def __init__(self) -> None:
+        """Without items."""
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        for part in key if isinstance(key, tuple) else (key,):
+            if not isinstance(part, str | int | float | None):
+                raise pickle.UnpicklingError(
+                    f"a dict key of type {type(key).__name__} with a {type(part).__name__} in it"
+                )
+        super().__setitem__(key, value)
 
 
 @dataclass(frozen=True)
@@ -101,8 +109,8 @@ def _rebuild_tensor(
     numbers = (offset, *shape, *stride)
     if (
         not isinstance(storage, _Storage)
-        or len(shape) != len(stride)
-        or not all(isinstance(n, int) and n >= 0 for n in numbers)
+        or not len(shape) == len(stride) <= _DIMENSIONS
+        or not all(isinstance(n, int) and 0 <= n < 2**63 for n in numbers)
     ):
         raise pickle.UnpicklingError("a tensor with an impossible shape")
     last = offset + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
@@ -118,7 +126,8 @@ def _rebuild_parameter(data: Any, *_: Any) -> Any:
     return data
 
 
-_REBUILDERS = {
+_BUILDERS: dict[str, Callable[..., Any]] = {
+    "collections.OrderedDict": _Table,
     "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
     "torch._utils._rebuild_parameter": _rebuild_parameter,
 }
@@ -127,12 +136,14 @@ _REBUILDERS = {
 class _Archive:
     """The zip file that `torch.save` writes: NAME/data.pkl beside NAME/data/KEY."""
 
-    def __init__(self, file: zipfile.ZipFile) -> None:
+    def __init__(self, file: zipfile.ZipFile, length: int) -> None:
         self.file = file
         self.entries = {}
         for info in file.infolist():
-            if info.compress_type != zipfile.ZIP_STORED:
+            if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
                 raise zipfile.BadZipFile("compressed entries")
+            if info.header_offset + info.file_size > length:
+                raise zipfile.BadZipFile("entries beyond its end")
             self.entries[info.filename.partition("/")[2]] = info
 
     def read(self, name: str) -> bytes:
@@ -140,11 +151,38 @@ class _Archive:
 
 
 class _InertUnpickler(pickle._Unpickler):  # the C one fills memory for a hostile memo index
-    dispatch: ClassVar = {
-        code: load
-        for code, load in pickle._Unpickler.dispatch.items()
-        if code != pickle.BYTEARRAY8[0]  # allocates whatever size it is told
-    }
+    # What the base class has and its stub lacks.
+    stack: list[Any]
+    pop_mark: Callable[[], list[Any]]
+
+    dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)
+    del dispatch[pickle.BYTEARRAY8[0]]  # allocates whatever size it is told
+    # Nobody reads a set: it becomes a list, whose items are not hashed.
+    dispatch[pickle.EMPTY_SET[0]] = dispatch[pickle.EMPTY_LIST[0]]
+    dispatch[pickle.ADDITEMS[0]] = dispatch[pickle.APPENDS[0]]
+    dispatch[pickle.FROZENSET[0]] = dispatch[pickle.LIST[0]]
+
+    def load_empty_dictionary(self) -> None:
+        self.stack.append(_Table())
+
+    dispatch[pickle.EMPTY_DICT[0]] = load_empty_dictionary
+
+    def load_dict(self) -> None:
+        items, table = self.pop_mark(), _Table()
+        for key, value in zip(items[::2], items[1::2], strict=True):
+            table[key] = value
+        self.stack.append(table)
+
+    dispatch[pickle.DICT[0]] = load_dict
+
+    def load_build(self) -> None:
+        state, target = self.stack.pop(), self.stack[-1]
+        if isinstance(target, Record):
+            target.state = state
+        elif not isinstance(target, _Table):  # whose attributes, `_metadata`, nobody reads
+            raise pickle.UnpicklingError(f"it sets attributes of a {type(target).__name__}")
+
+    dispatch[pickle.BUILD[0]] = load_build
 
     def __init__(self, archive: _Archive) -> None:
         super().__init__(archive.file.open(archive.entries["data.pkl"]))
@@ -153,10 +191,8 @@ class _InertUnpickler(pickle._Unpickler):  # the C one fills memory for a hostil
 
     def find_class(self, module: str, name: str) -> Any:
         origin = f"{module}.{name}"
-        if origin in _CONTAINERS:
-            return _CONTAINERS[origin]
-        if origin in _REBUILDERS:
-            return _REBUILDERS[origin]
+        if origin in _BUILDERS:
+            return _BUILDERS[origin]
         if not (origin.startswith(_RECORDED) or origin in _RECORDED_EXACTLY):
             raise pickle.UnpicklingError(f"it names {origin}, which no checkpoint needs")
         if origin not in self.classes:
@@ -165,6 +201,8 @@ class _InertUnpickler(pickle._Unpickler):  # the C one fills memory for a hostil
 
     def persistent_load(self, pid: Any) -> _Storage:
         kind, storage_type, key, _, numel = pid
+        if not isinstance(key, str):
+            raise pickle.UnpicklingError(f"a storage named by a {type(key).__name__}")
         dtype = _STORAGES.get(getattr(storage_type, "origin", ""))
         entry = self.archive.entries.get(f"data/{key}")
         if kind != "storage" or dtype is None or entry is None or not isinstance(numel, int):
@@ -174,6 +212,11 @@ class _InertUnpickler(pickle._Unpickler):  # the C one fills memory for a hostil
                 f"a storage of {numel} elements in {entry.file_size} bytes"
             )
         return _Storage(self.archive, key, dtype, numel)
+
+
+def one_line(text: object) -> str:
+    """`text`, parts of which come from a file, as a message can have it: short and printable."""
+    return "".join(c if c.isprintable() else " " for c in str(text)[:120])
 
 
 class TorchFile:
@@ -186,17 +229,17 @@ class TorchFile:
     def __init__(self, path: Path) -> None:
         try:
             self._zip = zipfile.ZipFile(path)
-            archive = _Archive(self._zip)
+            archive = _Archive(self._zip, path.stat().st_size)
             self.root: Any = _InertUnpickler(archive).load()
         except pickle.UnpicklingError as error:
-            raise UserError(f"{path}: refused, {error}; nothing was executed") from None
+            raise UserError(f"{path}: refused, {one_line(error)}; nothing was executed") from None
         except zipfile.BadZipFile as error:
             raise UserError(f"{path}: truncated or not a PyTorch checkpoint ({error})") from None
         except OSError as error:
             raise UserError(f"{path}: {error.strerror}") from None
         except Exception as error:  # a hostile pickle can make any of them
-            what = f"{type(error).__name__}: {error}"
-            raise UserError(f"{path}: damaged or not a PyTorch checkpoint ({what[:120]})") from None
+            what = one_line(f"{type(error).__name__}: {error}")
+            raise UserError(f"{path}: damaged or not a PyTorch checkpoint ({what})") from None
 
     def __enter__(self) -> "TorchFile":
         return self
@@ -232,5 +275,8 @@ def module_tensors(root: Record) -> tuple[dict[str, StoredTensor], list[Record]]
 
 
 def _items(value: Any) -> Iterator[tuple[str, Any]]:
-    if isinstance(value, dict):
-        yield from ((k, v) for k, v in dict.items(value) if isinstance(k, str))
+    for name, item in value.items() if isinstance(value, dict) else ():
+        if isinstance(name, str):
+            if len(name) > _LONGEST:  # it would be part of every name below it
+                raise UserError(f"refused: a name of {len(name)} characters")
+            yield name, item
