@@ -5,11 +5,12 @@ them; the whole is what a user of `Detector` waits for. All engines take the sam
 process, and so does the matrix product that says what the device can do at most.
 """
 
+import gc
 import os
 import resource
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import as_file, files
 from typing import Any
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from yolov7.detector import Detector
+from yolov7.device import resolve_device
 from yolov7.engine.pipeline import FramePipeline, Suppression
 from yolov7.engine.steps import Step
 from yolov7.exported import ExportedNetwork
@@ -44,10 +46,12 @@ class Timing:
 
     Attributes:
         engine: "eager", "compile" or "graph".
+        device: Where its input is taken: "cpu", "cuda", "cuda:N".
         batch: Images at a time.
         samples: Stage -> milliseconds per batch; "whole" is all of it, undivided.
         startup_s: Seconds from the model to the first boxes.
-        peak_bytes: Most memory held: of the device on CUDA, of the process on a CPU.
+        peak_bytes: Most memory held: on CUDA of the device, by this engine; on a CPU of the process
+            since it began, so no less than that of an engine before.
         flops: Of one image, two per multiply-add; 0 where they are not known.
         ceiling: FLOP/s of a matrix product of this device and precision, in this run.
         bandwidth: Bytes per second of a copy, read and written, in this run.
@@ -55,6 +59,7 @@ class Timing:
     """
 
     engine: str
+    device: str
     batch: int
     samples: dict[str, list[float]]
     startup_s: float
@@ -78,6 +83,7 @@ class Timing:
         rate = self.flops * self.batch / network * 1e3
         return {
             "engine": self.engine,
+            "device": self.device,
             "batch": self.batch,
             "images_per_second": round(1e3 * self.batch / whole, 2),
             "percent_of_ceiling": round(100 * rate / self.ceiling, 1) if self.flops else None,
@@ -104,11 +110,14 @@ def sample_frame() -> Image:
 def measure(
     weights: YOLOv7 | str | None,
     *,
+    variant: str | None = None,
     engine: str = "auto",
     device: str = "auto",
     precision: str = "auto",
     imgsz: int | None = None,
     batch: int = 1,
+    names: Sequence[str] | None = None,
+    layout: str | None = None,
     rounds: int = 50,
 ) -> Timing:
     """Time one engine.
@@ -116,20 +125,32 @@ def measure(
     Args:
         weights: A model in any form, which is not changed, or what `Detector` takes, exported files
             too, whose operations are not counted.
+        variant: Of a bare state dict.
         engine: See `Network`.
         device: Likewise.
         precision: Likewise.
         imgsz: Longer side of the network's input in pixels; None: the model's own.
         batch: Images at a time, all of them the sample frame.
+        names: Class names of an ONNX file that `yolov7 export` did not write.
+        layout: Of its output: "grid" or "classes-first".
         rounds: Batches that are timed, after a warm-up.
 
     Raises:
         UserError: the engine, device or precision is not to be had here.
     """
+    _forget_peak(resolve_device(device))
     frames = [sample_frame()] * batch
     start = time.perf_counter()
     detector = Detector(
-        weights, engine=engine, device=device, precision=precision, imgsz=imgsz, batch=batch
+        weights,
+        variant=variant,
+        engine=engine,
+        device=device,
+        precision=precision,
+        imgsz=imgsz,
+        batch=batch,
+        names=names,
+        layout=layout,
     )
     (height, width) = detector(frames)[0].input_shape
     startup_s = time.perf_counter() - start
@@ -144,6 +165,7 @@ def measure(
     layers = conv_layers(weights, height, width) if isinstance(weights, YOLOv7) else []
     return Timing(
         network.engine,
+        str(network.device),
         batch,
         samples,
         startup_s,
@@ -257,6 +279,14 @@ def copy_rate(device: torch.device) -> float:
         target.copy_(source)
         best = min(best, _now(device) - start)
     return 2 * source.numel() / best
+
+
+def _forget_peak(device: torch.device) -> None:
+    """Let the peak be that of what comes; a CPU's process has one peak only."""
+    if device.type == "cuda":
+        gc.collect()  # a plan is part of a cycle: that of an engine before may still be there
+        torch.cuda.init()  # there is no peak to forget before
+        torch.cuda.reset_peak_memory_stats(device)
 
 
 def memory_bytes(device: torch.device, *, peak: bool = False) -> int:

@@ -43,7 +43,8 @@ class Detector:
             copied); None: the embedded demo weights (blood cells).
         variant: Of a bare state dict, where its tensors do not tell.
         device: "auto", "cpu", "cuda", "cuda:N".
-        precision: "auto" (fp16 on CUDA, fp32 on a CPU), "fp32", "fp16", "bf16".
+        precision: "auto" (fp16 on CUDA, fp32 on a CPU), "fp32", "fp16", "bf16", or "fp8"
+            (engine graph, weights that `yolov7 convert` has calibrated).
         engine: "auto", "eager", "compile" (a longer start; one shape for all images), or "graph"
             (CUDA: our kernels; whole images from the frame to the boxes in one captured graph).
         imgsz: Longer side, or (height, width), that images are scaled to, in pixels; rounded up to
@@ -268,7 +269,7 @@ class Detector:
             detections = drop_cut_boxes(detections, tiles, shape, scale)
         detections[:, :4] = clip_boxes(detections[:, :4] / scale, shape)
         speed["nms"] += self._now() - start
-        return self._result(frame, detections, speed, boxed[-1][0].shape[:2], overflow)
+        return self._result(frame, detections, speed, boxed[0][0].shape[:2], overflow)
 
     def _letterbox(self, image: Image) -> tuple[Image, tuple[float, float], tuple[float, float]]:
         return letterbox(image, self.imgsz, stride=self.stride, auto=not self._one_shape)

@@ -3,8 +3,11 @@
 import hashlib
 import json
 import os
+import sys
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from http import HTTPStatus
 from pathlib import Path
 
@@ -12,6 +15,10 @@ from rich.progress import DownloadColumn, Progress, TransferSpeedColumn
 
 from yolov7.cache import cache_folder
 from yolov7.errors import UserError
+from yolov7.progress import working
+
+if sys.platform != "win32":
+    import fcntl
 
 RELEASE = "https://github.com/WongKinYiu/yolov7/releases/download/v0.1/"
 _BOTH = ("yolov7", "yolov7x", "yolov7-w6", "yolov7-e6", "yolov7-d6", "yolov7-e6e")
@@ -22,6 +29,7 @@ PUBLISHED = {
     **{f"{name}_training.pt": name for name in _BOTH},
 }
 
+_RECORD = "sha256.json"  # file name -> SHA-256, beside the files
 _CHUNK = 1 << 20
 _TIMEOUT = 30  # seconds without a byte
 
@@ -30,7 +38,8 @@ def published_weights(name: str, *, release: str = RELEASE) -> Path:
     """The local path of the published file `name`, downloaded if it is not in the cache.
 
     The file's SHA-256 is recorded at the first download and checked at every use. A download that
-    was cut is resumed.
+    was cut is resumed. Of processes that ask at the same time one downloads, and the others wait;
+    on Windows nothing holds them back, so let one finish the first download there.
 
     Args:
         name: a key of `PUBLISHED`.
@@ -39,18 +48,17 @@ def published_weights(name: str, *, release: str = RELEASE) -> Path:
     Raises:
         UserError: no network, no such file, a cut download, or a file that has changed since.
     """
-    folder = cache_folder("weights")
-    path, record = folder / name, folder / "sha256.json"
+    path = cache_folder("weights") / name
     try:
-        digests: dict[str, str] = json.loads(record.read_text()) if record.exists() else {}
-        if not path.exists() or name not in digests:
-            folder.mkdir(parents=True, exist_ok=True)
-            _fetch(release + name, path)
-            digests[name] = _sha256(path)
-            temporary = record.with_suffix(f".{os.getpid()}")
-            temporary.write_text(json.dumps(digests, indent=1))
-            temporary.replace(record)
-        elif _sha256(path) != digests[name]:
+        digest = _recorded(path)
+        if digest is None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with _locked(path.parent):
+                digest = _recorded(path)  # by the process that had the lock before
+                if digest is None:
+                    _fetch(release + name, path)
+                    digest = _record(path)
+        if _sha256(path) != digest:
             raise UserError(
                 f"{path}: its SHA-256 is not the one recorded at download; "
                 "delete the file to download it again"
@@ -58,8 +66,39 @@ def published_weights(name: str, *, release: str = RELEASE) -> Path:
     except (OSError, ValueError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{folder}: the cache cannot be used ({error})") from None
+        raise UserError(f"{path.parent}: the cache cannot be used ({error})") from None
     return path
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keep other processes out of a folder, as long as the context lasts."""
+    with (folder / "lock").open("w") as file:  # stays: deleting it would open a gap
+        # Windows has no fcntl, and some network file systems no locks: there, only one process
+        # should ask for a file that is not in the cache yet.
+        if sys.platform != "win32":
+            with suppress(OSError), working(f"waiting for another download into {folder}"):
+                fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    record = folder / _RECORD
+    return json.loads(record.read_text()) if record.exists() else {}
+
+
+def _recorded(path: Path) -> str | None:
+    """The SHA-256 that a file had when it was downloaded; None where it has to be."""
+    return _digests(path.parent).get(path.name) if path.exists() else None
+
+
+def _record(path: Path) -> str:
+    """Note the SHA-256 of a file that has been downloaded."""
+    digest = _sha256(path)
+    temporary = path.with_name(f"{_RECORD}.{os.getpid()}")
+    temporary.write_text(json.dumps(_digests(path.parent) | {path.name: digest}, indent=1))
+    temporary.replace(path.with_name(_RECORD))
+    return digest
 
 
 def _sha256(path: Path) -> str:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from yolov7.device import resolve_device
 from yolov7.errors import UserError
 
 FORMAT = "yolov7-triton-export/1"
@@ -115,7 +116,8 @@ def _parse(text: dict[str, str]) -> dict[str, Any]:
 class OnnxSession:
     """ONNX Runtime on a CPU or, where its GPU package is installed, on CUDA."""
 
-    def __init__(self, file: Path | bytes, device: str) -> None:
+    def __init__(self, file: Path | bytes, device: str | torch.device) -> None:
+        chosen = resolve_device(device)
         try:
             import onnxruntime
         except ImportError:
@@ -123,13 +125,13 @@ class OnnxSession:
                 f"{_name(file)}: running it needs ONNX Runtime: pip install 'yolov7-triton[export]'"
             ) from None
         cuda = "CUDAExecutionProvider"
-        if device.startswith("cuda") and cuda not in onnxruntime.get_available_providers():
+        on_gpu = chosen.type == "cuda" and cuda in onnxruntime.get_available_providers()
+        if chosen.type == "cuda" and not on_gpu and device != "auto":
             raise UserError(f"device {device}: ONNX Runtime has none: pip install onnxruntime-gpu")
-        on_gpu = device != "cpu" and cuda in onnxruntime.get_available_providers()
         self.engine = "onnxruntime-cuda" if on_gpu else "onnxruntime"
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3  # errors; warnings are for the author of the graph
-        providers = [cuda] * on_gpu + ["CPUExecutionProvider"]
+        providers = [*[(cuda, {"device_id": chosen.index or 0})] * on_gpu, "CPUExecutionProvider"]
         source = file if isinstance(file, bytes) else str(file)
         try:
             self._session = onnxruntime.InferenceSession(source, options, providers=providers)
@@ -152,7 +154,9 @@ class OpenVinoSession:
 
     engine = "openvino"
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path, device: str | torch.device) -> None:
+        if device != "auto" and resolve_device(device).type != "cpu":
+            raise UserError(f"device {device}: OpenVINO runs on a CPU: leave it out")
         try:
             import openvino
         except ImportError:
@@ -215,7 +219,8 @@ class ExportedNetwork:
 
     Args:
         path: Of the .onnx or .pt2 file.
-        device: "auto", "cpu", "cuda"; a .pt2 runs where it was exported for.
+        device: "auto", "cpu", "cuda", "cuda:N"; a .pt2 runs where it was exported for, on CUDA
+            on the first GPU, and OpenVINO on a CPU.
         engine: "auto", or "openvino" for an .onnx file.
         names: Class names of an ONNX file that is not ours.
         layout: Its output's layout, "grid" or "classes-first".
@@ -233,7 +238,8 @@ class ExportedNetwork:
         one_shape: True: the size of the input is fixed.
 
     Raises:
-        UserError: The file is missing, damaged or not ours, or what runs it is not installed.
+        UserError: The file is missing, damaged or not ours, what runs it is not installed, or the
+            device is not to be had.
     """
 
     def __init__(
@@ -254,13 +260,13 @@ class ExportedNetwork:
             if engine != "auto" or names or layout:
                 raise UserError(f"{path}: a .pt2 takes no --engine, --names or --layout")
             self.metadata = read_pt2_metadata(path)
-            self.device = _pt2_device(path, self.metadata, str(device))
+            self.device = _pt2_device(path, self.metadata, device)
             self._session = Pt2Session(path, self.metadata)
         else:
             if engine not in ("auto", "openvino"):
                 raise UserError(f"engine {engine} does not run .onnx files: use auto or openvino")
-            openvino = engine == "openvino"
-            session = OpenVinoSession(path) if openvino else OnnxSession(path, str(device))
+            kind = OpenVinoSession if engine == "openvino" else OnnxSession
+            session = kind(path, device)
             self.metadata = _onnx_metadata(session, path, names, layout)
             self._session = session
         self.names, self.stride = self.metadata.names, self.metadata.stride
@@ -383,10 +389,13 @@ def _onnx_metadata(
     )
 
 
-def _pt2_device(path: Path, metadata: Metadata, wanted: str) -> torch.device:
+def _pt2_device(path: Path, metadata: Metadata, wanted: str | torch.device) -> torch.device:
     device = torch.device(metadata.device)
-    if wanted != "auto" and torch.device(wanted).type != device.type:
-        raise UserError(f"{path}: was exported for {device}: export it with --device {wanted}")
+    chosen = device if wanted == "auto" else resolve_device(wanted)
+    if chosen.type != device.type:
+        raise UserError(f"{path}: was exported for {device}: export it with --device {chosen.type}")
+    if chosen.index:
+        raise UserError(f"{path}: runs on the first GPU: choose it with CUDA_VISIBLE_DEVICES")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"{path}: was exported for cuda, and there is no GPU here")
     return device

@@ -13,6 +13,7 @@ from torch import Tensor
 from yolov7.cache import cache_folder
 from yolov7.checkpoint import load_model
 from yolov7.cpu import Decoder, can_pack, keep_freed_memory, pack_convolutions
+from yolov7.device import resolve_device
 from yolov7.errors import UserError
 from yolov7.exported import SUFFIXES, ExportedNetwork
 from yolov7.model import YOLOv7
@@ -27,26 +28,6 @@ PLANS = 4  # input shapes that the graph engine is ready for
 OLDEST = (8, 0)  # compute capability that the kernels are made for
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-
-
-def resolve_device(name: str | torch.device) -> torch.device:
-    """The device of a name; "auto" is CUDA where there is one.
-
-    Raises:
-        UserError: No such device here.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"device {name}: give auto, cpu, cuda or cuda:N") from None
-    count = torch.cuda.device_count()
-    if device.type == "cuda" and (device.index or 0) >= count:
-        raise UserError(f"device {name}: {count} CUDA devices are here: use another, or cpu")
-    if device.type not in ("cpu", "cuda"):
-        raise UserError(f"device {name}: give auto, cpu, cuda or cuda:N")
-    return device
 
 
 def resolve_precision(name: str, device: torch.device, engine: str = "eager") -> torch.dtype:

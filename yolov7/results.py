@@ -60,7 +60,7 @@ class Results:
         boxes: The detections.
         names: Class names by number.
         speed: Milliseconds spent on this image by stage: "pre" (letterbox, copy), "network", "nms".
-        input_shape: (height, width) that the network saw; (0, 0) where it saw tiles.
+        input_shape: (height, width) in which the network saw the whole image, beside any tiles.
         overflow: Candidates beyond what the suppression looks at, the least sure ones.
     """
 

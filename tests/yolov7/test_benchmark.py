@@ -2,7 +2,9 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
+from yolov7 import benchmark
 from yolov7.benchmark import measure
 from yolov7.checkpoint import load_model
 from yolov7.cli import main
@@ -28,7 +30,7 @@ def test_every_stage_is_timed(engine: str) -> None:
 def test_bench_writes_rows_totals_and_a_picture(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    result = tmp_path / "bench.json"
+    result = tmp_path / "new" / "bench.json"
     arguments = ["bench", "--engines", "eager", "graph", "--imgsz", "64", "--rounds", "2"]
     where = ["--device", "cpu", "--project", str(tmp_path), "--json", str(result)]
     assert main([*arguments, *where]) == 0
@@ -50,6 +52,44 @@ def test_an_exported_file_is_timed(tmp_path: Path, capsys: pytest.CaptureFixture
     assert total["engine"].startswith("onnxruntime")
     assert total["images_per_second"] > 0
     assert total["percent_of_ceiling"] is None
+
+
+def test_a_file_of_others_is_timed_with_names_and_layout(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    file, result = tmp_path / "other.onnx", tmp_path / "bench.json"
+    assert main(["export", "--imgsz", "64", "--output", str(file)]) == 0
+    graph = onnx.load(file)
+    del graph.metadata_props[:]
+    onnx.save(graph, file)
+    arguments = ["bench", "--weights", str(file), "--rounds", "2", "--json", str(result)]
+    described = ["--names", "a", "b", "c", "--layout", "grid", "--project", str(tmp_path)]
+    for words in ([], ["--soak", "0.1"]):
+        assert main([*arguments, *described, *words]) == 0
+        assert json.loads(result.read_text())["rows"]
+    for words in (["--weights", str(file), "--variant", "yolov7"], []):
+        assert main(["bench", *described, *words]) == 1
+        assert "leave " in capsys.readouterr().err
+
+
+def test_the_peak_is_that_of_one_engine(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    events: list[object] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(benchmark, "resolve_device", torch.device)
+        patch.setattr(benchmark, "Detector", lambda *_, **__: events.append("built"))
+        patch.setattr(torch.cuda, "init", lambda: events.append("init"))
+        patch.setattr(torch.cuda, "reset_peak_memory_stats", events.append)
+        with pytest.raises(TypeError):  # None detects nothing
+            measure(None, device="cuda:1")
+    assert events == ["init", torch.device("cuda:1"), "built"]
+    arguments = ["bench", "--engines", "eager", "--imgsz", "64", "--rounds", "1", "--device", "cpu"]
+    assert main([*arguments, "--project", str(tmp_path)]) == 0
+    assert "MiB of the process at most" in " ".join(capsys.readouterr().out.split())
 
 
 def test_soak_reports_tail_drift_and_growth(

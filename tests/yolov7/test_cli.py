@@ -1,6 +1,7 @@
 """The command line itself, `info` and `convert`."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,9 @@ import pytest
 import yolov7
 from yolov7.checkpoint import DEMO_WEIGHTS, load_model
 from yolov7.cli import VERBS, main
+from yolov7.cli.convert import _batches
+
+ASSETS = Path(yolov7.__file__).parent / "assets"
 
 
 def test_help_lists_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
@@ -73,7 +77,7 @@ def test_info_refuses_a_size_that_is_no_multiple(capsys: pytest.CaptureFixture[s
 
 def test_convert_fuses_and_halves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source, target = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
-    embedded = str(Path(yolov7.__file__).parent / "assets" / DEMO_WEIGHTS)
+    embedded = str(ASSETS / DEMO_WEIGHTS)
     assert main(["convert", "--weights", embedded, "--output", str(source), "--imgsz", "640"]) == 0
     assert load_model(source).imgsz == 640
     assert main(["convert", "--weights", str(source), "--output", str(target), "--fuse"]) == 0
@@ -84,17 +88,74 @@ def test_convert_fuses_and_halves(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 
 def test_convert_calibrates_for_fp8(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assets = Path(yolov7.__file__).parent / "assets"
-    weights, target = str(assets / DEMO_WEIGHTS), tmp_path / "fp8.safetensors"
+    weights, target = str(ASSETS / DEMO_WEIGHTS), tmp_path / "fp8.safetensors"
     arguments = ["convert", "--weights", weights, "--output", str(target), "--precision", "fp8"]
     assert main(arguments) == 1
     assert "--precision fp8 and --calibrate FOLDER go together" in capsys.readouterr().err
-    calibration = ["--calibrate", str(assets / "images"), "--images", "1"]
+    calibration = ["--calibrate", str(ASSETS / "images"), "--images", "1"]
     assert main([*arguments, *calibration]) == 0
     assert "maps calibrated for fp8" in capsys.readouterr().out
     ranges = load_model(target).ranges
     assert ranges["stem.1"] > 0
     assert len(ranges) >= 57  # one for each convolution, the first one perhaps not
+
+
+def test_convert_never_replaces_its_input(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    source = tmp_path / "best.safetensors"
+    shutil.copy(ASSETS / DEMO_WEIGHTS, source)
+    before = source.read_bytes()
+    for output in ([], ["--output", "../" + tmp_path.name + "/best.safetensors"]):
+        assert main(["convert", "--weights", "best.safetensors", "--fuse", *output]) == 1
+        error = capsys.readouterr().err
+        assert error.startswith("error: best.safetensors: would be replaced: ")
+        assert "--output" in error
+    assert source.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--imgsz", "0"), "--imgsz 0: give a multiple of the model's stride 32"),
+        (("--imgsz", "100"), "--imgsz 100: give a multiple of the model's stride 32"),
+        (("--precision", "fp8", "--calibrate", "in", "--images", "0"), "--images 0: give 1 or"),
+        (("--precision", "fp8", "--calibrate", "in", "--images", "-1"), "--images -1: give 1 or"),
+        (("--precision", "fp8", "--calibrate", "in"), "in: a folder without images"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_convert_refuses_what_makes_no_sense(
+    options: tuple[str, ...],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("in").mkdir()
+    weights = str(ASSETS / DEMO_WEIGHTS)
+    assert main(["convert", "--weights", weights, "--output", "a.safetensors", *options]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert message in error
+    assert error.count("\n") == 1
+    assert not Path("a.safetensors").exists()
+
+
+def test_calibration_reads_only_what_it_uses(tmp_path: Path) -> None:
+    sample = min((ASSETS / "images").glob("*.jpg"))
+    for index in range(7):
+        if index in (0, 2, 4):  # evenly from the whole folder
+            shutil.copy(sample, tmp_path / f"{index}.jpg")
+        else:
+            (tmp_path / f"{index}.jpg").write_bytes(b"no image")
+    batches = list(_batches(tmp_path, 3, 64))
+    assert [tuple(x.shape) for x in batches] == [(1, 3, 64, 64)] * 3
+    for index in (1, 3, 5, 6):
+        (tmp_path / f"{index}.jpg").unlink()
+    assert len(list(_batches(tmp_path, 32, 64))) == 3
 
 
 def test_import_is_cheap() -> None:

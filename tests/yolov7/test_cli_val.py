@@ -61,9 +61,9 @@ def test_result_table_and_run_folder(
     data: Path, weights: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ("--weights", weights, "--data", data, "--imgsz", 64, "--save-json")
-    assert val(*options, "--json", "out.json") == 0
+    assert val(*options, "--json", "new/out.json") == 0
     text = capsys.readouterr().out
-    result = json.loads(Path("out.json").read_text())
+    result = json.loads(Path("new/out.json").read_text())
     assert list(result) == [
         "AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100",
         "precision", "recall", "confidence", "per_class", "speed",
@@ -173,7 +173,7 @@ def test_class_names_that_differ_are_said(
         (("--data", "set", "--split", "test"), "has no split test"),
         (("--data", "set", "--conf", "1.5"), "--conf 1.5: give a number from 0 to 1"),
         (("--data", "set", "--batch", "0"), "--batch 0: give 1 or more"),
-        (("--data", "set", "--json", "no/such/out.json"), "out.json: cannot be written"),
+        (("--data", "set", "--json", "set/data.yaml/out.json"), "out.json: cannot be written"),
         (("--data", "set", "--project", "set/data.yaml"), "name another with --project"),
         (("--data", "three"), "the weights know 2 classes (cell, dot), the data set has 3"),
     ],
@@ -193,6 +193,7 @@ def test_errors_are_one_line(
     assert error.startswith("error: ")
     assert message in error
     assert error.count("\n") == 1
+    assert not Path("runs").exists()  # found out before the work
 
 
 def test_a_data_set_must_be_named(capsys: pytest.CaptureFixture[str]) -> None:

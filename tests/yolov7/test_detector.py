@@ -151,6 +151,7 @@ def test_tiles_find_small_cells(detector: Detector, images: list[Image]) -> None
     tiled = Detector(device="cpu", tile=640, overlap=0.25, batch=2)(large)[0]
     parts = [detector(image)[0] for image in images]
     assert len(tiled) > 1.3 * len(whole)
+    assert tiled.input_shape == whole.input_shape == (256, 320)  # tiles: 320 x 320
     # Every surely seen cell of the four images is found at its place.
     found = 0
     wanted = 0

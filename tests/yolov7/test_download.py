@@ -1,11 +1,14 @@
 """Published weights by name, from a local server."""
 
 import json
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 from typing import ClassVar
 
 import pytest
@@ -23,6 +26,7 @@ class _Handler(BaseHTTPRequestHandler):
     cut_after: ClassVar[int | None] = None
     ranges: ClassVar[bool] = True
     requests: ClassVar[list[str]] = []
+    go_on: ClassVar[Event | None] = None  # before the second half of an answer
 
     def do_GET(self) -> None:
         """Answer one request."""
@@ -39,6 +43,11 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_response(206 if wanted and self.ranges else 200)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
+        if self.go_on is not None:
+            half = len(body) // 2
+            self.wfile.write(body[:half])
+            self.go_on.wait(30)
+            body = body[half:]
         self.wfile.write(body if self.cut_after is None else body[: self.cut_after])
 
     def log_message(self, *_: object) -> None:
@@ -48,7 +57,7 @@ class _Handler(BaseHTTPRequestHandler):
 @pytest.fixture
 def release(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     monkeypatch.setenv("YOLOV7_CACHE", str(tmp_path))
-    for name, value in (("cut_after", None), ("ranges", True), ("requests", [])):
+    for name, value in (("cut_after", None), ("ranges", True), ("requests", []), ("go_on", None)):
         monkeypatch.setattr(_Handler, name, value)
     server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
     Thread(target=server.serve_forever, daemon=True).start()
@@ -87,6 +96,36 @@ def test_a_part_longer_than_the_file_is_thrown_away(fetch: "partial[Path]", tmp_
     (tmp_path / "weights").mkdir()
     (tmp_path / "weights" / "yolov7.pt.part").write_bytes(bytes(20_000))
     assert fetch().read_bytes() == CONTENT
+
+
+ASK = """
+import sys
+from yolov7.download import published_weights
+print("asking", flush=True)
+print(published_weights("yolov7.pt", release=sys.argv[1]).read_bytes().hex())
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no fcntl to lock with")
+def test_two_processes_that_ask_at_once_download_once(
+    fetch: "partial[Path]", release: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_Handler, "go_on", Event())
+    asking = []
+    for _ in range(2):
+        command = [sys.executable, "-c", ASK, release]
+        asking.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
+        assert asking[-1].stdout is not None
+        assert asking[-1].stdout.readline() == "asking\n"
+        time.sleep(0.3)  # the first is half way through when the second looks
+    assert _Handler.go_on is not None
+    _Handler.go_on.set()
+    for process in asking:
+        printed, _ = process.communicate(timeout=30)
+        assert process.returncode == 0
+        assert bytes.fromhex(printed) == CONTENT
+    assert fetch().read_bytes() == CONTENT
+    assert _Handler.requests == ["whole"]
 
 
 def test_a_changed_file_is_refused(fetch: "partial[Path]") -> None:

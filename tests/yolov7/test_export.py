@@ -356,6 +356,7 @@ def test_wrong_suppression_is_not_kept(
         (Settings(device="cuda"), "leave device cuda out"),
         (Settings(nms=Suppression(1.5, 0.45, 300)), "give 0 to 1"),
         (Settings(imgsz=(0, 64)), "imgsz is 0 x 64"),
+        (Settings(imgsz=(64, 4128), nms=NMS), "imgsz is 64 x 4128: .* up to 4096 pixels"),
     ],
 )
 def test_settings_that_do_not_fit(
@@ -364,6 +365,14 @@ def test_settings_that_do_not_fit(
     with pytest.raises(UserError, match=message):
         export(sketch, tmp_path / "m.onnx", settings)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_packages_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert yolov7.export.__doc__ is not None
+    _, example = yolov7.export.__doc__.split("\n\n")
+    exec(compile(example, "example", "exec"))
+    assert [path.suffix for path in tmp_path.iterdir()] == [".onnx"]
 
 
 def test_targets_that_cannot_be_written(sketch: YOLOv7, tmp_path: Path) -> None:
@@ -433,8 +442,6 @@ def test_wishes_that_came_too_late(suppressing: Exported, program: Exported) -> 
     }.items():
         with pytest.raises(UserError, match=message):
             Detector(path, **dict([wish]))  # type: ignore[arg-type]  # each of its own type
-    with pytest.raises(UserError, match="was exported for cpu"):
-        ExportedNetwork(program.path, device="cuda")
     with pytest.raises(UserError, match="names and layout are for ONNX files"):
         Detector(names=["a"])
     with pytest.raises(UserError, match="takes images of 320 x 320 pixels only"):

@@ -13,6 +13,7 @@ from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from yolov7.checkpoint import load_model
 from yolov7.cpu import Decoder, PackedConv
+from yolov7.device import resolve_device
 from yolov7.engine.calibrate import calibrate
 from yolov7.errors import UserError
 from yolov7.model import YOLOv7, create_model
@@ -20,7 +21,6 @@ from yolov7.network import (
     COMPILED,
     PLANS,
     Network,
-    resolve_device,
     resolve_precision,
 )
 

@@ -2,6 +2,7 @@ import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import cv2
 import numpy as np
@@ -153,15 +154,17 @@ def test_one_video_file_is_written_at_a_time_and_streams_side_by_side(
 ) -> None:
     opened: list[cv2.VideoWriter] = []
 
-    class Writer(cv2.VideoWriter):
-        def __init__(self, *arguments: object) -> None:
-            super().__init__(*arguments)
-            opened.append(self)
+    class Writers:  # a subclass of OpenCV's would crash
+        fourcc, make = cv2.VideoWriter.fourcc, cv2.VideoWriter
+
+        def __call__(self, *arguments: Any) -> cv2.VideoWriter:
+            opened.append(self.make(*arguments))
+            return opened[-1]
 
     def writing() -> list[bool]:
         return [writer.isOpened() for writer in opened]
 
-    monkeypatch.setattr(cv2, "VideoWriter", Writer)
+    monkeypatch.setattr(cv2, "VideoWriter", Writers())
     with Recorder(Outputs(tmp_path)) as recorder:
         for item, number in [(1, 1), (1, 2), (2, 1)]:
             recorder.write(make([], path=f"{item}.avi", item=item, kind="video", number=number))

@@ -1,6 +1,5 @@
 """`yolov7 bench`: how fast a model detects on this machine."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,14 +9,14 @@ from rich.table import Table
 
 from yolov7.benchmark import Timing, measure, soak
 from yolov7.checkpoint import load_model
-from yolov7.cli.options import ModelOptions
+from yolov7.cli.options import ModelOptions, class_names
 from yolov7.detector import Detector
+from yolov7.device import resolve_device
 from yolov7.errors import UserError
 from yolov7.exported import SUFFIXES
 from yolov7.model import YOLOv7
-from yolov7.network import resolve_device
 from yolov7.progress import progress
-from yolov7.runs import new_run
+from yolov7.runs import check_writable, new_run, write_json
 
 
 @dataclass(kw_only=True)
@@ -45,12 +44,9 @@ def run(options: Bench) -> int:
     for name in ("batch", "rounds"):
         if getattr(options, name) < 1:
             raise UserError(f"--{name} {getattr(options, name)}: give 1 or more")
+    check_writable(options.json)
     result = _soak(options) if options.soak is not None else _compare(options)
-    if options.json is not None:
-        try:
-            options.json.write_text(json.dumps(result, indent=1))
-        except OSError as error:
-            raise UserError(f"{options.json}: cannot be written ({error.strerror})") from None
+    write_json(options.json, result)
     return 0
 
 
@@ -67,20 +63,23 @@ def _engines(options: Bench) -> list[str]:
     return ["eager", "compile", "graph"] if on_cuda else ["eager", "compile"]
 
 
+def _model(options: Bench) -> dict[str, Any]:
+    """What a `Detector` is told, besides weights and engine."""
+    shared = ("variant", "device", "precision", "imgsz", "batch", "layout")
+    return {
+        **{name: getattr(options, name) for name in shared},
+        "names": class_names(options.names),
+    }
+
+
 def _compare(options: Bench) -> dict[str, Any]:
     weights: YOLOv7 | str | None = options.weights
     if not _exported(options):
+        if options.names or options.layout:
+            raise UserError("--names and --layout are for .onnx files: leave them out")
         weights = load_model(options.weights, variant=options.variant)
     timings = [
-        measure(
-            weights,
-            engine=engine,
-            device=options.device,
-            precision=options.precision,
-            imgsz=options.imgsz,
-            batch=options.batch,
-            rounds=options.rounds,
-        )
+        measure(weights, engine=engine, rounds=options.rounds, **_model(options))
         for engine in progress(_engines(options), "measuring", len(_engines(options)))
     ]
     _print(timings)
@@ -91,15 +90,7 @@ def _compare(options: Bench) -> dict[str, Any]:
 
 def _soak(options: Bench) -> dict[str, Any]:
     assert options.soak is not None
-    detector = Detector(
-        options.weights,
-        variant=options.variant,
-        device=options.device,
-        precision=options.precision,
-        engine=options.engine,
-        imgsz=options.imgsz,
-        batch=options.batch,
-    )
+    detector = Detector(options.weights, engine=options.engine, **_model(options))
     row = soak(detector, options.soak)
     print(
         f"{row['frames']} frames with the engine {row['engine']}: p50 {row['p50']:.2f}, "
@@ -127,10 +118,12 @@ def _print(timings: list[Timing]) -> None:
         launches = f", {t['launches']} launches" if t["launches"] else ""
         reached = t["percent_of_ceiling"]
         network = f"the network at {reached} % of " if reached else "matrix products at "
+        whose = "the process" if t["device"] == "cpu" else "the device"
         console.print(
             f"{t['engine']}: {t['images_per_second']} images/s, "
             f"{network}{t['ceiling_tflops']} TFLOP/s{launches}, "
-            f"{t['peak_bytes'] / 2**20:.0f} MiB at most, first boxes after {t['startup_s']} s"
+            f"{t['peak_bytes'] / 2**20:.0f} MiB of {whose} at most, "
+            f"first boxes after {t['startup_s']} s"
         )
 
 

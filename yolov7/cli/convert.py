@@ -1,7 +1,9 @@
 """`yolov7 convert`: any weights that can be read, as safetensors."""
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
@@ -13,7 +15,6 @@ from yolov7.engine.calibrate import calibrate
 from yolov7.errors import UserError
 from yolov7.info import parameter_count
 from yolov7.letterbox import letterbox
-from yolov7.model import YOLOv7
 from yolov7.progress import working
 from yolov7.sources import Source
 
@@ -46,13 +47,23 @@ def run(options: Convert) -> int:
     output = options.output or Path(Path(options.weights).stem + ".safetensors")
     if output.suffix != ".safetensors":
         raise UserError(f"{output}: the output's name must end in .safetensors")
+    if output.resolve() == Path(options.weights).resolve():
+        raise UserError(f"{options.weights}: would be replaced: name another file with --output")
     if (options.precision == "fp8") != (options.calibrate is not None):
         raise UserError("--precision fp8 and --calibrate FOLDER go together")
+    if options.images < 1:
+        raise UserError(f"--images {options.images}: give 1 or more")
     model = load_model(options.weights, variant=options.variant)
     if options.imgsz is not None:
         model.imgsz = options.imgsz
+    if model.imgsz < 1 or model.imgsz % model.stride:
+        raise UserError(
+            f"--imgsz {model.imgsz}: give a multiple of the model's stride {model.stride}"
+        )
     if options.calibrate is not None:
-        model.ranges = _ranges(options, options.calibrate, model)
+        with working(f"calibrating on images of {options.calibrate}"):
+            batches = _batches(options.calibrate, options.images, model.imgsz)
+            model.ranges = calibrate(copy.deepcopy(model).fuse(), batches)
     if options.fuse:
         model.fuse()
     save_model(model if options.precision == "fp32" else model.half(), output)
@@ -65,18 +76,12 @@ def run(options: Convert) -> int:
     return 0
 
 
-def _ranges(options: Convert, folder: Path, model: YOLOv7) -> dict[str, float]:
-    fused = load_model(options.weights, variant=options.variant).fuse()
-    with working(f"calibrating on images of {folder}"):
-        return calibrate(fused, _batches(folder, options.images, model))
-
-
-def _batches(folder: Path, most: int, model: YOLOv7) -> Iterator[Tensor]:
-    """Square letterboxed images [1, 3, S, S], evenly from the whole folder."""
-    source = Source(str(folder))
-    step = max(1, len(source) // most)
-    for index, frame in enumerate(source):
-        if index % step == 0 and index // step < most:
-            image, _, _ = letterbox(frame.image, model.imgsz)
-            pixels = torch.from_numpy(image[..., ::-1].copy()).permute(2, 0, 1)
-            yield pixels[None].float() / 255
+def _batches(folder: Path, most: int, side: int) -> Iterator[Tensor]:
+    """Square letterboxed images [1, 3, side, side], evenly from the whole folder."""
+    files = [Path(item.name) for item in Source(folder).items]
+    count = min(most, len(files))
+    chosen = [files[i * len(files) // count] for i in range(count)]
+    for frame in islice(Source(chosen), count):
+        image, _, _ = letterbox(frame.image, side)
+        pixels = torch.from_numpy(image[..., ::-1].copy()).permute(2, 0, 1)
+        yield pixels[None].float() / 255

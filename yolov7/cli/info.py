@@ -1,6 +1,5 @@
 """`yolov7 info`: what a model is made of."""
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -17,6 +16,7 @@ from yolov7.engine.plan import H200, make_plan
 from yolov7.errors import UserError
 from yolov7.info import conv_layers, parameter_count
 from yolov7.model import Form, YOLOv7, create_model
+from yolov7.runs import write_json
 from yolov7.variants import VARIANTS
 
 
@@ -47,11 +47,7 @@ def run(options: Info) -> int:
     if size < 1 or size % model.stride:
         raise UserError(f"--imgsz {size} is not a multiple of the model's stride {model.stride}")
     result = _show_plan(model, options.batch, size) if options.plan else _show_layers(model, size)
-    if options.json is not None:
-        try:
-            options.json.write_text(json.dumps(result, indent=1))
-        except OSError as error:
-            raise UserError(f"{options.json}: cannot be written ({error.strerror})") from None
+    write_json(options.json, result)
     return 0
 
 

@@ -9,7 +9,6 @@ from importlib.resources import as_file, files
 from pathlib import Path
 
 import cv2
-import yaml
 
 from yolov7.checkpoint import DEMO_WEIGHTS
 from yolov7.cli.options import ModelOptions, class_names
@@ -19,7 +18,7 @@ from yolov7.network import COMPILED
 from yolov7.progress import progress
 from yolov7.recorder import Outputs, Recorder
 from yolov7.results import Results
-from yolov7.runs import new_run
+from yolov7.runs import new_run, write_arguments
 from yolov7.sources import Source
 
 
@@ -103,8 +102,7 @@ def run(options: Predict) -> int:
         chosen: list[str | Path] = [*options.source] or [samples]
         source = Source(chosen, vid_stride=options.vid_stride, on_error=report)
         folder = new_run(options.project, options.name)
-        arguments = {k: _plain(value) for k, value in asdict(options).items()}
-        (folder / "arguments.yaml").write_text(yaml.safe_dump(arguments, sort_keys=False))
+        write_arguments(folder, asdict(options))
         with (
             Recorder(_outputs(options, folder)) as recorder,
             closing(detector.stream(source)) as results,
@@ -155,13 +153,6 @@ def _outputs(options: Predict, folder: Path) -> Outputs:
         json=options.json,
         vid_stride=options.vid_stride,
     )
-
-
-def _plain(value: object) -> object:
-    """An option's value as YAML has it."""
-    if isinstance(value, tuple):
-        return list(value)
-    return str(value) if isinstance(value, Path) else value
 
 
 def _shown(result: Results) -> bool:

@@ -1,11 +1,10 @@
 """`yolov7 train`: train a model, or go on with a run."""
 
-import json
 import os
 from dataclasses import asdict
-from pathlib import Path
 
 from yolov7.errors import UserError
+from yolov7.runs import check_writable, write_json
 from yolov7.train.loop import train
 from yolov7.train.options import Train
 from yolov7.train.report import Result
@@ -15,17 +14,18 @@ __all__ = ["Train", "run"]
 
 def run(options: Train) -> int:
     """Train as the options say; returns the exit code."""
+    main = int(os.environ.get("RANK", "0")) == 0
+    if main:
+        check_writable(options.json)
     try:
         result = train(options)
     except OSError as error:  # a full disk, a folder that went away
         raise UserError(
             f"{error}: the last finished epoch is kept; mend it, then go on with --resume"
         ) from None
-    if int(os.environ.get("RANK", "0")) == 0:
+    if main:
         report(result)
-        if options.json:
-            fields = asdict(result) | {"folder": str(result.folder)}
-            Path(options.json).write_text(json.dumps(fields, indent=2))
+        write_json(options.json, asdict(result) | {"folder": str(result.folder)})
     return 0
 
 

@@ -1,13 +1,11 @@
 """`yolov7 val`: how accurate a model is on a data set."""
 
-import json
 import math
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import cv2
-import yaml
 from rich.console import Console
 from rich.table import Table
 
@@ -21,7 +19,7 @@ from yolov7.evaluate.sheet import draw_sheet
 from yolov7.exported import ExportedNetwork
 from yolov7.network import Network, load_network
 from yolov7.progress import working
-from yolov7.runs import new_run
+from yolov7.runs import check_writable, new_run, write_arguments, write_json
 
 BATCH = {"cuda": 32, "cpu": 4}  # more does not make a CPU faster, and costs memory
 LISTED = 10  # skipped images that are named on the terminal
@@ -99,6 +97,7 @@ def run(options: Val) -> int:
     print(f"{weights}: {network.title}; {how}")
     print(f"{options.data} {options.split}: {len(dataset.samples)} images, {settings.imgsz} px")
 
+    check_writable(options.json)
     folder = new_run(options.project, options.name)
     predictions = predict(network, dataset, settings, device=network.device, dtype=network.dtype)
     dataset = predictions.dataset
@@ -191,15 +190,12 @@ def _figure(value: float) -> str:
 def _save(options: Val, predictions: Predictions, evaluation: Evaluation, folder: Path) -> None:
     """Write the run folder, and the result where `--json` wants it."""
     dataset, detections = predictions.dataset, predictions.detections
-    arguments = {key: str(v) if isinstance(v, Path) else v for key, v in asdict(options).items()}
-    _write(folder / "arguments.yaml", yaml.safe_dump(arguments, sort_keys=False))
-    result = json.dumps(evaluation.to_dict(), indent=1)
-    _write(folder / "results.json", result)
-    if options.json is not None:
-        _write(options.json, result)
+    write_arguments(folder, asdict(options))
+    for path in (folder / "results.json", options.json):
+        write_json(path, evaluation.to_dict())
     if options.save_json:
         found = to_coco(dataset.samples, detections, dataset.category_ids)
-        _write(folder / "predictions.json", json.dumps(found))
+        write_json(folder / "predictions.json", found, indent=None)
     sheet = draw_sheet(dataset.samples, detections, dataset.names)
     cv2.imwrite(str(folder / "samples.jpg"), sheet)
     try:
@@ -208,13 +204,6 @@ def _save(options: Val, predictions: Predictions, evaluation: Evaluation, folder
         print("note: no curves without matplotlib: pip install 'yolov7-triton[plots]'")
     else:
         save_pictures(evaluation, folder)
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        path.write_text(text)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
 
 
 def _list_skipped(skipped: list[str]) -> None:

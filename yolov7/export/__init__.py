@@ -1,10 +1,14 @@
 """Files for other runtimes: ONNX, torch.export and AOTInductor, checked before they are kept.
 
-exported = export(load_model("yolov7.pt"), Path("yolov7.onnx"), Settings(nms=Suppression()))
-print(exported.report())
+from pathlib import Path
+from yolov7 import load_model
+from yolov7.export import Settings, Suppression, export
+nms = Suppression(conf=0.25, iou=0.45, max_det=300)
+print(export(load_model(), Path("blood-cells.onnx"), Settings(nms=nms)))
 """
 
 from yolov7.export.report import Exported
 from yolov7.export.write import Settings, export, fitted_size
+from yolov7.exported import Suppression
 
-__all__ = ["Exported", "Settings", "export", "fitted_size"]
+__all__ = ["Exported", "Settings", "Suppression", "export", "fitted_size"]

@@ -17,10 +17,10 @@ from onnx import GraphProto, ModelProto, ValueInfoProto, helper, parser
 from torch.export import ExportedProgram
 
 from yolov7.exported import Metadata
+from yolov7.kernels.nms.reference import CLASS_OFFSET
 from yolov7.letterbox import GREY
 
 OPSET = 18  # of 2022: every runtime of today has it
-CLASS_OFFSET = 4096.0  # pixels between the boxes of neighbouring classes: they never overlap
 DECODED = "decoded"  # the network's output, where something comes after it
 THRESHOLD = "suppress/score_threshold"  # the constant below which nothing is a detection
 
@@ -69,8 +69,9 @@ letterbox (uint8[height, width, 3] image) =>
 }
 """
 
-# Boxes of different classes are moved apart, so that one suppression per image serves all classes
-# and its limit holds for all of them together; TopK sorts what is left and fills up to max_det.
+# Boxes of different classes are moved apart, as our own suppression does, by no less than the side
+# of an image that `export` takes, so that one suppression per image serves all classes and its
+# limit holds for all of them together; TopK sorts what is left and fills up to max_det.
 SUPPRESS = """
 suppress (float[$BATCH, N, C] decoded) =>
  (float[$BATCH, $MAX_DET, 6] $OUT, int32[$BATCH] counts)

@@ -19,6 +19,7 @@ from yolov7.errors import UserError
 from yolov7.export.check import check
 from yolov7.export.report import Exported
 from yolov7.exported import FORMAT, PT2_ENTRY, Kind, Metadata, Precision, Suppression
+from yolov7.kernels.nms.reference import CLASS_OFFSET
 from yolov7.model import YOLOv7
 
 SUFFIX: dict[Kind, str] = {"onnx": ".onnx", "torch-export": ".pt2", "aoti": ".pt2"}
@@ -125,13 +126,19 @@ def _metadata(model: YOLOv7, settings: Settings) -> Metadata:
         raise UserError("device cuda: there is no GPU here")
     if nms is not None and not (0 <= nms.conf <= 1 and 0 <= nms.iou <= 1 and nms.max_det >= 1):
         raise UserError(f"conf {nms.conf} and iou {nms.iou}: give 0 to 1; max_det: 1 or more")
+    imgsz = fitted_size(settings.imgsz or (model.imgsz, model.imgsz), model.stride)
+    if nms is not None and len(model.names) > 1 and max(imgsz) > CLASS_OFFSET:
+        raise UserError(
+            f"imgsz is {imgsz[0]} x {imgsz[1]}: NMS inside keeps classes apart up to "
+            f"{CLASS_OFFSET:.0f} pixels: give less, or leave it out"
+        )
     return Metadata(
         format=FORMAT,
         kind=settings.kind,
         variant=model.variant.name,
         names=list(model.names),
         stride=model.stride,
-        imgsz=fitted_size(settings.imgsz or (model.imgsz, model.imgsz), model.stride),
+        imgsz=imgsz,
         batch=settings.batch,
         precision=settings.precision,
         layout=settings.layout if nms is None else "detections",

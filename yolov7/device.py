@@ -1,0 +1,25 @@
+"""What a `--device` stands for."""
+
+import torch
+
+from yolov7.errors import UserError
+
+
+def resolve_device(name: str | torch.device) -> torch.device:
+    """The device of a name; "auto" is CUDA where there is one.
+
+    Raises:
+        UserError: No such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"device {name}: give auto, cpu, cuda or cuda:N") from None
+    count = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise UserError(f"device {name}: {count} CUDA devices are here: use another, or cpu")
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"device {name}: give auto, cpu, cuda or cuda:N")
+    return device
