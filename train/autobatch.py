@@ -5,6 +5,7 @@ import torch
 from yolov7.errors import UserError
 from yolov7.model import YOLOv7
 from yolov7.train.loss import Loss
+from yolov7.train.prepare import autocast
 
 CPU_BATCH = 16
 FILLED = 0.85  # of the free memory
@@ -28,7 +29,7 @@ def largest_batch(
             images = torch.zeros(batch, 3, size, size, device=device)
             images = images.contiguous(memory_format=torch.channels_last)
             labels = torch.tensor([0, 0.5, 0.5, 0.2, 0.2]).repeat(batch, 50, 1)
-            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            with autocast(device, dtype):
                 outputs = model(images)
             terms = loss(outputs, labels)
             (terms["box"] + terms["objectness"] + terms["classes"]).backward()

@@ -89,7 +89,7 @@ class HyperParameters:
         """A copy with some numbers replaced, by the names of the fields of both classes.
 
         Raises:
-            UserError: an unknown name.
+            UserError: an unknown name, a number below 0.
         """
         own = {f.name for f in fields(self)} - {"augmentation"}
         images = {f.name for f in fields(Augmentation)}
@@ -99,6 +99,9 @@ class HyperParameters:
                 f"unknown hyper-parameter {unknown[0]!r}: choose from "
                 f"{', '.join(sorted(own | images))}"
             )
+        for name, value in values.items():
+            if not value >= 0:  # nor NaN
+                raise UserError(f"hyper-parameter {name} {value:g}: give 0 or more")
         augmentation: dict[str, Any] = {k: v for k, v in values.items() if k in images}
         rest: dict[str, Any] = {k: v for k, v in values.items() if k in own}
         return replace(self, augmentation=replace(self.augmentation, **augmentation), **rest)

@@ -36,6 +36,7 @@ REDUCED = {
     4: cv2.IMREAD_REDUCED_COLOR_4,
     2: cv2.IMREAD_REDUCED_COLOR_2,
 }
+STRETCH = (0.5, 1.5)  # of a batch, in multi-scale training
 READERS = 8  # threads that fill the RAM cache
 
 
@@ -289,8 +290,13 @@ def _start_worker(_: int) -> None:
     torch.set_num_threads(1)
 
 
+def stretched(side: int, stride: int, factor: float) -> int:
+    """Pixels of a scaled side, the nearest multiple of the stride."""
+    return max(1, round(side * factor / stride)) * stride
+
+
 def stretch(images: Tensor, stride: int, rng: np.random.Generator) -> Tensor:
     """Scale a batch by 0.5 to 1.5, to sides that are multiples of the stride (multi-scale)."""
-    factor = rng.uniform(0.5, 1.5)
-    shape = [max(1, round(side * factor / stride)) * stride for side in images.shape[2:]]
+    factor = rng.uniform(*STRETCH)
+    shape = [stretched(side, stride, factor) for side in images.shape[2:]]
     return torch.nn.functional.interpolate(images, shape, mode="bilinear", align_corners=False)

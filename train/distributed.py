@@ -1,6 +1,7 @@
 """Training on several processes, as torchrun starts them."""
 
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,6 +11,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from yolov7.train.norm import join_norms
 
 TIMEOUT = timedelta(minutes=30)  # for a rank that waits while another evaluates
 
@@ -102,23 +106,26 @@ class SyncBatchNorm(nn.BatchNorm2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise `[B, C, H, W]`."""
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.num_batches_tracked is not None
+        assert self.momentum is not None
         if not self.training:
             return super().forward(x)
+        dtype = x.dtype
+        # Under autocast x is bf16, too coarse for sums.
+        x = x.to(self.running_mean.dtype)
         count = x.numel() // x.shape[1] * dist.get_world_size()
         total = _sum_over_ranks(x.sum((0, 2, 3)))
         centred = x - (total / count)[:, None, None]
         squares = _sum_over_ranks(centred.square().sum((0, 2, 3)))
         variance = squares / count
         with torch.no_grad():
-            assert self.running_mean is not None
-            assert self.running_var is not None
-            assert self.num_batches_tracked is not None
-            assert self.momentum is not None
             self.num_batches_tracked += 1
             self.running_mean.lerp_(total / count, self.momentum)
             self.running_var.lerp_(squares / (count - 1), self.momentum)
         scale = self.weight / torch.sqrt(variance + self.eps)
-        return centred * scale[:, None, None] + self.bias[:, None, None]
+        return (centred * scale[:, None, None] + self.bias[:, None, None]).to(dtype)
 
 
 def synchronise_batch_norms(model: nn.Module, device: torch.device) -> None:
@@ -133,3 +140,18 @@ def synchronise_batch_norms(model: nn.Module, device: torch.device) -> None:
                     synced = SyncBatchNorm(child.num_features, child.eps, child.momentum)
                     synced._parameters, synced._buffers = child._parameters, child._buffers
                 setattr(module, name, synced)
+
+
+def over_ranks(model: nn.Module, device: torch.device, ranks: Ranks, *, sync_bn: bool) -> nn.Module:
+    """A model as it is called in training: over all processes, if there are several."""
+    sync = sync_bn and ranks.world > 1
+    if device.type == "cuda":
+        join_norms(model, dist.group.WORLD if sync else None)
+    if sync:
+        synchronise_batch_norms(model, device)
+    if ranks.world == 1:
+        return model
+    # Vectors stored channels last: DDP's remark on their strides is about nothing.
+    warnings.filterwarnings("ignore", message="Grad strides do not match")
+    ids = [device.index] if device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=ids)

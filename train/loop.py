@@ -3,31 +3,29 @@
 import copy
 import json
 import math
-import time
-import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
 from yolov7.checkpoint import load_model, save_model
 from yolov7.cpu import keep_freed_memory
+from yolov7.device import resolve_device
 from yolov7.errors import UserError
 from yolov7.evaluate import Settings
 from yolov7.model import YOLOv7
-from yolov7.network import resolve_device
 from yolov7.runs import new_run
 from yolov7.train import prepare
 from yolov7.train.autobatch import largest_batch
 from yolov7.train.config import UNCHANGED, HyperParameters
 from yolov7.train.data import (
+    STRETCH,
     Batch,
     EpochSampler,
     TrainingData,
@@ -35,11 +33,11 @@ from yolov7.train.data import (
     image_weights,
     rectangles,
     stretch,
+    stretched,
 )
-from yolov7.train.distributed import Ranks, collect, process_group, share, synchronise_batch_norms
+from yolov7.train.distributed import Ranks, collect, over_ranks, process_group, share
 from yolov7.train.ema import EMA
 from yolov7.train.loss import LossWeights
-from yolov7.train.norm import join_norms
 from yolov7.train.optimizer import (
     build_optimizer,
     clip_gradients,
@@ -78,14 +76,15 @@ def train(options: Train, callbacks: Sequence[Callback] = ()) -> Result:
     Raises:
         UserError: the options, the data or the weights cannot be used, or the run diverged.
     """
+    prepare.check_numbers(options)
+    state: State = {}
+    if options.resume is not None:
+        state = load_state(Path(options.resume))
+        options = prepare.resumed_options(options, state)
     device = resolve_device(options.device)
     with process_group(device) as ranks:
         if device.type == "cuda" and ranks.world > 1:
             device = torch.device("cuda", ranks.local)
-        state: State = {}
-        if options.resume is not None:
-            state = load_state(Path(options.resume))
-            options = prepare.resumed_options(options, state)
         return Run(options, device, ranks, state).train(callbacks)
 
 
@@ -101,8 +100,8 @@ class Run:
 
     def __init__(self, options: Train, device: torch.device, ranks: Ranks, state: State) -> None:
         self.options, self.device, self.ranks = options, device, ranks
-        self.folder = Path(options.resume or options.project)
-        self.epochs = options.epochs or prepare.EPOCHS
+        self.folder = Path(options.project if options.resume is None else options.resume)
+        self.epochs = prepare.EPOCHS if options.epochs is None else options.epochs
         self.epoch = self.step = 0  # finished epochs, batches
         self.last_step = -1  # batch of the last optimizer step
         self.best, self.best_epoch = -1.0, 0
@@ -135,7 +134,7 @@ class Run:
         self.batch = self._batch_size()
         self.val_loss = self._val_loss()
         self.ema = EMA(self.model)
-        self.network: nn.Module = self._network()
+        self.network = over_ranks(self.model, device, ranks, sync_bn=options.sync_bn)
         self.sampler, self.loader = self._loader()
         self.schedule = Schedule(
             self.hyper, self.epochs, len(self.sampler), self.batch, options.linear_lr
@@ -151,29 +150,33 @@ class Run:
         if self.options.resume is None:
             made = new_run(self.folder, self.options.name) if self.ranks.main else None
             self.folder = share(made, self.ranks)
-        callbacks = [*self._own_callbacks(), *callbacks] if self.ranks.main else []
-        for callback in callbacks:
+        own = self._own_callbacks() if self.ranks.main else []
+        others = callbacks if self.ranks.main else []
+        for callback in (*own, *others):
             callback.on_start(self.folder, asdict(self.options))
-        stopped = "all epochs are done"
-        started = time.perf_counter() - self.seconds
-        while self.epoch < self.epochs:
+        stopped = ""
+        started = perf_counter() - self.seconds
+        while not stopped:
             row = self._train_epoch()
             self.epoch += 1
-            validation = self._validate()
+            validation = None
+            stopped = self._limit(started)
+            if stopped or self.epoch % self.options.val_every == 0:
+                validation = self._validate()
+                stopped = self._limit(started) or self._no_better()
             row |= {name: self.stats[name] if validation else math.nan for name in REPORTED}
-            self.seconds = share(time.perf_counter() - started, self.ranks)
+            # The row first: one too many is cut when the run is resumed, one too few is lost.
+            for callback in own:
+                callback.on_epoch(row, validation)
             self._save()
-            for callback in callbacks:
+            for callback in others:
                 callback.on_epoch(row, validation)
             self._say(epoch_line(row, self.epochs))
-            if reason := self._limit():
-                stopped = reason
-                break
         hours = self.seconds / 3600
         result = Result(
             self.folder, self.epoch, self.best_epoch, self.best, self.stats, hours, stopped
         )
-        for callback in callbacks:
+        for callback in (*own, *others):
             callback.on_end(result)
         return result
 
@@ -203,7 +206,7 @@ class Run:
             rng = np.random.default_rng((self.options.seed, self.epoch, self.step, 1))
             images = stretch(images, self.model.stride, rng)
         images = images.contiguous(memory_format=torch.channels_last)
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+        with prepare.autocast(self.device, self.dtype):
             outputs = self.network(images)
         terms: dict[str, Tensor] = self.loss(outputs, batch.labels)
         total = torch.stack(list(self.weights.weigh(terms).values())).sum() * self.batch
@@ -237,10 +240,8 @@ class Run:
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
 
-    def _validate(self) -> Validation | None:
-        """Evaluate the moving average where it is due; note whether it is the best."""
-        if self.epoch % self.options.val_every and self.epoch < self.epochs:
-            return None
+    def _validate(self) -> Validation:
+        """Evaluate the moving average; note whether it is the best."""
         settings = Settings(
             imgsz=self.size,
             stride=self.model.stride,
@@ -257,13 +258,21 @@ class Run:
             self.best, self.best_epoch = value, self.epoch
         return validation
 
-    def _limit(self) -> str:
-        """Why the run is to end before its last epoch; empty: it is not."""
-        patience, hours = self.options.patience, self.options.hours
-        if patience and self.epoch - self.best_epoch >= patience and self.best_epoch:
-            return f"no better model in {patience} epochs"
-        if hours and self.seconds >= hours * 3600:
+    def _limit(self, started: float) -> str:
+        """Note the time; why this epoch is the last, empty: it is not."""
+        self.seconds = share(perf_counter() - started, self.ranks)
+        if self.epoch >= self.epochs:
+            return "all epochs are done"
+        hours = self.options.hours
+        if hours is not None and self.seconds >= hours * 3600:
             return f"{hours:g} hours have passed"
+        return ""
+
+    def _no_better(self) -> str:
+        """Why an evaluation ends the run; empty: it does not."""
+        patience = self.options.patience
+        if patience is not None and self.epoch - self.best_epoch >= patience:
+            return f"no better model in {patience} epochs"
         return ""
 
     def _save(self) -> None:
@@ -329,28 +338,16 @@ class Run:
 
     def _batch_size(self) -> int:
         batch = self.options.batch
-        if batch < 0 or batch % self.ranks.world:
+        if batch % self.ranks.world:
             raise UserError(f"--batch {batch} cannot be shared among {self.ranks.world} processes")
         if batch == 0:
             probe = copy.deepcopy(self.model).train()
-            batch = largest_batch(probe, self.loss, self.size, self.device, self.dtype)
+            factor = STRETCH[1] if self.options.multi_scale else 1.0
+            size = stretched(self.size, self.model.stride, factor)
+            batch = largest_batch(probe, self.loss, size, self.device, self.dtype)
             batch = min(share(batch, self.ranks), len(self.dataset.samples)) * self.ranks.world
             self._say(f"batches of {batch} images")
         return batch
-
-    def _network(self) -> nn.Module:
-        """The model as it is called: over all processes, if there are several."""
-        sync = self.options.sync_bn and self.ranks.world > 1
-        if self.device.type == "cuda":
-            join_norms(self.model, dist.group.WORLD if sync else None)
-        if sync:
-            synchronise_batch_norms(self.model, self.device)
-        if self.ranks.world == 1:
-            return self.model
-        # Vectors stored channels last: DDP's remark on their strides is about nothing.
-        warnings.filterwarnings("ignore", message="Grad strides do not match")
-        ids = [self.device.index] if self.device.type == "cuda" else None
-        return DistributedDataParallel(self.model, device_ids=ids)
 
     def _loader(self) -> tuple[EpochSampler, Any]:
         options, samples = self.options, self.dataset.samples
@@ -372,14 +369,13 @@ class Run:
         )
         if options.image_weights:
             sampler.weights = image_weights(self.dataset, np.zeros(len(self.dataset.names)))
-        workers = prepare.default_workers() if options.workers is None else options.workers
-        pin = self.device.type == "cuda"
+        workers, pin = prepare.worker_count(options), self.device.type == "cuda"
         return sampler, build_loader(data, sampler, workers=workers, pin=pin)
 
     def _val_loss(self) -> ValidationLoss:
         """Batches of the evaluated images as they are, each rank's share."""
-        samples, seed = self.val.samples, self.options.seed
-        data = TrainingData(self.val, self.size, UNCHANGED, seed=seed)
+        samples = self.val.samples
+        data = TrainingData(self.val, self.size, UNCHANGED, seed=self.options.seed)
         sampler = EpochSampler(
             len(samples),
             max(1, min(self.batch // self.ranks.world, len(samples))),
@@ -388,9 +384,10 @@ class Run:
             world=self.ranks.world,
             shapes=rectangles(samples, self.size, self.model.stride),
         )
-        loader = build_loader(data, sampler, workers=0, pin=self.device.type == "cuda")
+        workers, pin = prepare.worker_count(self.options), self.device.type == "cuda"
+        loader = build_loader(data, sampler, workers=workers, pin=pin)
         loss = prepare.head_loss(self.model, self.hyper, plain=True, lead_only=True)
-        return ValidationLoss(loss, self.weights, loader)
+        return ValidationLoss(loss, self.weights, loader, self.dtype)
 
     def _own_callbacks(self) -> list[Callback]:
         """Those that fill the run's folder."""

@@ -72,7 +72,6 @@ class Loss(nn.Module):
         auxiliary_assigner: gives the auxiliary head's matches, from the lead's predictions; None
             for heads without one.
         label_smoothing: positives are 1 - e/2, negatives e/2.
-        class_positive_weight, objectness_positive_weight: weight of positives in the BCE.
     """
 
     def __init__(
@@ -83,8 +82,6 @@ class Loss(nn.Module):
         *,
         auxiliary_assigner: AnchorAssigner | None = None,
         label_smoothing: float = 0.0,
-        class_positive_weight: float = 1.0,
-        objectness_positive_weight: float = 1.0,
     ) -> None:
         super().__init__()
         self.anchors = anchors
@@ -92,8 +89,6 @@ class Loss(nn.Module):
         self.assigner = assigner
         self.auxiliary_assigner = auxiliary_assigner
         self.label_smoothing = label_smoothing
-        self.class_positive_weight = class_positive_weight
-        self.objectness_positive_weight = objectness_positive_weight
         self.balance = OBJECTNESS_BALANCE[len(anchors.strides)]
 
     def forward(self, raw: list[Tensor], labels: Tensor) -> dict[str, Tensor]:
@@ -139,9 +134,12 @@ class Loss(nn.Module):
         """Box, objectness and class terms of one head."""
         parts = slots.levels()
         positives = torch.stack([part.mask.sum() for part in parts]).float()
+        ranks = 1
         if dist.is_initialized():
             dist.all_reduce(positives)
-            positives /= dist.get_world_size()
+            ranks = dist.get_world_size()
+        # Clamped as the sum over ranks: a share of one match may well be less than 1.
+        counts = positives.clamp(min=1) / ranks
         anchors = self.anchors.on(labels.device)
         box, objectness, classes = [], [], []
         for level, (x, part, stride) in enumerate(
@@ -153,9 +151,9 @@ class Loss(nn.Module):
             wanted[..., :2] -= torch.stack([part.column, part.row], -1)
             decoded = _decode(rows, anchors[level][part.anchor] / stride)
             iou = complete_iou(decoded, wanted)
-            count = positives[level].clamp(min=1)
-            box.append(torch.where(part.mask, 1 - iou, 0).sum() / count)
-            classes.append(self._class_term(rows[..., 5:], target[..., 0], part.mask) / count)
+            box.append(torch.where(part.mask, 1 - iou, 0).sum() / counts[level])
+            term = self._class_term(rows[..., 5:], target[..., 0], part.mask)
+            classes.append(term / counts[level])
             term = self._objectness_term(logits, part, iou.detach())
             objectness.append(term * self.balance[level])
         return {
@@ -171,10 +169,7 @@ class Loss(nn.Module):
         negative = self.label_smoothing / 2
         target = torch.full_like(logits, negative)
         target.scatter_(2, classes.long().clamp(min=0)[..., None], 1 - negative)
-        weight = torch.full((), self.class_positive_weight, device=logits.device)
-        loss = F.binary_cross_entropy_with_logits(
-            logits, target, pos_weight=weight, reduction="none"
-        )
+        loss = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
         return torch.where(mask[..., None], loss, 0).sum() / self.nc
 
     def _objectness_term(self, logits: Tensor, slots: Slots, iou: Tensor) -> Tensor:
@@ -185,8 +180,7 @@ class Loss(nn.Module):
         last = cell.new_full((b, na * ny * nx), -1)
         last.scatter_reduce_(1, cell, torch.where(slots.mask, order, -1), "amax")
         target = torch.where(last < 0, 0, iou.clamp(min=0).gather(1, last.clamp(min=0)))
-        weight = torch.full((), self.objectness_positive_weight, device=logits.device)
-        return F.binary_cross_entropy_with_logits(logits, target.view_as(logits), pos_weight=weight)
+        return F.binary_cross_entropy_with_logits(logits, target.view_as(logits))
 
 
 class _Reader(torch.autograd.Function):

@@ -72,7 +72,7 @@ class Train:
     workers: int | None = None
     """processes that prepare images (default: one per core, at most 8)"""
     device: str = "auto"
-    """auto, cpu, cuda or cuda:N"""
+    """auto, cpu, cuda or cuda:N (default: auto, or that of the resumed run)"""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """arithmetic of the network; auto: bf16 on CUDA, fp32 on a CPU"""
     seed: int = 0
@@ -82,7 +82,7 @@ class Train:
     name: str | None = None
     """name of the run (default: the next free number)"""
     resume: str | None = None
-    """folder of a run to go on with; of the other options only epochs, patience, hours, workers
-    and json count"""
+    """folder of a run to go on with; of the other options only epochs, patience, hours, workers,
+    device and json count; on several machines, all of them have to see the folder"""
     json: str | None = None
     """write the result to this file"""

@@ -4,6 +4,7 @@ import os
 from dataclasses import fields
 from typing import Any
 
+import numpy as np
 import torch
 
 from yolov7.checkpoint import load_model
@@ -12,13 +13,37 @@ from yolov7.errors import UserError
 from yolov7.model import YOLOv7, create_model
 from yolov7.network import resolve_precision
 from yolov7.train.assigner import Anchors
-from yolov7.train.autoanchor import better_anchors
+from yolov7.train.autoanchor import MIN_SIDE, better_anchors, box_sizes, possible_recall
 from yolov7.train.config import PRESETS, HyperParameters, preset_name
 from yolov7.train.loss import Loss, build_loss
 from yolov7.train.options import Train
 
 EPOCHS = 300  # where nothing is said
+# The least that a number may be; what else it has to fit is checked where it is used.
+LEAST = {
+    "imgsz": 1,
+    "epochs": 1,
+    "batch": 0,
+    "clip": 0,
+    "patience": 1,
+    "hours": 0,
+    "val_every": 1,
+    "workers": 0,
+    "seed": 0,
+}
 GEOMETRY = ("degrees", "shear", "perspective", "translate", "scale", "mosaic")
+
+
+def check_numbers(options: Train) -> None:
+    """Refuse numbers that make no sense, before anything is read.
+
+    Raises:
+        UserError: there is one.
+    """
+    for name, least in LEAST.items():
+        value = getattr(options, name)
+        if value is not None and not value >= least:  # nor NaN
+            raise UserError(f"--{name.replace('_', '-')} {value:g}: give {least} or more")
 
 
 def read_data(options: Train) -> tuple[Dataset, Dataset]:
@@ -109,8 +134,8 @@ def hyper_parameters(options: Train, model: YOLOv7) -> HyperParameters:
 
 def image_size(options: Train, model: YOLOv7) -> int:
     """The side of the images, checked against the model's stride."""
-    size = options.imgsz or model.imgsz
-    if size <= 0 or size % model.stride:
+    size = model.imgsz if options.imgsz is None else options.imgsz
+    if size % model.stride:
         near = max(1, round(size / model.stride)) * model.stride
         raise UserError(f"--imgsz {size} is no multiple of the stride {model.stride}: try {near}")
     return size
@@ -142,13 +167,15 @@ def frozen_to_eval(model: YOLOv7, prefixes: tuple[str, ...]) -> None:
 
 def fit_model_anchors(model: YOLOv7, dataset: Dataset, size: int, seed: int) -> str:
     """Give a model anchors that fit the data, where its own do not; say what was done."""
-    anchors = model.head.anchors.numpy()
-    recall, better = better_anchors(dataset.samples, anchors, size, seed)
+    boxes = box_sizes(dataset.samples, size)
+    if not len(boxes):
+        return f"no box has {MIN_SIDE:g} pixels a side: the anchors stay"
+    recall, better = better_anchors(boxes, model.head.anchors.numpy(), seed)
     note = f"{recall:.1%} of the boxes match an anchor"
     if better is None:
         return note
     model.head.anchors.copy_(torch.from_numpy(better))
-    after, _ = better_anchors(dataset.samples, better, size, seed)
+    after = possible_recall(boxes, better.reshape(-1, 2).astype(np.float64))
     return f"{note}: new anchors were fitted, which {after:.1%} match"
 
 
@@ -174,20 +201,20 @@ def head_loss(
 
 
 def resumed_options(given: Train, state: dict[str, Any]) -> Train:
-    """The options of the run that is resumed, with those that may be given anew.
+    """The options of the run that is resumed, with those that are given anew: not the default.
 
     Raises:
         UserError: it is finished.
     """
-    names = {f.name for f in fields(Train)}
-    saved = {k: v for k, v in state["options"].items() if k in names}
+    defaults = {f.name: f.default for f in fields(Train)}
+    saved = {k: v for k, v in state["options"].items() if k in defaults}
     saved["freeze"] = tuple(saved["freeze"])
     options = Train(**saved)
-    for name in ("epochs", "patience", "hours", "workers"):
-        if getattr(given, name) is not None:
+    for name in ("epochs", "patience", "hours", "workers", "device"):
+        if getattr(given, name) != defaults[name]:
             setattr(options, name, getattr(given, name))
     options.resume, options.json = given.resume, given.json
-    if state["epoch"] >= (options.epochs or EPOCHS):
+    if state["epoch"] >= (EPOCHS if options.epochs is None else options.epochs):
         raise UserError(
             f"{given.resume} has finished its {state['epoch']} epochs: give more --epochs to go on"
         )
@@ -201,7 +228,14 @@ def training_dtype(precision: str, device: torch.device) -> torch.dtype:
     return resolve_precision(precision, device)
 
 
-def default_workers() -> int:
-    """One process per core, at most 8, shared among the ranks of this machine."""
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """The context in which the network computes in `dtype`."""
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
+def worker_count(options: Train) -> int:
+    """Processes that prepare images: one per core, at most 8, shared among a machine's ranks."""
+    if options.workers is not None:
+        return options.workers
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return max(1, min(8, (os.cpu_count() or 1) // here))

@@ -1,6 +1,7 @@
 """What a run tells: the progress of an epoch, results.csv, TensorBoard, a user's callbacks."""
 
 import csv
+import os
 import resource
 import sys
 import time
@@ -70,10 +71,12 @@ class CsvWriter(Callback):
 
     def __init__(self, path: Path, epochs: int) -> None:
         self.path = path
-        rows = read_rows(path)[:epochs]
-        path.unlink(missing_ok=True)
-        for row in rows:
-            self.on_epoch(row, None)
+        if not epochs:
+            path.unlink(missing_ok=True)
+        elif path.exists():
+            # Cut, not written anew: neither a full disk nor a kill can take the rows that stay.
+            rows = path.read_bytes().splitlines(keepends=True)
+            os.truncate(path, sum(map(len, rows[: 1 + epochs])))
 
     def on_epoch(
         self,

@@ -9,7 +9,8 @@ import torch
 from yolov7.errors import UserError
 
 State = dict[str, Any]  # tensors, numbers, texts, and dictionaries and lists of these
-LAST, PREVIOUS = "state.pt", "state.previous.pt"
+# NEXT is what a killed save leaves; the one after it writes it over.
+LAST, PREVIOUS, NEXT = "state.pt", "state.previous.pt", "state.next.pt"
 
 
 def save_state(folder: Path, state: State) -> None:
@@ -18,7 +19,7 @@ def save_state(folder: Path, state: State) -> None:
     Raises:
         UserError: the disk is full or read-only; the states that were there are intact.
     """
-    last, temporary = folder / LAST, folder / f"{LAST}.{os.getpid()}"
+    last, temporary = folder / LAST, folder / NEXT
     try:
         with temporary.open("wb") as file:
             torch.save(state, file)

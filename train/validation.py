@@ -15,6 +15,7 @@ from yolov7.network import Network
 from yolov7.train.data import Batch
 from yolov7.train.distributed import Ranks, collect, synchronise
 from yolov7.train.loss import Loss, LossWeights
+from yolov7.train.prepare import autocast
 from yolov7.train.report import LOSSES, Meter, merged
 
 FITNESS = {"AP50": 0.1, "AP": 0.9}
@@ -39,10 +40,13 @@ class ValidationLoss:
         loss: the plain one, of the lead head.
         weights: of its terms.
         loader: batches of this rank.
+        dtype: what the network computes in, as in training.
     """
 
-    def __init__(self, loss: Loss, weights: LossWeights, loader: Iterable[Batch]) -> None:
-        self.loss, self.weights, self.loader = loss, weights, loader
+    def __init__(
+        self, loss: Loss, weights: LossWeights, loader: Iterable[Batch], dtype: torch.dtype
+    ) -> None:
+        self.loss, self.weights, self.loader, self.dtype = loss, weights, loader, dtype
 
     @torch.no_grad()
     def __call__(self, model: YOLOv7, device: torch.device, ranks: Ranks) -> dict[str, float]:
@@ -51,8 +55,8 @@ class ValidationLoss:
         meter = Meter("validation loss", 0, show=False)
         for batch in meter.follow(self.loader):
             images = batch.images.to(device, non_blocking=True).float().div_(255)
-            _, raw = model(images.contiguous(memory_format=torch.channels_last), raw=True)
-            lead = raw[: len(model.head.strides)]
+            with autocast(device, self.dtype):
+                lead = model.lead_outputs(images.contiguous(memory_format=torch.channels_last))
             meter.add(self.weights.weigh(self.loss(lead, batch.labels)), len(images))
         row = merged(collect(meter.row(), ranks))
         return {f"val_{name}": row[name] for name in LOSSES}

@@ -68,3 +68,7 @@ def test_forward_and_fused_forward_match(case: Path, reference_dir: Path) -> Non
         for head in heads:
             assert_close(head, raw[int(head.removeprefix("head"))], numbers[head])
         assert_close("fused", model.fuse()(x), numbers["decoded"])
+
+
+def test_there_are_cases() -> None:
+    assert CASES

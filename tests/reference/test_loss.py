@@ -36,6 +36,7 @@ def head(reference_dir: Path, variant: str) -> Anchors:
 
 def build(reference_dir: Path, data: Any, form: str) -> tuple[Loss, LossWeights]:
     hyp = json.loads(str(data["hyp"]))
+    assert hyp["cls_pw"] == hyp["obj_pw"] == 1  # positives count as negatives do
     loss = build_loss(
         head(reference_dir, str(data["variant"])),
         int(data["nc"]),
@@ -43,8 +44,6 @@ def build(reference_dir: Path, data: Any, form: str) -> tuple[Loss, LossWeights]
         ota=form != "plain",
         label_smoothing=hyp["label_smoothing"],
     )
-    loss.class_positive_weight = hyp["cls_pw"]
-    loss.objectness_positive_weight = hyp["obj_pw"]
     return loss, LossWeights(hyp["box"], hyp["obj"], hyp["cls"])
 
 
@@ -75,6 +74,10 @@ def test_loss_and_gradients(reference_dir: Path, path: Path, form: str) -> None:
         assert x.grad is not None
         error = (x.grad - expected).abs().max() / expected.abs().max()
         assert error < 1e-4, f"gradient of level {level}: {error:.2e} of its largest magnitude"
+
+
+def test_there_are_cases() -> None:
+    assert {case.values[1] for case in cases()} == set(FORMS)
 
 
 def as_multiset(cells: NDArray[Any], targets: NDArray[Any]) -> Counter[tuple[float, ...]]:

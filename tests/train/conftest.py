@@ -6,6 +6,7 @@ import pytest
 import torch
 import yaml
 
+from yolov7.train import loop
 from yolov7.train.options import Train
 
 SIZE = 64
@@ -62,3 +63,8 @@ def options(shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tr
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "can_plot", lambda: False)

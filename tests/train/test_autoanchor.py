@@ -1,9 +1,13 @@
 from pathlib import Path
 
 import numpy as np
+import pytest
 
-from yolov7.dataset import Sample
+from yolov7.dataset import Dataset, Sample
+from yolov7.model import create_model
+from yolov7.train import autoanchor
 from yolov7.train.autoanchor import Sizes, better_anchors, box_sizes, fit_anchors, possible_recall
+from yolov7.train.prepare import fit_model_anchors
 
 ANCHORS = np.array([[[10, 13], [16, 30]], [[62, 45], [116, 90]]], np.float32)
 
@@ -37,7 +41,7 @@ def test_possible_recall_is_the_assigners_rule() -> None:
 
 def test_good_anchors_are_kept() -> None:
     boxes = np.random.default_rng(0).uniform(12, 100, (200, 2))
-    recall, better = better_anchors(samples(boxes), ANCHORS, 640)
+    recall, better = better_anchors(boxes, ANCHORS)
     assert recall > 0.98
     assert better is None
 
@@ -47,15 +51,68 @@ def test_bad_anchors_are_replaced() -> None:
     long = generator.normal([300, 20], [20, 2], (100, 2))
     small = generator.normal([6, 6], 0.5, (100, 2))
     boxes = np.concatenate([long, small])
-    recall, better = better_anchors(samples(boxes), ANCHORS, 640)
+    recall, better = better_anchors(boxes, ANCHORS)
     assert recall < 0.6
     assert better is not None
     assert better.shape == ANCHORS.shape
     assert possible_recall(boxes, better.reshape(-1, 2).astype(np.float64)) == 1
     assert (np.diff(better.reshape(-1, 2).prod(1)) >= 0).all()
-    again = fit_anchors(box_sizes(samples(boxes), 640), 4)
+    again = fit_anchors(boxes, 4)
     assert np.array_equal(again.astype(np.float32), better.reshape(-1, 2))
 
 
-def test_too_few_boxes_say_nothing() -> None:
-    assert better_anchors(samples(np.array([[300.0, 3]])), ANCHORS, 640) == (1.0, None)
+def test_too_few_boxes_to_fit_are_still_judged() -> None:
+    assert better_anchors(np.array([[300.0, 3], [10, 13]]), ANCHORS) == (0.5, None)
+
+
+def test_anchors_are_fitted_to_a_sample_of_many_boxes(monkeypatch: pytest.MonkeyPatch) -> None:
+    boxes = np.random.default_rng(0).uniform(4, 400, (50_000, 2))
+    counts = []
+
+    def fitness(boxes: Sizes, anchors: Sizes) -> float:
+        counts.append(len(boxes))
+        return 0.0
+
+    monkeypatch.setattr(autoanchor, "_fitness", fitness)
+    monkeypatch.setattr(autoanchor, "GENERATIONS", 3)
+    first, again, other = (fit_anchors(boxes, 4, seed) for seed in (0, 0, 1))
+    assert set(counts) == {20_000}
+    assert np.array_equal(first, again)
+    assert not np.array_equal(first, other)
+
+
+def test_new_anchors_are_fitted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where they are not good enough either."""
+    boxes = np.array([[300.0, 5], [5, 300]] * 20)
+    calls = []
+
+    def fit(boxes: Sizes, count: int, seed: int) -> Sizes:
+        calls.append(count)
+        return boxes[:1].repeat(count, 0)
+
+    monkeypatch.setattr(autoanchor, "fit_anchors", fit)
+    model = create_model("yolov7-tiny", 1, width=0.125)
+    note = fit_model_anchors(model, Dataset(samples(boxes), ["a"], [0]), 640, 0)
+    assert note.endswith("new anchors were fitted, which 50.0% match")
+    assert calls == [9]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "note"),
+    [
+        ([[300.0, 3]], "0.0% of the boxes match an anchor"),
+        ([[1.0, 1]], "no box has 2 pixels a side: the anchors stay"),
+        ([[20.0, 30]] * 20, "100.0% of the boxes match an anchor"),
+        (
+            [[300.0, 5], [320, 6]] * 20,
+            "0.0% of the boxes match an anchor: new anchors were fitted, which 100.0% match",
+        ),
+    ],
+    ids=["few", "tiny", "good", "bad"],
+)
+def test_what_is_said_about_the_anchors(sizes: list[list[float]], note: str) -> None:
+    dataset = Dataset(samples(np.array(sizes)), ["a"], [0])
+    model = create_model("yolov7-tiny", 1, width=0.125)
+    before = model.head.anchors.clone()
+    assert fit_model_anchors(model, dataset, 640, 0) == note
+    assert model.head.anchors.equal(before) == ("new anchors" not in note)

@@ -1,10 +1,5 @@
-import errno
 import json
-import os
-import signal
-import subprocess
-import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +8,10 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from tests.train.conftest import SIZE
+from tests.train.test_resume import end_state, interrupt
 from yolov7.checkpoint import load_model, read_metadata, save_model
 from yolov7.cli.train import run
 from yolov7.dataset import load_data
@@ -23,155 +20,18 @@ from yolov7.evaluate import Settings, evaluate
 from yolov7.model import create_model
 from yolov7.network import Network
 from yolov7.train import loop
+from yolov7.train.distributed import Ranks
 from yolov7.train.loop import Run, train
 from yolov7.train.options import Train
-from yolov7.train.report import Callback, CsvWriter, Result, read_rows
+from yolov7.train.report import Callback, Result, read_rows
 from yolov7.train.state import load_state
 
 
-@pytest.fixture(autouse=True)
-def _no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop, "can_plot", lambda: False)
-
-
-def end_state(result: Result) -> dict[str, Tensor]:
-    """Weights, moving average, momenta and pending gradients of a run."""
-    state = load_state(result.folder)
-    tensors = {f"{k}.{n}": t for k in ("model", "ema", "gradients") for n, t in state[k].items()}
-    for i, entry in state["optimizer"]["state"].items():
-        tensors |= {f"optimizer.{i}.{n}": t for n, t in entry.items() if isinstance(t, Tensor)}
-    return tensors
-
-
-def assert_same(a: Result, b: Result) -> None:
-    left, right = end_state(a), end_state(b)
-    assert left.keys() == right.keys()
-    for name, tensor in left.items():
-        assert torch.equal(tensor, right[name]), name
-    rows = [read_rows(result.folder / "results.csv") for result in (a, b)]
-    for x, y in zip(*rows, strict=True):
-        for name in ("epoch", "lr", "box", "objectness", "classes", "AP"):
-            assert x[name] == pytest.approx(y[name], nan_ok=True, abs=0)
-
-
-class StoppedError(Exception):
-    pass
-
-
-def interrupt(monkeypatch: pytest.MonkeyPatch, options: Train, batches: int) -> None:
-    """Run until a number of batches is done, and die there."""
-    original = Run._train_batch
-
-    def die(self: Run, batch: Any) -> dict[str, Tensor]:
-        if self.step == batches:
-            raise StoppedError
-        return original(self, batch)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Run, "_train_batch", die)
-        with pytest.raises(StoppedError):
-            train(options)
-
-
-VARIATIONS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "accumulating": {"set": {"warmup_epochs": 0.0}, "epochs": 10, "val_every": 100},
-    "varied": {
-        "image_weights": True,
-        "multi_scale": True,
-        "optimizer": "adam",
-        "set": {"mixup": 0.5, "mosaic": 0.7},
-    },
-}
-
-
-@pytest.mark.parametrize("name", VARIATIONS)
-def test_resumption_is_exact(name: str, options: Train, monkeypatch: pytest.MonkeyPatch) -> None:
-    options = replace(options, **{"epochs": 3, **VARIATIONS[name]})
-    whole = train(replace(options, name="whole"))
-    interrupt(monkeypatch, options, batches=3)
-    folder = Path(options.project) / "run"
-    resumed = train(Train(resume=str(folder), device="cpu", workers=0))
-    assert resumed.epochs == options.epochs
-    assert_same(whole, resumed)
-
-
-KILLED = """
-import os, signal, sys, torch
-torch.set_num_threads(1)
-from yolov7.train import loop, state
-from yolov7.train.options import Train
-writes = 0
-def kill(descriptor):
-    global writes
-    writes += 1
-    if writes == {write}:
-        os.kill(os.getpid(), signal.SIGKILL)
-os.fsync = kill
-loop.can_plot = lambda: False
-loop.train(Train(**{options}))
-"""
-
-
-def test_sigkill_while_the_state_is_written(options: Train) -> None:
-    """The fourth file that is synchronised: weights and state of the first epoch, of the second."""
-    options = replace(options, val_every=100, epochs=3)
-    whole = train(replace(options, name="whole"))
-    code = KILLED.format(write=4, options=asdict(options))
-    done = subprocess.run([sys.executable, "-c", code], check=False, timeout=120)
-    assert done.returncode == -signal.SIGKILL
-    folder = Path(options.project) / "run"
-    assert load_state(folder)["epoch"] == 1
-    assert_same(whole, train(Train(resume=str(folder), device="cpu", workers=0)))
-
-
-def test_a_damaged_state_falls_back_to_the_previous_one(options: Train) -> None:
-    result = train(options)
-    state = result.folder / "state.pt"
-    state.write_bytes(state.read_bytes()[:1000])
-    assert load_state(result.folder)["epoch"] == 1
-    (result.folder / "state.previous.pt").unlink()
-    with pytest.raises(UserError, match=r"cannot be resumed: state.pt is damaged"):
-        load_state(result.folder)
-
-
-def test_a_full_disk_leaves_the_state_before(
-    options: Train, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    result = train(options)
-
-    def full(state: dict[str, Any], file: Any) -> None:
-        file.write(b"half")
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    with monkeypatch.context() as patch:
-        patch.setattr(torch, "save", full)
-        with pytest.raises(UserError, match=r"No space left on device.*--resume"):
-            train(Train(resume=str(result.folder), epochs=3, device="cpu", workers=0))
-    assert load_state(result.folder)["epoch"] == 2
-    assert sorted(p.name for p in result.folder.glob("state*")) == ["state.previous.pt", "state.pt"]
-
-
-def test_a_disk_that_fills_between_epochs_is_reported(
-    options: Train, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(*_: Any) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "results.csv")
-
-    monkeypatch.setattr(CsvWriter, "on_epoch", full)
-    with pytest.raises(UserError, match=r"No space left on device: 'results.csv': the last"):
-        run(options)
-    assert load_state(Path(options.project) / "run")["epoch"] == 1
-
-
-def test_finished_runs_can_be_extended(options: Train) -> None:
-    result = train(options)
-    with pytest.raises(UserError, match="has finished its 2 epochs: give more --epochs"):
-        train(Train(resume=str(result.folder), device="cpu"))
-    longer = train(Train(resume=str(result.folder), epochs=4, device="cpu", workers=0))
-    rows = read_rows(result.folder / "results.csv")
-    assert longer.epochs == 4
-    assert [row["epoch"] for row in rows] == [1, 2, 3, 4]
+def test_a_result_that_cannot_be_written_is_found_out_before_the_run(options: Train) -> None:
+    file = Path(options.data) / "result.json"
+    with pytest.raises(UserError, match=r"data\.yaml/result\.json: cannot be written"):
+        run(replace(options, json=str(file)))
+    assert not Path(options.project).exists()
 
 
 def test_the_run_folder_explains_itself(
@@ -179,7 +39,7 @@ def test_the_run_folder_explains_itself(
 ) -> None:
     monkeypatch.undo()
     torch.set_num_threads(1)
-    file = Path(options.project).parent / "result.json"
+    file = Path(options.project).parent / "new" / "result.json"
     assert run(replace(options, json=str(file))) == 0
     folder = Path(options.project) / "run"
     names = {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
@@ -321,10 +181,12 @@ class Recorder(Callback):
         self.calls: list[str] = []
 
     def on_start(self, folder: Path, options: dict[str, Any]) -> None:
+        self.weights = folder / "weights"
         self.calls.append(f"start {folder.name} {options['epochs']}")
 
     def on_epoch(self, row: dict[str, float], validation: Any) -> None:
-        self.calls.append(f"epoch {row['epoch']} {validation is not None}")
+        saved = read_metadata(self.weights / "last.safetensors")["epoch"]
+        self.calls.append(f"epoch {row['epoch']} {saved} {validation is not None}")
 
     def on_end(self, result: Result) -> None:
         self.calls.append(result.stopped)
@@ -332,8 +194,18 @@ class Recorder(Callback):
 
 def test_callbacks_and_the_time_limit(options: Train) -> None:
     recorder = Recorder()
-    train(replace(options, epochs=9, hours=1e-9, val_every=2), [recorder])
-    assert recorder.calls == ["start run 9", "epoch 1 False", "1e-09 hours have passed"]
+    result = train(replace(options, epochs=9, hours=1e-9, val_every=2), [recorder])
+    assert recorder.calls == ["start run 9", "epoch 1 1 True", "1e-09 hours have passed"]
+    assert (result.folder / "weights" / "best.safetensors").is_file()
+
+
+def test_the_time_limit_also_counts_the_evaluation(
+    options: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter([0.0, 1.0, 3.0])  # start, trained, evaluated
+    monkeypatch.setattr(loop, "perf_counter", lambda: next(clock))
+    result = train(replace(options, epochs=9, hours=2 / 3600))
+    assert (result.epochs, result.hours) == (1, 3 / 3600)
 
 
 def test_patience(options: Train, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -344,6 +216,36 @@ def test_patience(options: Train, monkeypatch: pytest.MonkeyPatch) -> None:
     assert result.stopped == "no better model in 2 epochs"
     best = read_metadata(result.folder / "weights" / "best.safetensors")
     assert best["epoch"] == 2
+
+
+def test_patience_waits_for_an_evaluation(options: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = iter([0.1, 0.3, 0.2])
+    monkeypatch.setattr(loop, "fitness", lambda _: next(scores))
+    result = train(replace(options, epochs=20, patience=2, val_every=3))
+    assert (result.epochs, result.best_epoch) == (9, 6)
+
+
+def test_an_automatic_batch_fits_the_largest_images(
+    options: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = []
+
+    def largest_batch(_: Any, __: Any, size: int, *___: Any) -> int:
+        sizes.append(size)
+        return 4
+
+    monkeypatch.setattr(loop, "largest_batch", largest_batch)
+    for multi_scale in (False, True):
+        Run(replace(options, batch=0, multi_scale=multi_scale), torch.device("cpu"), Ranks(), {})
+    assert sizes == [64, 96]
+
+
+def test_the_validation_loss_works_as_training_does(options: Train) -> None:
+    bf16 = replace(options, precision="bf16", workers=1)
+    val_loss = Run(bf16, torch.device("cpu"), Ranks(), {}).val_loss
+    assert isinstance(val_loss.loader, DataLoader)
+    assert val_loss.loader.num_workers == 1
+    assert val_loss.dtype == torch.bfloat16
 
 
 def test_weights_of_other_classes_start_with_a_new_head(
@@ -375,7 +277,19 @@ def test_wrong_use_is_explained(options: Train, tmp_path: Path) -> None:
         ({"variant": "yolov7-w6", "plain_loss": True}, "leave out --plain-loss"),
         ({"precision": "fp16"}, "fp16 needs a GPU"),
         ({"resume": str(tmp_path)}, "no state.pt there"),
-        ({"batch": -1}, "--batch -1"),
+        ({"batch": -1}, "--batch -1: give 0 or more"),
+        ({"imgsz": 0}, "--imgsz 0: give 1 or more"),
+        ({"epochs": 0}, "--epochs 0: give 1 or more"),
+        ({"epochs": -1}, "--epochs -1: give 1 or more"),
+        ({"clip": -1.0}, "--clip -1: give 0 or more"),
+        ({"clip": float("nan")}, "--clip nan: give 0 or more"),
+        ({"patience": 0}, "--patience 0: give 1 or more"),
+        ({"hours": -0.5}, "--hours -0.5: give 0 or more"),
+        ({"val_every": 0}, "--val-every 0: give 1 or more"),
+        ({"workers": -1}, "--workers -1: give 0 or more"),
+        ({"seed": -1}, "--seed -1: give 0 or more"),
+        ({"resume": "none", "workers": -1}, "--workers -1: give 0 or more"),
+        ({"set": {"lr0": -0.01}}, "hyper-parameter lr0 -0.01: give 0 or more"),
     ]
     for change, message in cases:
         with pytest.raises(UserError, match=message):

@@ -3,6 +3,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from tests.train.conftest import SIZE
 from yolov7.dataset import load_data
@@ -10,8 +11,12 @@ from yolov7.evaluate import Settings, evaluate, run
 from yolov7.model import create_model
 from yolov7.network import Network
 from yolov7.train import validation
+from yolov7.train.config import PRESETS
+from yolov7.train.data import Batch
 from yolov7.train.distributed import Ranks
-from yolov7.train.validation import fitness, validate
+from yolov7.train.loss import LossWeights
+from yolov7.train.prepare import head_loss
+from yolov7.train.validation import ValidationLoss, fitness, validate
 
 
 def test_ranks_together_find_what_one_finds(shapes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -48,6 +53,24 @@ def test_more_ranks_than_groups(shapes: Path, monkeypatch: pytest.MonkeyPatch) -
     dataset = load_data(shapes, "train")
     result = validate(model, dataset, Settings(imgsz=SIZE), torch.device("cpu"), Ranks(1, 2))
     assert len(result.predictions.detections) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_network_has_the_training_precision_the_loss_fp32(dtype: torch.dtype) -> None:
+    model = create_model("yolov7-w6", 2, width=0.125, depth=0.5)
+    loss = head_loss(model, PRESETS["p6"], plain=True, lead_only=True)
+    computed: set[torch.dtype] = set()
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_hook(lambda _, __, output: computed.add(output.dtype))
+    autocast: list[bool] = []
+    loss.register_forward_pre_hook(lambda *_: autocast.append(torch.is_autocast_enabled("cpu")))
+    labels = torch.tensor([0, 0.5, 0.5, 0.4, 0.4]).repeat(2, 1, 1)
+    batches = [Batch(torch.randint(256, (2, 3, 64, 64), dtype=torch.uint8), labels)]
+    weights = LossWeights(0.05, 0.7, 0.3)
+    result = ValidationLoss(loss, weights, batches, dtype)(model, torch.device("cpu"), Ranks())
+    assert (computed, autocast) == ({dtype}, [False])
+    assert all(value > 0 for value in result.values())
 
 
 def test_fitness() -> None:

@@ -1,0 +1,187 @@
+import errno
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from yolov7.cli.train import run
+from yolov7.errors import UserError
+from yolov7.train import loop
+from yolov7.train.loop import Run, train
+from yolov7.train.options import Train
+from yolov7.train.report import CsvWriter, Result, read_rows
+from yolov7.train.state import load_state
+
+
+def end_state(result: Result) -> dict[str, Tensor]:
+    """Weights, moving average, momenta and pending gradients of a run."""
+    state = load_state(result.folder)
+    tensors = {f"{k}.{n}": t for k in ("model", "ema", "gradients") for n, t in state[k].items()}
+    for i, entry in state["optimizer"]["state"].items():
+        tensors |= {f"optimizer.{i}.{n}": t for n, t in entry.items() if isinstance(t, Tensor)}
+    return tensors
+
+
+def assert_same(a: Result, b: Result) -> None:
+    left, right = end_state(a), end_state(b)
+    assert left.keys() == right.keys()
+    for name, tensor in left.items():
+        assert torch.equal(tensor, right[name]), name
+    rows = [read_rows(result.folder / "results.csv") for result in (a, b)]
+    for x, y in zip(*rows, strict=True):
+        for name in ("epoch", "lr", "box", "objectness", "classes", "AP"):
+            assert x[name] == pytest.approx(y[name], nan_ok=True, abs=0)
+
+
+class StoppedError(Exception):
+    pass
+
+
+def interrupt(monkeypatch: pytest.MonkeyPatch, options: Train, batches: int) -> None:
+    """Run until a number of batches is done, and die there."""
+    original = Run._train_batch
+
+    def die(self: Run, batch: Any) -> dict[str, Tensor]:
+        if self.step == batches:
+            raise StoppedError
+        return original(self, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "_train_batch", die)
+        with pytest.raises(StoppedError):
+            train(options)
+
+
+VARIATIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "accumulating": {"set": {"warmup_epochs": 0.0}, "epochs": 10, "val_every": 100},
+    "varied": {
+        "image_weights": True,
+        "multi_scale": True,
+        "optimizer": "adam",
+        "set": {"mixup": 0.5, "mosaic": 0.7},
+    },
+}
+
+
+@pytest.mark.parametrize("name", VARIATIONS)
+def test_resumption_is_exact(name: str, options: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = replace(options, **{"epochs": 3, **VARIATIONS[name]})
+    whole = train(replace(options, name="whole"))
+    interrupt(monkeypatch, options, batches=3)
+    folder = Path(options.project) / "run"
+    resumed = train(Train(resume=str(folder), device="cpu", workers=0))
+    assert resumed.epochs == options.epochs
+    assert_same(whole, resumed)
+
+
+KILLED = """
+import os, signal, sys, torch
+torch.set_num_threads(1)
+from yolov7.train import loop, state
+from yolov7.train.options import Train
+writes = 0
+def kill(descriptor):
+    global writes
+    writes += 1
+    if writes == {write}:
+        os.kill(os.getpid(), signal.SIGKILL)
+os.fsync = kill
+loop.can_plot = lambda: False
+loop.train(Train(**{options}))
+"""
+
+
+def test_sigkill_while_the_state_is_written(options: Train) -> None:
+    """The fourth file that is synchronised: weights and state of the first epoch, of the second."""
+    options = replace(options, val_every=100, epochs=3)
+    whole = train(replace(options, name="whole"))
+    code = KILLED.format(write=4, options=asdict(options))
+    done = subprocess.run([sys.executable, "-c", code], check=False, timeout=120)
+    assert done.returncode == -signal.SIGKILL
+    folder = Path(options.project) / "run"
+    assert load_state(folder)["epoch"] == 1
+    assert_same(whole, train(Train(resume=str(folder), device="cpu", workers=0)))
+    assert sorted(p.name for p in folder.glob("state*")) == ["state.previous.pt", "state.pt"]
+
+
+def test_a_damaged_state_falls_back_to_the_previous_one(options: Train) -> None:
+    result = train(options)
+    state = result.folder / "state.pt"
+    state.write_bytes(state.read_bytes()[:1000])
+    assert load_state(result.folder)["epoch"] == 1
+    (result.folder / "state.previous.pt").unlink()
+    with pytest.raises(UserError, match=r"cannot be resumed: state.pt is damaged"):
+        load_state(result.folder)
+
+
+def test_a_full_disk_leaves_the_state_before(
+    options: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = train(options)
+
+    def full(state: dict[str, Any], file: Any) -> None:
+        file.write(b"half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        with pytest.raises(UserError, match=r"No space left on device.*--resume"):
+            train(Train(resume=str(result.folder), epochs=3, device="cpu", workers=0))
+    assert load_state(result.folder)["epoch"] == 2
+    assert sorted(p.name for p in result.folder.glob("state*")) == ["state.previous.pt", "state.pt"]
+
+
+def test_a_disk_that_fills_between_epochs_costs_no_row(
+    options: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = CsvWriter.on_epoch
+
+    def full(self: CsvWriter, row: dict[str, float], validation: Any) -> None:
+        if row["epoch"] == 2:
+            with self.path.open("a") as file:
+                file.write("2,1e-")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "results.csv")
+        original(self, row, validation)
+
+    whole = train(replace(options, name="whole"))
+    with monkeypatch.context() as patch:
+        patch.setattr(CsvWriter, "on_epoch", full)
+        with pytest.raises(UserError, match=r"No space left on device: 'results.csv': the last"):
+            run(options)
+    folder = Path(options.project) / "run"
+    assert load_state(folder)["epoch"] == 1
+    assert_same(whole, train(Train(resume=str(folder), workers=0)))
+
+
+def test_a_run_goes_on_where_it_ran_unless_told(
+    options: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def resolve_device(name: str) -> torch.device:
+        asked.append(name)
+        return torch.device("cpu")
+
+    monkeypatch.setattr(loop, "resolve_device", resolve_device)
+    folder = train(replace(options, epochs=1)).folder
+    for epochs, device in enumerate(("auto", "cuda:1", "auto"), start=2):
+        train(Train(resume=str(folder), epochs=epochs, device=device, workers=0))
+    assert asked == ["cpu", "cpu", "cuda:1", "cuda:1"]
+
+
+def test_finished_runs_can_be_extended(options: Train) -> None:
+    result = train(options)
+    with pytest.raises(UserError, match="has finished its 2 epochs: give more --epochs"):
+        train(Train(resume=str(result.folder), device="cpu"))
+    longer = train(Train(resume=str(result.folder), epochs=4, device="cpu", workers=0))
+    rows = read_rows(result.folder / "results.csv")
+    assert longer.epochs == 4
+    assert [row["epoch"] for row in rows] == [1, 2, 3, 4]
