@@ -69,7 +69,8 @@ def compare_networks(
         return planned.decode()[0]
 
     def contenders() -> dict[str, Run | Missing]:
-        return {"ours": captured(ours, planned.device), name: partial(rival, images)}
+        theirs = partial(rival, images)
+        return {"ours": captured(ours, planned.device), name: captured(theirs, planned.device)}
 
     totals = planned.plan.totals()
     moved = totals["bytes"] + totals["weight_bytes"]

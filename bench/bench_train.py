@@ -149,8 +149,9 @@ def bench_loss(
     def contenders() -> dict[str, Run]:
         model, loss, weights = model_and_loss(variant, size)
         with torch.no_grad():
-            outputs = model.train()(torch.rand(batch, 3, size, size))
-        outputs = [x.to(device).requires_grad_() for x in outputs]
+            model = model.train().to(device)
+            outputs = model(torch.rand(batch, 3, size, size, device=device))
+        outputs = [x.requires_grad_() for x in outputs]
         loss = loss.to(device)
         truth = labels(batch, BOXES)
 

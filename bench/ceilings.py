@@ -58,7 +58,8 @@ class Ceilings:
     def share(self, work: Work, seconds: float) -> float:
         """Of the ceilings' time in `seconds`: 1 is as fast as can be, 0 nothing was counted."""
         least = 0.0
-        if work.flops:
+        # Kernels in the interpreter multiply fp8, libraries of a CPU don't.
+        if work.flops and (self.device.type == "cuda" or work.dtype != torch.float8_e4m3fn):
             least = work.flops / self.flops(work.dtype)
         if work.bytes:
             least = max(least, work.bytes / self.bandwidth)

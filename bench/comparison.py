@@ -38,6 +38,14 @@ def identify(item: pytest.Item) -> tuple[str, str, str]:
     return suite.removeprefix("bench_"), case, body
 
 
+def report(config: pytest.Config, row: Row) -> None:
+    """Note a row for the table, and in the file that `--rows` names."""
+    config.stash[ROWS].append(row)
+    if path := config.getoption("--rows"):
+        with path.open("a") as file:
+            file.write(row.as_line())
+
+
 class Comparison:
     """The fixture `compete`: check contenders against each other, time them, report one.
 
@@ -116,7 +124,4 @@ class Comparison:
 
     def _report(self, row: Row) -> None:
         self.benchmark.extra_info.update(row.as_dict())
-        self.config.stash[ROWS].append(row)
-        if path := self.config.getoption("--rows"):
-            with path.open("a") as file:
-                file.write(row.as_line())
+        report(self.config, row)

@@ -9,9 +9,9 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from rich.console import Console
 
 from bench.ceilings import Ceilings
-from bench.comparison import CEILINGS, ROWS, TIMES, Comparison, identify
+from bench.comparison import CEILINGS, ROWS, TIMES, Comparison, identify, report
 from bench.race import Pace
-from bench.results import Report, comparison_table, read_rows
+from bench.results import Report, Row, comparison_table, read_rows
 from bench.turns import Turns
 
 
@@ -43,6 +43,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if path := config.getoption("--rows"):
         known = {(row.suite, row.case, row.body) for row in read_rows(path)}
         items[:] = [item for item in items if identify(item) not in known]
+
+
+def pytest_exception_interact(node: pytest.Item) -> None:
+    """Where a benchmark took the device down, note its case and end: all that comes would fail."""
+    try:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+    except torch.AcceleratorError as error:
+        reason = f"AcceleratorError: {error}".splitlines()[0]
+        culprit = identify(node)[:2]
+        for suite, case, body in map(identify, node.session.items):
+            if (suite, case) == culprit:
+                report(node.config, Row(suite, case, body, missing=reason))
+        pytest.exit(reason)
 
 
 def pytest_terminal_summary(config: pytest.Config) -> None:

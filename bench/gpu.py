@@ -16,14 +16,17 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from bench.ceilings import Ceilings
@@ -33,6 +36,9 @@ from bench.results import ROOT, Report, environment, read_rows
 
 SHARES = {"tests": 3.0, "tune": 4.0, "bench": 5.0, "train": 1.5}
 POLL_SECONDS = 1.0
+# The tuner's clock starts behind its imports, and the config that it is at when its time is over
+# has to be compiled and compared.
+TUNER_SECONDS = 20.0
 # Suites that share a process, the most telling first, and their share of the time that is left;
 # what was cut off goes on in the next process that names it.
 SUITES = (
@@ -41,7 +47,7 @@ SUITES = (
     (("compiled",), 0.6),
     (("engine", "conv"), 1.0),
 )
-TRAINING = ("bn_silu", "train", "loader")
+TRAINING = ("loader", "bn_silu", "train")  # the last of which compiles for minutes
 CONFIGS = ROOT / "kernels" / "configs"
 
 
@@ -79,15 +85,20 @@ class Run:
             log.write(f"\n== {name}: {' '.join(command)}\n")
             log.flush()
             process = subprocess.Popen(
-                [sys.executable, "-m", *command], cwd=ROOT, env=variables, stdout=log, stderr=log
+                [sys.executable, "-m", *command],
+                cwd=ROOT,
+                env=variables,
+                stdout=log,
+                stderr=log,
+                process_group=0,  # its workers end with it, or they would disturb what is next
             )
             try:
                 while (code := process.poll()) is None and time.monotonic() < until:
                     self.write()
                     time.sleep(POLL_SECONDS)
             finally:
-                if process.poll() is None:
-                    process.terminate()
+                with suppress(ProcessLookupError):  # all have ended
+                    os.killpg(process.pid, signal.SIGTERM)
                 process.wait()
         self.ended[name] = (
             "out of time" if code is None else "done" if code == 0 else f"exit {code}"
@@ -115,35 +126,59 @@ class Run:
             shutil.copytree(CONFIGS, self.folder / "configs", dirs_exist_ok=True)
 
 
+def go_on(attempt: Callable[[], int], progress: Callable[[], object]) -> None:
+    """Begin again behind a kernel that took its process down, as long as that gets further.
+
+    Args:
+        attempt: Runs the process, which goes on behind what it finds done; see `Run.process`.
+        progress: What is done, to compare.
+    """
+    while True:
+        before = progress()
+        if attempt() in (0, -1) or progress() == before:
+            return
+
+
 def run_tests(run: Run, until: float) -> None:
-    """Layers with all their configs, again behind one that took its process down; then tests."""
+    """Layers with all their configs, then tests."""
     half = time.monotonic() + (until - time.monotonic()) / 2
     file = run.folder / "checks.jsonl"
     command = ["bench.layers", "check", str(file), *(["--small"] if run.dry else [])]
     interpreter = _interpreter(run.dry)
-    while True:
-        before = len(read(file))
-        code = run.process("layer checks", command, half, **interpreter)
-        if code in (0, -1) or len(read(file)) == before:
-            break
-    tests = ["tests/kernels/test_layout.py"] if run.dry else ["tests/kernels", "-n", "8"]
-    marks = [] if run.dry else ["-m", "interpreter or gpu"]
-    run.process("kernel tests", ["pytest", "-q", *tests, *marks], until, **interpreter)
+    go_on(
+        lambda: run.process("layer checks", command, half, **interpreter),
+        lambda: len(read(file)),
+    )
+    tests = ["tests/kernels/test_layout.py"]
+    if not run.dry:
+        # The layers were checked just now, and eight workers would not have the memory for them.
+        tests = ["tests/kernels", "--ignore=tests/kernels/test_conv_layers.py", "-n", "8"]
+        tests += ["-m", "interpreter or gpu"]
+    run.process("kernel tests", ["pytest", "-q", *tests], until, **interpreter)
 
 
 def run_tuning(run: Run, until: float) -> None:
     """fp16, then fp8; the tuner needs to know when to stop, so that no layer is half done."""
     for precision, share in (("fp16", 0.7), ("fp8", 1.0)):
-        minutes = share * max(until - time.monotonic(), 0.0) / 60
-        command = ["yolov7.kernels.tune", "--precision", precision, "--minutes", f"{minutes:.2f}"]
-        run.process(f"tuning {precision}", command, until)
+        end = time.monotonic() + share * (until - time.monotonic()) - TUNER_SECONDS
+
+        def attempt(precision: str = precision, end: float = end) -> int:
+            minutes = f"{max(end - time.monotonic(), 0.0) / 60:.2f}"
+            command = ["yolov7.kernels.tune", "--precision", precision, "--minutes", minutes]
+            return run.process(f"tuning {precision}", command, until)
+
+        go_on(attempt, lambda: [file.read_bytes() for file in sorted(CONFIGS.rglob("*.json"))])
 
 
 def run_benchmarks(run: Run, until: float) -> None:
     """Steps of the plan, then the suites."""
     small = ["--small"] if run.dry else []
     steps = ["bench.layers", "time", str(run.folder / "steps.jsonl"), *small]
-    run.process("steps", steps, time.monotonic() + (until - time.monotonic()) / 4)
+    quarter = time.monotonic() + (until - time.monotonic()) / 4
+    go_on(
+        lambda: run.process("steps", steps, quarter),
+        lambda: len(read(run.folder / "steps.jsonl")),
+    )
     for index, (suites, share) in enumerate(SUITES):
         now = time.monotonic()
         _suites(run, f"suites {index}", suites, now + (until - now) * share)
@@ -157,10 +192,15 @@ def run_training(run: Run, until: float) -> None:
 def _suites(run: Run, name: str, suites: Sequence[str], until: float) -> None:
     files = [f"bench/bench_{suite}.py" for suite in suites]
     pace = ["--smoke"] if run.dry else ["--seconds", "0.5"]
-    command = ["pytest", "-q", *files, *pace]
-    command += ["--rows", str(run.folder / "rows.jsonl")]
+    rows = run.folder / "rows.jsonl"
+    command = ["pytest", "-q", *files, *pace, "--rows", str(rows)]
     slow = {"engine", "compiled"} & set(suites)  # a network takes minutes in the interpreter
-    run.process(name, command, until, **_interpreter(run.dry and not slow))
+
+    def attempt() -> int:
+        code = run.process(name, command, until, **_interpreter(run.dry and not slow))
+        return 0 if code == pytest.ExitCode.TESTS_FAILED else code  # they would fail again
+
+    go_on(attempt, lambda: len(read_rows(rows)))
 
 
 def _interpreter(wanted: bool) -> dict[str, str]:
@@ -217,8 +257,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _failed(ended: dict[str, Any]) -> bool:
-    return ended.get("kernel tests", "done").startswith("exit")
+    return any(ended.get(name, "").startswith("exit") for name in ("layer checks", "kernel tests"))
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that it ends what it has started
     sys.exit(main())

@@ -72,13 +72,21 @@ def check_jobs(device: torch.device, *, small: bool) -> Iterator[Job]:
 
 
 def check(launch: Calls, device: torch.device) -> Entry:
-    """How many configs were compared, and which are wrong, why."""
+    """How many configs were compared, and which are wrong, why.
+
+    Raises:
+        torch.AcceleratorError: A config took the device down; its note says which.
+    """
     calls = random_calls(launch, device)
     expected = references(calls)
-    found = {
-        f"{origin} {dict(config)}": check_config(calls, expected, config)
-        for origin, config in shipped_configs(calls).items()
-    }
+    found: dict[str, str | None] = {}
+    for origin, config in shipped_configs(calls).items():
+        name = f"{origin} {dict(config)}"
+        try:
+            found[name] = check_config(calls, expected, config)
+        except torch.AcceleratorError as error:
+            error.add_note(name)
+            raise
     return {"configs": len(found), "wrong": {name: why for name, why in found.items() if why}}
 
 
@@ -95,6 +103,8 @@ def time_jobs(device: torch.device, *, small: bool) -> Iterator[Job]:
         plan = network.plan
         network.images.copy_(torch.rand(network.images.shape))
         network.run()
+        if device.type == "cuda":
+            torch.cuda.synchronize()  # what fails in here is not the first step's fault
         runs: list[Run] = [*(run for _, run in network.launches()), network.decode]
         for index, (step, run) in enumerate(zip(plan.steps, runs, strict=True)):
             flops, moved = plan.step_flops(step), plan.step_bytes(step)
@@ -162,7 +172,8 @@ def work_off(jobs: Iterator[Job], file: Path) -> int:
         try:
             entry = job()
         except Exception as error:  # whatever it is belongs to the report
-            entry = {"wrong": {"error": f"{type(error).__name__}: {error}".splitlines()[0]}}
+            what = f"{type(error).__name__}: {error}".splitlines()[0]
+            entry = {"wrong": {"error": ": ".join([*getattr(error, "__notes__", ()), what])}}
         with file.open("a") as lines:
             lines.write(json.dumps({"name": name, **entry}) + "\n")
         if "error" in entry.get("wrong", {}):

@@ -49,4 +49,5 @@ def test_share_of_the_ceilings() -> None:
     assert ceilings.flops(torch.float32) >= flops
     assert ceilings.share(Work(bytes=3 * bandwidth), 4.0) == pytest.approx(0.75)
     assert ceilings.share(Work(), 1.0) == 0
+    assert ceilings.share(Work(flops=flops, dtype=torch.float8_e4m3fn), 1.0) == 0
     assert set(ceilings.as_dict()) == {"copy GB/s", "float32 TFLOP/s"}
