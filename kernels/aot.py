@@ -244,11 +244,11 @@ def compile_all(
 
 
 def shipped_devices(capability: tuple[int, int]) -> list[str]:
-    """Folders of ``configs`` that hold files tuned on a device of this capability."""
+    """Folders of ``configs`` that were tuned on a device of this capability."""
     return sorted(
         {
             path.parent.name
-            for path in runtime.CONFIGS.glob("*/*.json")
+            for path in runtime.CONFIGS.glob("*/conv.json")
             if json.loads(path.read_text())["capability"] == list(capability)
         }
     )

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from yolov7.kernels.conv.layer import overlap
 from yolov7.kernels.layout import PitchedLayout
-from yolov7.kernels.runtime import Config, find_config, launch, triton_op
+from yolov7.kernels.runtime import Config, launch, triton_op
 
 MAX_PARTS = 8
 
@@ -81,8 +81,7 @@ def concat_reference(parts: list[Tensor], out: Tensor) -> None:
 
 def _concat_triton(parts: list[Tensor], out: Tensor) -> None:
     block_c = min(128, max(16, triton.next_power_of_2(max(part.shape[1] for part in parts))))
-    default = {"BLOCK_M": 8192 // block_c, "BLOCK_C": block_c, "num_warps": 4}
-    config = find_config("concat", str(out.dtype), tuple(out.shape), default, out.device)
+    config = {"BLOCK_M": 8192 // block_c, "BLOCK_C": block_c, "num_warps": 4}
     launch_concat(parts, out, config)
 
 

@@ -29,7 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from yolov7.kernels.layout import PitchedLayout
-from yolov7.kernels.runtime import INTERPRET, Config, find_config, launch, triton_op
+from yolov7.kernels.runtime import INTERPRET, Config, launch, triton_op
 
 SEGMENT = 64
 """Rows of a segment of the candidate form."""
@@ -258,13 +258,10 @@ def launch_decode(
     launch(_decode_kernel, (tiles, count, layouts[0].n), args, config)
 
 
-def _config(features: list[Tensor], outputs: int, exact: bool) -> Config:
-    x = features[0]
+def _config(x: Tensor, outputs: int, exact: bool) -> Config:
     block_n = min(64 if exact else 128, max(16, triton.next_power_of_2(outputs)))
     block_k = 16 if exact else min(64, 128 // x.element_size())  # of fp8, 128 spill on sm_89
-    default = {"BLOCK_N": block_n, "BLOCK_K": block_k, "num_warps": 8, "num_stages": 3}
-    kind = f"{x.dtype}{' exact' if exact else ''}"
-    return find_config("decode", kind, (max(x.shape[0], 1), outputs), default, x.device)
+    return {"BLOCK_N": block_n, "BLOCK_K": block_k, "num_warps": 8, "num_stages": 3}
 
 
 def _decode_triton(
@@ -283,7 +280,7 @@ def _decode_triton(
     )
     launch_decode(
         features, weights, biases, scales, anchors, _layouts(layouts), strides, exact, conf,
-        rows, counts, _config(features, rows.shape[2], exact),
+        rows, counts, _config(features[0], rows.shape[2], exact),
     )  # fmt: skip
     return rows, counts
 

@@ -30,11 +30,11 @@ import triton.language as tl
 from torch import Tensor
 
 from yolov7.kernels.layout import PitchedLayout
-from yolov7.kernels.runtime import Config, find_config, launch, triton_op
+from yolov7.kernels.runtime import Config, launch, triton_op
 
 GREY = 114
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-DEFAULT_CONFIG: Config = {"BLOCK_Y": 4, "BLOCK_X": 64, "num_warps": 4}
+CONFIG: Config = {"BLOCK_Y": 4, "BLOCK_X": 64, "num_warps": 4}
 
 
 def pack_frames(
@@ -243,9 +243,7 @@ def launch_letterbox(
 def _letterbox_triton(
     pixels: Tensor, table: Tensor, out: Tensor, strides: list[int], extent: list[int]
 ) -> None:
-    size = [max(side, 1) for side in extent[:3]]
-    config = find_config("letterbox", str(out.dtype), size, DEFAULT_CONFIG, out.device)
-    launch_letterbox(pixels, table, out, strides, extent, config)
+    launch_letterbox(pixels, table, out, strides, extent, CONFIG)
 
 
 _letterbox_op = triton_op(

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from yolov7.kernels.conv.layer import overlap
 from yolov7.kernels.layout import PitchedLayout
-from yolov7.kernels.runtime import Config, find_config, launch, triton_op
+from yolov7.kernels.runtime import Config, launch, triton_op
 
 SPP_SIZES = (1, 5, 9, 13)
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -218,9 +218,8 @@ def _spp_triton(x: Tensor, outs: list[Tensor], layout: list[int], sizes: list[in
     at = PitchedLayout(*layout)
     block_c = min(64, max(16, triton.next_power_of_2(x.shape[1])))
     block_x = min(16, triton.next_power_of_2(at.pitch))
-    default = {"BLOCK_Y": 4, "BLOCK_X": block_x, "BLOCK_C": block_c, "num_warps": 8}
-    size = (max(at.n, 1), at.h * at.w, x.shape[1])
-    launch_spp(x, at, outs, sizes, find_config("pool", "spp", size, default, x.device))
+    config = {"BLOCK_Y": 4, "BLOCK_X": block_x, "BLOCK_C": block_c, "num_warps": 8}
+    launch_spp(x, at, outs, sizes, config)
 
 
 def _spp_reference(x: Tensor, outs: list[Tensor], layout: list[int], sizes: list[int]) -> None:
@@ -233,12 +232,9 @@ def _spp_reference(x: Tensor, outs: list[Tensor], layout: list[int], sizes: list
 def _resize_triton(
     x: Tensor, out: Tensor, source: list[int], target: list[int], upsample: bool
 ) -> None:
-    to = PitchedLayout(*target)
     block_c = min(128, max(16, triton.next_power_of_2(x.shape[1])))
-    default = {"BLOCK_M": 4096 // block_c, "BLOCK_C": block_c, "num_warps": 4}
-    kind, size = "upsample" if upsample else "2x2", (max(to.rows, 1), x.shape[1])
-    config = find_config("pool", kind, size, default, x.device)
-    launch_resize(x, PitchedLayout(*source), out, to, upsample, config)
+    config = {"BLOCK_M": 4096 // block_c, "BLOCK_C": block_c, "num_warps": 4}
+    launch_resize(x, PitchedLayout(*source), out, PitchedLayout(*target), upsample, config)
 
 
 def _resize_reference(

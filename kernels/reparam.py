@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from yolov7.kernels.runtime import Config, find_config, launch, triton_op
+from yolov7.kernels.runtime import Config, launch, triton_op
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -146,9 +146,7 @@ def _reparam_triton(
     weight, bias = _reparam_fake(
         dense, pointwise, dense_norm, pointwise_norm, identity_norm, eps, dtype
     )
-    size = tuple(dense.shape[:2])
-    default = {"BLOCK_C": min(256, triton.next_power_of_2(size[1])), "num_warps": 2}
-    config = find_config("reparam", str(dtype), size, default, dense.device)
+    config = {"BLOCK_C": min(256, triton.next_power_of_2(dense.shape[1])), "num_warps": 2}
     launch_reparam(
         dense, pointwise, dense_norm, pointwise_norm, identity_norm, eps, weight, bias, config
     )

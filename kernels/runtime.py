@@ -8,7 +8,8 @@ through `launch`. That is also how a kernel is compiled for a GPU that is not th
 tensors of ``device="meta"`` yields exactly the specialisation that the GPU would be given. Each
 kernel file offers ``compile_cases`` for `yolov7.kernels.aot`; see `CompileSpec`.
 
-Configs live in ``configs/DEVICE/OP.json``, written by the tuner and looked up by `find_config`.
+The convolutions' configs live in ``configs/DEVICE/conv.json``, written by the tuner and looked up
+by `find_config`; every other operation has a rule of its own.
 """
 
 import functools
@@ -16,7 +17,7 @@ import inspect
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -50,17 +51,43 @@ def triton_op(
 
     Args:
         name: the operation's name.
-        triton_body: allocates, looks the config up and launches; its annotations are the schema.
+        triton_body: allocates, chooses the config and launches; its annotations are the schema.
         reference: the same result in plain PyTorch, for the CPU.
         fake: allocates the outputs only (``torch.compile``, export).
         mutates_args: names of the tensors that the operation writes.
     """
     op = torch.library.custom_op(
-        f"yolov7::{name}", triton_body, mutates_args=tuple(mutates_args), device_types="cuda"
+        f"yolov7::{name}",
+        _on_device_of_tensors(triton_body),
+        mutates_args=tuple(mutates_args),
+        device_types="cuda",
     )
     op.register_kernel("cpu")(triton_body if INTERPRET else reference)
     op.register_fake(fake)
     return op
+
+
+def _on_device_of_tensors(body: Callable[..., Any]) -> Callable[..., Any]:
+    """The body with its first tensor's device made the current one.
+
+    Triton launches on the current device, and PyTorch sets none for custom operations: on another
+    GPU than the current one a kernel would run where its pointers mean nothing.
+    """
+
+    @functools.wraps(body)
+    def guarded(*args: Any, **kwargs: Any) -> Any:
+        with torch.cuda.device(next(_tensors((*args, *kwargs.values()))).device):
+            return body(*args, **kwargs)
+
+    return guarded
+
+
+def _tensors(arguments: Iterable[Any]) -> Iterator[Tensor]:
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            yield argument
+        elif isinstance(argument, list):
+            yield from _tensors(argument)
 
 
 @dataclass(frozen=True)
@@ -138,36 +165,37 @@ def device_folder(device: torch.device) -> str | None:
 
 
 @functools.cache
-def _config_entries(folder: str, op: str) -> tuple[dict[str, Any], ...]:
-    path = CONFIGS / folder / f"{op}.json"
+def _config_entries(folder: str) -> tuple[dict[str, Any], ...]:
+    path = CONFIGS / folder / "conv.json"
     return tuple(json.loads(path.read_text())["entries"]) if path.exists() else ()
 
 
-def find_config(
-    op: str, kind: str, size: Sequence[int], default: Config, device: torch.device
-) -> Config:
-    """The tuned config of the nearest size, or ``default``.
+def find_config(kind: str, size: Sequence[int], default: Config, device: torch.device) -> Config:
+    """The tuned config of the nearest size within a factor of two, or ``default``.
 
     Args:
-        op: name of the JSON file, ``conv`` for ``configs/DEVICE/conv.json``:
-            ``{"entries": [{"kind": ..., "size": [...], "config": {...}, ...}]}``.
         kind: what must match exactly: ``3x3s1-fp16`` for instance.
-        size: positive numbers, compared by distance in log space.
-        default: the conservative config where nothing was tuned.
-        device: where the operation will run.
+        size: positive numbers, each compared by its ratio.
+        default: the conservative config where nothing similar was tuned.
+        device: where the operation will run, whose ``conv.json`` is
+            ``{"entries": [{"kind": ..., "size": [...], "config": {...}, ...}]}``.
     """
     folder = device_folder(device)
-    if folder is None:
-        return default
-    entries = [e for e in _config_entries(folder, op) if e["kind"] == kind]
-    if not entries:
-        return default
 
-    def distance(entry: Mapping[str, Any]) -> float:
+    def ratios(entry: Mapping[str, Any]) -> list[float]:
         pairs = zip(entry["size"], size, strict=True)
-        return sum(math.log(max(a, 1) / max(b, 1)) ** 2 for a, b in pairs)
+        return [abs(math.log2(max(a, 1) / max(b, 1))) for a, b in pairs]
 
-    config: Config = min(entries, key=distance)["config"]
+    # What decides a config is the number of tiles for each processor, and the default counts them:
+    # one tuned for 32 images leaves most processors idle at one image.
+    near = [
+        entry
+        for entry in (_config_entries(folder) if folder else ())
+        if entry["kind"] == kind and max(ratios(entry)) <= 1
+    ]
+    if not near:
+        return default
+    config: Config = min(near, key=lambda entry: sum(r * r for r in ratios(entry)))["config"]
     return config
 
 

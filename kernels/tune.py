@@ -1,12 +1,14 @@
 """Find the fastest configs on the GPU at hand and write them where `find_config` looks.
 
 ``python -m yolov7.kernels.tune --variant yolov7 --batch 1 32 --minutes 20`` takes the distinct
-launches of the model's plans, the most expensive first by counted operations and bytes, tries every
-config of the search space whose tiles fit, and writes ``configs/DEVICE/conv.json`` after each
-launch, so that a run that was cut goes on where it stopped. Every config is compared with the
-fp32 reference before it is timed: a config that is wrong is reported and never written (see the
-traps in `yolov7.kernels.conv.gather`). Times are CUDA events around several launches, the L2 cache
-flushed between them, the median taken.
+launches of the model's plans, the batches by turns, the most expensive of each first by counted
+operations and bytes, tries every config of the search space whose tiles fit, and writes
+``configs/DEVICE/conv.json`` after each launch, so that a run that was cut goes on where it stopped.
+Every config is compared with the fp32 reference before it is timed: a config that is wrong is
+reported and never written (see the traps in `yolov7.kernels.conv.gather`), and one that takes the
+device down, and so the tuner, is left out when it is run again. A launch is captured in a CUDA
+graph, since from the host it may take longer than on the device; times are CUDA events around
+several replays, the L2 cache flushed between them, the median taken.
 """
 
 import argparse
@@ -16,9 +18,12 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
@@ -27,15 +32,10 @@ from torch import Tensor
 from yolov7.kernels import runtime
 from yolov7.kernels.aot import workload
 from yolov7.kernels.conv.cases import DTYPES, Calls, bound, call_name, chosen_config
-from yolov7.kernels.conv.launcher import config_kind, config_size, default_config, fits_tma
+from yolov7.kernels.conv.launcher import config_kind, config_size, fits_tma
 from yolov7.kernels.conv.layer import FP8_MAX, ConvCall, conv_reference
-from yolov7.kernels.conv.stem import (
-    StemCall,
-    default_stem_config,
-    stem_kind,
-    stem_reference,
-    stem_size,
-)
+from yolov7.kernels.conv.search import ordered_configs
+from yolov7.kernels.conv.stem import StemCall, stem_kind, stem_reference, stem_size
 from yolov7.kernels.layout import PitchedLayout
 from yolov7.kernels.runtime import Config
 
@@ -50,12 +50,8 @@ TOLERANCE = {
     torch.float8_e4m3fn: 4e-2,
 }
 """Relative root mean square error that a right config stays below: the output's rounding."""
-TILES = (
-    *((64, 32), (64, 64), (64, 128)),
-    *((128, 32), (128, 64), (128, 128), (128, 256)),
-    *((256, 64), (256, 128)),
-)
-"""(BLOCK_M, BLOCK_N) of the search space."""
+EXACT_TOLERANCE = 1e-4
+"""Likewise of exact fp32: less than TF32 makes, which rounds each factor by up to 2^-11 of it."""
 
 
 @dataclass(frozen=True)
@@ -103,64 +99,6 @@ def expected_seconds(calls: Calls) -> float:
         tensors = (getattr(call, field.name) for field in fields(call))
         moved += sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
     return max(flops / RATE, moved / BANDWIDTH)
-
-
-def ordered_configs(calls: Calls, capability: tuple[int, int]) -> list[Config]:
-    """The search space of a launch, the default config before everything else."""
-    if isinstance(calls, StemCall):
-        default = default_stem_config(calls)
-        space = stem_search_space(default)
-    else:
-        default, space = default_config(calls), search_space(calls, capability)
-    return [default, *(config for config in space if config != default)]
-
-
-def stem_search_space(default: Config) -> Iterator[Config]:
-    """Rows and terms of the sum that a program takes at once."""
-    for block_m, block_k, warps in itertools.product((32, 64, 128), (16, 32, 64), (4, 8)):
-        yield {**default, "BLOCK_M": block_m, "BLOCK_K": block_k, "num_warps": warps}
-
-
-def search_space(calls: Sequence[ConvCall], capability: tuple[int, int]) -> Iterator[Config]:
-    """Configs worth trying: some 20 to 100, and machine code is shared by most launches.
-
-    Tiles no wider than the layers; the deepest pipeline that fits shared memory and one less; the
-    sum split as long as tiles leave processors idle; on the Hopper path one program a processor
-    whose tiles overlap, or two that don't.
-    """
-    size, item = calls[0].x.element_size(), max(c.out.element_size() for c in calls)
-    layers = [call.layer for call in calls]
-    hopper = capability >= (9, 0)
-    tma = hopper and fits_tma(calls)
-    limit = (227 if hopper else 99) * 1024
-    width = max(16, triton.next_power_of_2(max(x.out_channels for x in layers)))
-    channels = triton.next_power_of_2(max(x.in_channels for x in layers))
-    block_k = max(32 if size == 1 else 16, min(128 // size, channels))
-    steps = max(x.taps * -(-x.in_channels // block_k) for x in layers)
-    tiles = dict.fromkeys((m, min(n, width)) for m, n in TILES)
-    for block_m, block_n in tiles:
-        stage = (block_m + block_n) * block_k * size
-        staged = block_m * block_n * item if tma else 0
-        deepest = min(5, (limit - staged) // stage)
-        depths = [stages for stages in (deepest, deepest - 1) if stages >= 2]
-        if any(x.pool for x in layers):  # its loop has two stages, and loads four times the rows
-            pooled = (4 * block_m + 2 * block_n) * block_k * size
-            depths = [] if pooled > limit else depths if len(layers) > 1 else depths[:1]
-        count = sum(-(-x.compute.rows // block_m) * -(-x.out_channels // block_n) for x in layers)
-        splits = [s for s in (1, 2, 4, 8) if s == 1 or (steps >= 6 * s and count * s <= 528)]
-        loops = ({"FLATTEN": 1, "OCCUPANCY": 1}, {"FLATTEN": 0, "OCCUPANCY": 2}) if tma else ({},)
-        for stages, split, loop in itertools.product(depths, splits, loops):
-            config = {
-                "TMA": int(tma),
-                "BLOCK_M": block_m,
-                "BLOCK_N": block_n,
-                "BLOCK_K": block_k,
-                "SPLIT_K": split,
-                "num_warps": 8 if block_m * block_n >= 128 * 128 else 4,
-                "num_stages": stages,
-                **loop,
-            }
-            yield config | ({"launch_pdl": 1} if hopper else {})
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
@@ -219,37 +157,82 @@ def random_calls(calls: Calls, device: torch.device) -> Calls:
 
 
 def check_config(calls: Calls, expected: Sequence[Tensor], config: Config) -> str | None:
-    """Why a config is not to be used, or None: it does not compile, or it is wrong."""
+    """Why a config is not to be used, or None: it does not compile, or it is wrong.
+
+    Raises:
+        torch.AcceleratorError: it took the device down, where this process can do no more.
+    """
     for call in members(calls):
         call.out.fill_(float("nan"))
+    failed = None
     try:
         bound(calls, config)()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+    except torch.AcceleratorError:
+        raise
     except Exception as error:  # whatever the compiler throws makes this config unusable
-        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        failed = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    if torch.cuda.is_available():  # what Triton threw may have been a lost device
+        torch.cuda.synchronize()
+    if failed is not None:
+        return failed
     for call, wanted in zip(members(calls), expected, strict=True):
         error_found = relative_error(call.out.float() * call.layer.out_scale, wanted)
-        limit = TOLERANCE[call.out.dtype]
+        limit = EXACT_TOLERANCE if call.exact else TOLERANCE[call.out.dtype]
         if error_found > limit:
             return f"relative error {error_found:.2g} over {limit:.2g}"
     return None
 
 
-def time_config(
-    run: Callable[[], None], flush: Tensor, repeats: int = 20
-) -> float:  # pragma: no cover - needs a GPU
-    """Median seconds of a launch, the L2 cache flushed before each."""
+def time_config(run: Callable[[], None], flush: Tensor, repeats: int = 20) -> float:
+    """Median seconds of a launch from a cold cache; it has run, since no capture can compile."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
     pairs = []
     for _ in range(repeats + 3):
         flush.zero_()
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
-        run()
+        graph.replay()
         end.record()
         pairs.append((start, end))
     torch.cuda.synchronize()
     return statistics.median(s.elapsed_time(e) for s, e in pairs[3:]) / 1000
+
+
+class Trials:
+    """The config that is being tried, noted in a file, and those that earlier processes ended in.
+
+    A kernel that fails leaves no context to go on in. What the file names when it is opened was
+    never done with.
+
+    Args:
+        path: of the file; there is none while it would be empty.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._fatal = json.loads(path.read_text())["fatal"] if path.exists() else []
+
+    def left(self, calls: Calls, configs: Iterable[Config]) -> list[Config]:
+        """The configs of a launch that no process ended in."""
+        return [config for config in configs if _trial(calls, config) not in self._fatal]
+
+    @contextmanager
+    def note(self, calls: Calls, config: Config) -> Iterator[None]:
+        """Name the config in the file; it stays there where the body raises, or never ends."""
+        _write_json(self._path, {"fatal": [*self._fatal, _trial(calls, config)]})
+        yield
+        if self._fatal:
+            _write_json(self._path, {"fatal": self._fatal})
+        else:
+            self._path.unlink()
+
+
+def _trial(calls: Calls, config: Config) -> list[Any]:
+    """A config of a launch as JSON gives it back."""
+    kind, size = launch_key(calls)
+    return [kind, list(size), dict(config)]
 
 
 def tune_launch(
@@ -257,6 +240,7 @@ def tune_launch(
     configs: Iterable[Config],
     timer: Callable[[Callable[[], None]], float],
     *,
+    attempt: Callable[[Config], AbstractContextManager[object]] = nullcontext,
     deadline: float = float("inf"),
     report: Callable[[str], None] = print,
 ) -> Entry | None:
@@ -266,6 +250,7 @@ def tune_launch(
         calls: its layers with random content.
         configs: what to try, likely ones first.
         timer: seconds of a launch.
+        attempt: entered while a config is tried.
         deadline: `time.monotonic` after which no further config is tried.
         report: told about every config that is wrong.
 
@@ -279,12 +264,12 @@ def tune_launch(
         if time.monotonic() > deadline:
             break
         tried += 1
-        wrong = check_config(calls, expected, config)
+        with attempt(config):
+            wrong = check_config(calls, expected, config)
+            seconds = timer(bound(calls, config)) if wrong is None else float("inf")
         if wrong is not None:
             report(f"  rejected {config}: {wrong}")
-            continue
-        seconds = timer(bound(calls, config))
-        if best is None or seconds < best[0]:
+        elif best is None or seconds < best[0]:
             best = seconds, config
     if best is None:
         return None
@@ -303,17 +288,22 @@ def load_entries(path: Path) -> dict[tuple[str, tuple[int, ...]], Entry]:
 def write_entries(
     path: Path, entries: Iterable[Entry], capability: tuple[int, int], device: str
 ) -> None:
-    """Write a config file whole, then rename it into place."""
+    """Write a config file."""
     rows = [asdict(entry) for entry in sorted(entries, key=lambda entry: entry.key)]
     head = {"device": device, "capability": list(capability), "triton": triton.__version__}
+    _write_json(path, {**head, "entries": rows})
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a file whole, then rename it into place."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps({**head, "entries": rows}, indent=1) + "\n")
+    temporary.write_text(json.dumps(content, indent=1) + "\n")
     os.replace(temporary, path)
 
 
 def shipped_configs(calls: Calls) -> dict[str, Config]:
-    """What a launch may come to run with on its device: by origin, each config once."""
+    """The default config and what was tuned for the launch's kind at any size, each once."""
     device, (kind, _) = members(calls)[0].out.device, launch_key(calls)
     default = ordered_configs(calls, runtime.capability(device))[0]
     found = {"chosen": chosen_config(calls), "default": default}
@@ -326,10 +316,15 @@ def shipped_configs(calls: Calls) -> dict[str, Config]:
     return {name: config for name, config in found.items() if name in distinct.values()}
 
 
-def launches_to_tune(launches: Iterable[Calls]) -> list[Calls]:
-    """The distinct launches of some plans, the most expensive first."""
-    distinct = {launch_key(calls): calls for calls in launches}
-    return sorted(distinct.values(), key=expected_seconds, reverse=True)
+def launches_to_tune(*plans: Iterable[Calls]) -> list[Calls]:
+    """The distinct launches of some plans, which take turns, the most expensive of each first.
+
+    What costs most costs it at the largest batch: without turns a run that is cut knows that alone.
+    """
+    distinct = ({launch_key(calls): calls for calls in plan}.values() for plan in plans)
+    queues = (sorted(launches, key=expected_seconds, reverse=True) for launches in distinct)
+    turns = itertools.chain.from_iterable(itertools.zip_longest(*queues))
+    return list({launch_key(calls): calls for calls in turns if calls is not None}.values())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -353,20 +348,22 @@ def _tune_device(options: argparse.Namespace) -> int:  # pragma: no cover - need
     folder = runtime.device_folder(device)
     assert folder is not None
     path = runtime.CONFIGS / folder / "conv.json"
-    entries = load_entries(path)
+    entries, trials = load_entries(path), Trials(path.with_name("trials.json"))
     flush = torch.empty(256 * 2**20, dtype=torch.uint8, device=device)
     deadline = time.monotonic() + 60 * options.minutes
     plans = (workload(options.variant, n, options.precision)["calls"] for n in options.batch)
-    for described in launches_to_tune(itertools.chain(*plans)):
+    for described in launches_to_tune(*plans):
         if time.monotonic() > deadline:
             print("out of time; run again to go on")
             break
         calls = random_calls(described, device)
-        configs = ordered_configs(calls, capability)
+        configs = trials.left(calls, ordered_configs(calls, capability))
         known = entries.get(launch_key(calls))
         if known is not None and known.tried >= len(configs):
             continue
-        best = tune_launch(calls, configs, lambda run: time_config(run, flush), deadline=deadline)
+        timer = partial(time_config, flush=flush)
+        attempt = partial(trials.note, calls)
+        best = tune_launch(calls, configs, timer, attempt=attempt, deadline=deadline)
         if best is not None:
             entries[best.key] = best
             write_entries(path, entries.values(), capability, folder)

@@ -42,7 +42,7 @@ from yolov7.kernels.bn_silu.reference import (
     stats_reference,
     sums_reference,
 )
-from yolov7.kernels.runtime import Config, find_config, launch, processors, triton_op
+from yolov7.kernels.runtime import Config, launch, processors, triton_op
 
 __all__ = ["batch_norm_act", "compile_cases"]
 
@@ -56,10 +56,9 @@ DTYPES = {
 MAX_PARTS = 256
 
 
-def _config(kind: str, x: Tensor) -> Config:
+def _config(x: Tensor) -> Config:
     block_c = min(64, max(16, triton.next_power_of_2(x.shape[1])))
-    default = {"BLOCK_M": 1024 // block_c, "BLOCK_C": block_c, "num_warps": 4}
-    return find_config("bn_silu", f"{kind}-{x.dtype}", tuple(x.shape), default, x.device)
+    return {"BLOCK_M": 1024 // block_c, "BLOCK_C": block_c, "num_warps": 4}
 
 
 def _parts(x: Tensor, config: Config) -> tuple[int, int]:
@@ -74,7 +73,7 @@ def _parts(x: Tensor, config: Config) -> tuple[int, int]:
 def _stats_triton(
     x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, momentum: float
 ) -> Tensor:
-    config = _config("stats", x)
+    config = _config(x)
     count, rows = _parts(x, config)
     (m, c), parts = x.shape, x.new_empty((count, 3, x.shape[1]), dtype=torch.float32)
     args = {"x_ptr": x, "parts_ptr": parts, "M": m, "C": c, "rows": rows}
@@ -106,7 +105,7 @@ def _merge_triton(
 def _forward_triton(
     x: Tensor, stats: Tensor, weight: Tensor, bias: Tensor, eps: float, activation: str
 ) -> Tensor:
-    (m, c), y, config = x.shape, torch.empty_like(x), _config("forward", x)
+    (m, c), y, config = x.shape, torch.empty_like(x), _config(x)
     args = {
         "x_ptr": x, "stats_ptr": stats, "weight_ptr": weight, "bias_ptr": bias, "y_ptr": y,
         "M": m, "C": c, "eps": eps, "ACTIVATION": activation,
@@ -119,7 +118,7 @@ def _forward_triton(
 def _sums_triton(
     dy: Tensor, x: Tensor, stats: Tensor, weight: Tensor, bias: Tensor, eps: float, activation: str
 ) -> Tensor:
-    config = _config("sums", x)
+    config = _config(x)
     count, rows = _parts(x, config)
     (m, c), parts = x.shape, x.new_empty((count, 2, x.shape[1]), dtype=torch.float32)
     args = {
@@ -140,7 +139,7 @@ def _backward_triton(
     eps: float,
     activation: str,
 ) -> Tensor:
-    (m, c), dx, config = x.shape, torch.empty_like(x), _config("backward", x)
+    (m, c), dx, config = x.shape, torch.empty_like(x), _config(x)
     args = {
         "dy_ptr": dy, "x_ptr": x, "stats_ptr": stats, "weight_ptr": weight, "bias_ptr": bias,
         "sums_ptr": sums, "dx_ptr": dx, "M": m, "C": c, "eps": eps, "ACTIVATION": activation,

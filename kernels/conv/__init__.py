@@ -8,6 +8,7 @@ concatenation, max-pool before a 1x1, nearest upsample and residual sums would c
 - `tma`: the Hopper kernel. `gather`: the portable one (sm_80 and up). `parts`: what they share.
 - `stem`: the first layer, from an image of 3 channels.
 - `launcher`: configs and launches; takes preallocated buffers and never allocates.
+- `search`: configs worth trying, for the tuner.
 """
 
 from typing import Any

@@ -18,14 +18,19 @@ _LAUNCHER_KEYS = ("TMA", "OCCUPANCY")
 
 
 def config_kind(calls: Sequence[ConvCall]) -> str:
-    """What configs of the JSON file are for: ``3x3s1-fp16``, ``3x3s2+1x1s1-pool-fp8``."""
+    """What configs of the JSON file are for: ``3x3s1-fp16``, ``3x3s2+1x1s1-pool-to-fp16-fp8``.
+
+    The types of outputs belong to it where they are another than the inputs': a tile of the output
+    waits in shared memory, and twice as wide it may leave no room for the pipeline.
+    """
     kinds = []
     for call in calls:
         layer = call.layer
         marks = {"pool": layer.pool, "upsample": layer.upsample, "sum": call.residual is not None}
+        marks[f"to-{DTYPE_NAMES[call.out.dtype]}"] = call.out.dtype != call.x.dtype
         options = "".join(f"-{name}" for name, on in marks.items() if on)
         kinds.append(f"{layer.kernel}x{layer.kernel}s{layer.stride}{options}")
-    precision = "exact" if _exact(calls) else DTYPE_NAMES[calls[0].x.dtype]
+    precision = "exact" if calls[0].exact else DTYPE_NAMES[calls[0].x.dtype]
     return f"{'+'.join(kinds)}-{precision}"
 
 
@@ -39,13 +44,13 @@ def choose_config(calls: Sequence[ConvCall]) -> Config:
     """The tuned config of the nearest launch on this device, or the default one."""
     kind, size = config_kind(calls), config_size(calls)
     default = default_config(calls)
-    config = find_config("conv", kind, size, default, calls[0].x.device)
+    config = find_config(kind, size, default, calls[0].x.device)
     return config if not config["TMA"] or fits_tma(calls) else default
 
 
 def fits_tma(calls: Sequence[ConvCall]) -> bool:
     """Whether tensor descriptors can read and write these maps (16-byte bases, strides)."""
-    return not _exact(calls) and all(map(_fits_tma, calls))
+    return not calls[0].exact and all(map(_fits_tma, calls))
 
 
 def _fits_tma(call: ConvCall) -> bool:
@@ -74,7 +79,7 @@ def default_config(calls: Sequence[ConvCall]) -> Config:
     sizes = _TMA_TILES if tma else _GATHER_TILES
     width = max(16, _power_of_two(max(c.layer.out_channels for c in calls)))
     fitting = [(m, n) for m, n in sizes if n <= width] or [(64, width)]
-    exact, plain = _exact(calls), all(map(_plain_store, calls))
+    exact, plain = calls[0].exact, all(map(_plain_store, calls))
     item = max(c.out.element_size() for c in calls)
     if exact:
         fitting = [(64, min(32, width))]  # multiplied one by one: operands live in registers
@@ -128,11 +133,6 @@ def _long_fp8_sum(calls: Sequence[ConvCall]) -> bool:
     return any(c.x.dtype == torch.float8_e4m3fn and c.layer.length >= 1024 for c in calls)
 
 
-def _exact(calls: Sequence[ConvCall]) -> bool:
-    """Whether products are those of fp32, which no matrix instruction computes."""
-    return calls[0].layer.exact and calls[0].x.dtype == torch.float32
-
-
 def _plain_store(call: ConvCall) -> bool:
     """Whether the tile leaves through the small epilogue: 16 bits or less, nothing to add."""
     plain = call.residual is None and not call.layer.upsample
@@ -142,7 +142,7 @@ def _plain_store(call: ConvCall) -> bool:
 def _block_k(calls: Sequence[ConvCall], tma: bool) -> int:
     """128 bytes along the sum, the widest swizzle, or 64 where shared memory is scarce."""
     size = calls[0].x.element_size()
-    if _exact(calls):
+    if calls[0].exact:
         return 16
     roomy = tma or capability(calls[0].x.device) >= (9, 0)
     smallest = 32 if size == 1 else 16

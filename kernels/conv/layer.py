@@ -138,6 +138,11 @@ class ConvCall:
     residual: Tensor | None = None
     """``[target.rows, out_channels]``, added after the activation."""
 
+    @property
+    def exact(self) -> bool:
+        """Whether products are those of fp32, which no matrix instruction computes."""
+        return self.layer.exact and self.x.dtype == torch.float32
+
 
 def epilogue_activation(activation: str, out_dtype: torch.dtype) -> str:
     """The activation as the kernels take it: SiLU is approximate unless the output is fp32."""

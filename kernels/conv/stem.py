@@ -48,6 +48,8 @@ class Stem:
     stride: int = 1
     activation: str = "silu"
     """silu, leaky_relu (slope 0.1) or none."""
+    exact: bool = False
+    """Multiply fp32 exactly instead of as TF32."""
     out_scale: float = 1.0
     """What one unit of an fp8 output stands for; 1 for other types."""
 
@@ -76,6 +78,11 @@ class StemCall:
     """``[out]`` fp32."""
     out: Tensor
     """``[target.rows, out]``, a channel slice or whole."""
+
+    @property
+    def exact(self) -> bool:
+        """Whether products are those of fp32, which no matrix instruction computes."""
+        return self.layer.exact and self.weight.dtype == torch.float32
 
     def describe(self) -> str:
         """One readable line: ``1x3x640x640 -> 32, 3x3 s1 stem``."""
@@ -157,13 +164,13 @@ def conv_stem_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """One block of rows of the output map, all its channels."""
+    """One block of rows and channels of the output map."""
     begin(PDL)
     _, h, w, pitch, row_pitch = shape[0]
     n_out = shape[1][1]
     length: tl.constexpr = KERNEL * KERNEL * CHANNELS
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_n = tl.arange(0, BLOCK_N)
+    offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     line = offs_m // pitch
     x = offs_m % pitch
     y = line % row_pitch
@@ -194,7 +201,8 @@ def conv_stem_kernel(
 def stem_kind(call: StemCall) -> str:
     """What configs of the JSON file are for: ``stem3x3s1-fp16``."""
     stem = call.layer
-    return f"stem{stem.kernel}x{stem.kernel}s{stem.stride}-{DTYPE_NAMES[call.out.dtype]}"
+    precision = "exact" if call.exact else DTYPE_NAMES[call.out.dtype]
+    return f"stem{stem.kernel}x{stem.kernel}s{stem.stride}-{precision}"
 
 
 def stem_size(call: StemCall) -> tuple[int, int]:
@@ -211,7 +219,7 @@ def default_stem_config(call: StemCall) -> Config:
 def stem_config(call: StemCall) -> Config:
     """The tuned config of the nearest stem on this device, or the default one."""
     default = default_stem_config(call)
-    return find_config("conv", stem_kind(call), stem_size(call), default, call.out.device)
+    return find_config(stem_kind(call), stem_size(call), default, call.out.device)
 
 
 def launch_stem(call: StemCall, config: Config) -> None:
@@ -223,6 +231,9 @@ def launch_stem(call: StemCall, config: Config) -> None:
     """
     stem, images, out = call.layer, call.images, call.out
     t, n_out = stem.target, out.shape[1]
+    block_n = max(16, triton.next_power_of_2(n_out))
+    if call.exact:  # multiplied one by one: operands live in registers
+        block_n = min(block_n, 32)
     args = {
         "image_ptr": images,
         "weight_ptr": call.weight,
@@ -246,11 +257,12 @@ def launch_stem(call: StemCall, config: Config) -> None:
         "KERNEL": stem.kernel,
         "STRIDE": stem.stride,
         "ACTIVATION": epilogue_activation(stem.activation, out.dtype),
-        "PRECISION": "tf32",
+        "PRECISION": "ieee" if stem.exact else "tf32",
         "PDL": bool(config.get("launch_pdl", 0)),
-        "BLOCK_N": max(16, triton.next_power_of_2(n_out)),
+        "BLOCK_N": block_n,
     }
-    launch(conv_stem_kernel, (triton.cdiv(t.rows, config["BLOCK_M"]),), args, config)
+    grid = (triton.cdiv(t.rows, config["BLOCK_M"]), triton.cdiv(n_out, block_n))
+    launch(conv_stem_kernel, grid, args, config)
 
 
 def _stem_triton(
@@ -262,9 +274,10 @@ def _stem_triton(
     kernel: int,
     stride: int,
     activation: str,
+    exact: bool,
     out_scale: float,
 ) -> None:
-    stem = Stem(PitchedLayout(*target), kernel, stride, activation, out_scale)
+    stem = Stem(PitchedLayout(*target), kernel, stride, activation, exact, out_scale)
     call = StemCall(stem, images, weight, bias, out)
     call.check()
     launch_stem(call, stem_config(call))
@@ -279,9 +292,10 @@ def _stem_reference(
     kernel: int,
     stride: int,
     activation: str,
+    exact: bool,
     out_scale: float,
 ) -> None:
-    stem = Stem(PitchedLayout(*target), kernel, stride, activation, out_scale)
+    stem = Stem(PitchedLayout(*target), kernel, stride, activation, exact, out_scale)
     call = StemCall(stem, images, weight, bias, out)
     call.check()
     out.copy_(to_dtype(stem_reference(call), out.dtype, out_scale))
@@ -318,6 +332,6 @@ def conv_stem(
         out = stem.target.empty(weight.shape[0], dtype=weight.dtype, device=images.device)
     _stem_op(
         images, weight, bias, out, stem.target.sizes, stem.kernel, stem.stride, stem.activation,
-        stem.out_scale,
+        stem.exact, stem.out_scale,
     )  # fmt: skip
     return out

@@ -34,14 +34,14 @@ from torch import Tensor
 from yolov7.kernels.nms.greedy import nms_greedy_kernel
 from yolov7.kernels.nms.reference import CLASS_OFFSET, nms_reference
 from yolov7.kernels.nms.select import nms_histogram_kernel, nms_scatter_kernel, nms_select_kernel
-from yolov7.kernels.runtime import Config, find_config, launch, processors, triton_op
+from yolov7.kernels.runtime import Config, launch, processors, triton_op
 
 __all__ = ["Detections", "batched_nms", "compile_cases", "nms_reference"]
 
 SLACK = 4096
 """Candidates beyond `max_candidates` for which the buffer has room: the rest of the last bin."""
 
-DEFAULT_CONFIG: Config = {
+CONFIG: Config = {
     "BLOCK": 64,
     "SCAN": 1024,
     "ELEMENTS": 2048,
@@ -162,19 +162,15 @@ def _nms_triton(
     max_candidates: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, rows, width = prediction.shape
-    size = (max(batch, 1), max(rows, 1), width - 5)
-    config = find_config(
-        "nms", "multi" if multi_label else "best", size, DEFAULT_CONFIG, prediction.device
-    )
     possible = rows * (width - 5 if multi_label else 1)
     splits = max(4 * processors(prediction.device) // max(batch, 1), 8)
-    bins = 1 << config["LOG_BINS"]
+    bins = 1 << CONFIG["LOG_BINS"]
     shapes = {
         "histogram": (torch.int32, (min(splits, 64, triton.cdiv(max(rows, 1), 64)), bins)),
         "cursor": (torch.int32, (bins,)),
         "limits": (torch.int64, (2,)),
         "keys": (torch.int64, (min(possible, max_candidates + SLACK),)),
-        "group": (torch.int64, (config["BLOCK"],)),
+        "group": (torch.int64, (CONFIG["BLOCK"],)),
         "kept": (torch.float32, (max_det, 4)),
     }
     work = {
@@ -194,7 +190,7 @@ def _nms_triton(
         multi_label,
         agnostic,
         max_candidates,
-        config,
+        CONFIG,
     )
     return result
 

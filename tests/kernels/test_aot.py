@@ -13,7 +13,17 @@ import triton
 from yolov7.kernels import aot
 from yolov7.kernels.aot import Row, compile_all, compile_spec, load_table, passed_limits, worse
 from yolov7.kernels.conv import ConvCall, launch_conv, workspace_elements
-from yolov7.kernels.conv.cases import DTYPES, SAMPLES, Record, layer_of, meta_call
+from yolov7.kernels.conv.cases import (
+    DTYPES,
+    SAMPLES,
+    Record,
+    bound,
+    call_name,
+    chosen_config,
+    layer_of,
+    meta_call,
+    stem_call,
+)
 from yolov7.kernels.conv.launcher import default_config
 from yolov7.kernels.runtime import recording
 
@@ -25,6 +35,14 @@ MATRIX = {
     "sm_100": {"fp16": "UTCHMMA", "bf16": "UTCHMMA", "fp32": "UTCHMMA", "fp8": "UTCQMMA"},
 }
 CHAIN = Record(128, 128, 3, 1, 80, 80)
+STEMS = {  # of the whole family
+    "tiny": Record(3, 32, 3, 2, 640, 640, "leaky_relu"),
+    "v7": Record(3, 32, 3, 1, 640, 640),
+    "x": Record(3, 40, 3, 1, 640, 640),
+    "w6": Record(12, 64, 3, 1, 640, 640),
+    "e6": Record(12, 80, 3, 1, 640, 640),
+    "d6": Record(12, 96, 3, 1, 640, 640),
+}
 
 
 def compile_conv(target: str, *calls: ConvCall, **changes: int) -> Row:
@@ -93,6 +111,20 @@ def test_exact_fp32_uses_no_matrix_instructions() -> None:
     assert row.mma == ""
     assert row.local_bytes == 0
     assert passed_limits(replace(row, shape=row.shape + " exact")) == []
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("stem", STEMS)
+@pytest.mark.parametrize("target", MATRIX)
+def test_exact_stem_uses_no_matrix_instructions(target: str, stem: str) -> None:
+    """TF32 rounds each factor to 11 bits: alone, it takes a network to 5e-4 of its result."""
+    call = stem_call(STEMS[stem], 1, torch.float32)
+    call = replace(call, layer=replace(call.layer, exact=True))
+    with recording(aot.capability_of(target)) as specs:
+        bound(call, chosen_config(call))()
+    row = compile_spec(specs[0], target, call_name(call))
+    assert row.mma == ""
+    assert passed_limits(row) == []
 
 
 @pytest.mark.aot

@@ -1,5 +1,7 @@
 """The first convolution against PyTorch's, in the interpreter or on a GPU."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -53,6 +55,18 @@ def test_stem(case: tuple[int, ...], dtype: torch.dtype, kernel_device: torch.de
 
 
 @pytest.mark.interpreter
+@pytest.mark.parametrize("out", [32, 40, 80])
+def test_exact_stem(out: int, kernel_device: torch.device) -> None:
+    """Products of fp32, over blocks of channels, the last one partly empty."""
+    stem, images, weight, bias = problem(1, 8, 6, out, 6, 2)
+    images, weight, bias = (t.to(kernel_device) for t in (images, weight, bias))
+    written = stem.target.empty(out, dtype=torch.float32, device=kernel_device).fill_(float("nan"))
+    call = StemCall(replace(stem, exact=True), images, weight, bias, written)
+    launch_stem(call, stem_config(call))
+    torch.testing.assert_close(written, stem_reference(call), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.interpreter
 def test_reads_a_pitched_map_and_writes_a_slice(kernel_device: torch.device) -> None:
     stem, images, weight, bias = problem(2, 5, 6, 8)
     pixels = stem.target.image_view(stem.target.from_nchw(images).half().to(kernel_device))
@@ -91,7 +105,7 @@ def test_operation(kernel_device: torch.device) -> None:
     out = conv_stem(images, weight, bias, stem)
     expected = stem_reference(StemCall(stem, images, weight, bias, out))
     torch.testing.assert_close(out, expected, atol=2e-3, rtol=2e-3)
-    args = (images, weight, bias, out, stem.target.sizes, 3, 1, "silu", 1.0)
+    args = (images, weight, bias, out, stem.target.sizes, 3, 1, "silu", False, 1.0)
     torch.library.opcheck(torch.ops.yolov7.conv_stem.default, args)
     compiled = torch.compile(conv_stem, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(images, weight, bias, stem), out)

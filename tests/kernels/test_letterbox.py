@@ -56,7 +56,7 @@ def test_reference_equals_opencv() -> None:
 @pytest.fixture
 def large_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few programs, for the interpreter."""
-    monkeypatch.setattr(kernel, "DEFAULT_CONFIG", {"BLOCK_Y": 64, "BLOCK_X": 32, "num_warps": 4})
+    monkeypatch.setattr(kernel, "CONFIG", {"BLOCK_Y": 64, "BLOCK_X": 32, "num_warps": 4})
 
 
 @pytest.mark.interpreter

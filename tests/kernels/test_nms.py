@@ -67,7 +67,7 @@ def small_blocks() -> Iterator[None]:
     """Few bins, small groups and no slack: every loop runs on small inputs."""
     config = {"BLOCK": 16, "SCAN": 32, "ELEMENTS": 64, "LOG_BINS": 4, "num_warps": 4}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(nms, "DEFAULT_CONFIG", config)
+        patch.setattr(nms, "CONFIG", config)
         patch.setattr(nms, "SLACK", 0)
         yield
 

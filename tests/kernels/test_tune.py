@@ -1,16 +1,21 @@
 """The tuner's parts that need no GPU, and one layer tuned in the interpreter."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
 
 from yolov7.kernels import aot, runtime, tune
-from yolov7.kernels.conv import ConvCall, cases, launch_conv
+from yolov7.kernels.conv import ConvCall, cases, conv_reference, launch_conv
 from yolov7.kernels.conv.cases import Calls, Record, layer_of, meta_call, stem_call
 from yolov7.kernels.conv.launcher import default_config
+from yolov7.kernels.conv.search import ordered_configs, search_space
 from yolov7.kernels.runtime import find_config, recording
 from yolov7.kernels.tune import Entry
 
@@ -27,15 +32,19 @@ def launch_of(*records: Record, batch: int = 1, dtype: torch.dtype = torch.float
     return [meta_call(layer_of(record, batch), dtype) for record in records]
 
 
-def test_expensive_launches_come_first_and_only_once() -> None:
-    records = (HEAD, CHAIN, CHAIN)
-    launches = [launch_of(record, batch=batch) for record in records for batch in (1, 32)]
-    found = tune.launches_to_tune(launches)
-    assert [(x.layer.target.n, x.layer.kernel) for (x,) in map(tune.members, found)] == [
-        (32, 3), (32, 1), (1, 3), (1, 1)
-    ]  # fmt: skip
-    seconds = list(map(tune.expected_seconds, found))
-    assert seconds == sorted(seconds, reverse=True)
+def test_plans_take_turns_with_their_expensive_launches_first_and_only_once() -> None:
+    """A tuner that runs out of time knows something about every batch size."""
+    few = Record(64, 64, 3, 1, 80, 80)
+    records = {1: (HEAD, CHAIN, CHAIN, few), 32: (HEAD, CHAIN, CHAIN)}
+    plans = [[launch_of(r, batch=batch) for r in found] for batch, found in records.items()]
+    found = tune.launches_to_tune(*plans)
+    sizes = [(x.layer.target.n, x.weight.shape[1]) for (x,) in map(tune.members, found)]
+    assert sizes == [(1, 9 * 128), (32, 9 * 128), (1, 256), (32, 256), (1, 9 * 64)]
+    for batch in records:
+        own = [launch for launch in found if tune.members(launch)[0].layer.target.n == batch]
+        seconds = list(map(tune.expected_seconds, own))
+        assert seconds == sorted(seconds, reverse=True)
+    assert tune.launches_to_tune(plans[0], plans[0]) == tune.launches_to_tune(plans[0])
 
 
 def test_roofline_counts_operations_or_bytes() -> None:
@@ -58,7 +67,40 @@ def test_every_launch_of_a_plan_is_tuned(variant: str, precision: str) -> None:
     assert {f"{kind}-{precision}" for kind in expected} <= kinds
     with recording((9, 0)):
         for launch in launches:
-            assert len(tune.ordered_configs(launch, (9, 0))) >= 6
+            assert len(ordered_configs(launch, (9, 0))) >= 6
+
+
+@pytest.mark.aot
+def test_fp8_layers_with_a_wider_output_have_configs_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The output waits in shared memory: what fits as fp8 does not as fp16."""
+    narrow = meta_call(layer_of(Record(256, 256, 1, 1, 80, 80), 32), torch.float8_e4m3fn)
+    wide = replace(narrow, out=narrow.out.to(torch.float16))
+    kinds = {
+        tune.launch_key(calls)[0]
+        for calls in ([narrow], [wide], [narrow, narrow], [narrow, wide], [wide, narrow])
+    }
+    assert kinds == {
+        "1x1s1-fp8",
+        "1x1s1-to-fp16-fp8",
+        "1x1s1+1x1s1-fp8",
+        "1x1s1+1x1s1-to-fp16-fp8",
+        "1x1s1-to-fp16+1x1s1-fp8",
+    }
+    assert cases.call_name([wide]) == cases.call_name([narrow])
+
+    config = {"TMA": 1, "BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 128, "SPLIT_K": 1}
+    config |= {"num_warps": 8, "num_stages": 4, "FLATTEN": 1, "OCCUPANCY": 1, "launch_pdl": 1}
+    entry = Entry(*tune.launch_key([narrow]), config, 1.0, 9)
+    tune.write_entries(tmp_path / "fp8_GPU" / "conv.json", [entry], (9, 0), "fp8_GPU")
+    monkeypatch.setattr(runtime, "CONFIGS", tmp_path)
+    for call in (narrow, wide):
+        with recording((9, 0), "fp8_GPU") as specs:
+            chosen = cases.chosen_config([call])
+            cases.bound([call], chosen)()
+        assert (chosen == config) == (call is narrow)
+        assert aot.passed_limits(aot.compile_spec(specs[0], "sm_90")) == []
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (9, 0)], ids=["sm_80", "sm_90"])
@@ -68,7 +110,7 @@ def test_search_space_is_small_and_fits(
     record: Record, capability: tuple[int, int], dtype: torch.dtype
 ) -> None:
     calls = [meta_call(layer_of(record, 1), dtype)]
-    configs = list(tune.search_space(calls, capability))
+    configs = list(search_space(calls, capability))
     assert 6 <= len(configs) <= 160
     assert len({str(config) for config in configs}) == len(configs)
     tma = capability == (9, 0) and record.stride == 1
@@ -82,7 +124,7 @@ def test_search_space_is_small_and_fits(
 def test_default_config_is_tried_first() -> None:
     with recording((9, 0)):
         calls = [meta_call(layer_of(CHAIN, 32), torch.float16)]
-        configs, default = tune.ordered_configs(calls, (9, 0)), default_config(calls)
+        configs, default = ordered_configs(calls, (9, 0)), default_config(calls)
     assert configs[0] == default
     assert configs.count(configs[0]) == 1
 
@@ -131,6 +173,116 @@ def test_wrong_config_is_rejected_and_the_fastest_right_one_wins(
     assert "relative error" in said[0]
 
 
+@pytest.mark.parametrize(("exact", "fits"), [(False, True), (True, False)], ids=["tf32", "exact"])
+def test_exact_layers_are_held_to_more_than_tf32(
+    exact: bool, fits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def as_tf32(calls: list[ConvCall], *_: object) -> None:
+        for call in calls:
+            call.out.copy_(conv_reference(call) * (1 + 2**-11))
+
+    monkeypatch.setattr(cases, "launch_conv", as_tf32)
+    layer = layer_of(SMALL, 1, exact=exact)
+    calls = tune.random_calls([meta_call(layer, torch.float32)], CPU)
+    fault = tune.check_config(calls, tune.references(calls), {"SPLIT_K": 1})
+    assert (fault is None) == fits
+
+
+@pytest.mark.parametrize("error", [torch.AcceleratorError, RuntimeError], ids=["own", "triton"])
+def test_lost_device_ends_the_tuner(
+    error: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing runs any more in its context; Triton's own errors are not told from others."""
+
+    def fails(*_: object) -> None:
+        raise error("an illegal memory access was encountered")
+
+    def synchronize() -> None:
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(cases, "launch_conv", fails)
+    calls = tune.random_calls(launch_of(SMALL), CPU)
+    expected = tune.references(calls)
+    if error is RuntimeError:
+        assert "illegal memory" in str(tune.check_config(calls, expected, {"SPLIT_K": 1}))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    with pytest.raises(torch.AcceleratorError):
+        tune.check_config(calls, expected, {"SPLIT_K": 1})
+
+
+def test_config_that_took_a_process_down_is_not_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "Some_GPU" / "trials.json"
+    tried: list[int] = []
+
+    def check(_: Calls, __: object, config: runtime.Config) -> None:
+        *_, noted = json.loads(path.read_text())["fatal"]
+        assert noted == [*launch, dict(config)]
+        tried.append(config["num_warps"])
+        if config["num_warps"] == 8:
+            raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(tune, "check_config", check)
+    calls = tune.random_calls(launch_of(SMALL), CPU)
+    kind, size = tune.launch_key(calls)
+    launch = [kind, list(size)]
+    configs = [{"SPLIT_K": 1, "num_warps": warps} for warps in (2, 4, 8, 1)]
+
+    def run() -> Entry | None:
+        trials = tune.Trials(path)
+        left = trials.left(calls, configs)
+        return tune.tune_launch(calls, left, lambda _: 1e-6, attempt=partial(trials.note, calls))
+
+    with pytest.raises(torch.AcceleratorError):
+        run()
+    best = run()
+    assert best is not None
+    assert (best.tried, tried) == (3, [2, 4, 8, 2, 4, 1])
+    assert json.loads(path.read_text()) == {"fatal": [[*launch, configs[2]]]}
+    # Of another launch nothing is known.
+    other = tune.random_calls(launch_of(SMALL, SMALL), CPU)
+    assert tune.Trials(path).left(other, configs) == configs
+
+
+def test_trials_that_end_well_leave_no_file(tmp_path: Path) -> None:
+    trials = tune.Trials(tmp_path / "Some_GPU" / "trials.json")
+    calls = launch_of(SMALL)
+    with trials.note(calls, {"num_warps": 4}):
+        assert list(tmp_path.rglob("*.json"))
+    assert not list(tmp_path.rglob("*.json"))
+
+
+def test_timer_replays_a_captured_launch_between_events(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host takes longer to launch a small layer than the device to run it."""
+    said: list[str] = []
+
+    @contextmanager
+    def graph(_: object) -> Iterator[None]:
+        said.append("capture")
+        yield
+        said.append("end")
+
+    class Event:
+        def __init__(self, *, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            said.append("event")
+
+        def elapsed_time(self, _: object) -> float:
+            return 2.0
+
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: Mock(replay=lambda: said.append("replay")))
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    flush = Mock(zero_=lambda: said.append("flush"))
+    assert tune.time_config(lambda: said.append("run"), flush, repeats=2) == 2e-3
+    assert said == ["capture", "run", "end", *5 * ["flush", "event", "replay", "event"]]
+
+
 def test_time_box_tries_nothing_more() -> None:
     calls = tune.random_calls(launch_of(SMALL), CPU)
     assert tune.tune_launch(calls, [{"TMA": 0}], lambda _: 1.0, deadline=0.0) is None
@@ -139,7 +291,7 @@ def test_time_box_tries_nothing_more() -> None:
 @pytest.mark.interpreter
 def test_stem_is_tuned(kernel_device: torch.device) -> None:
     calls = tune.random_calls(launch_of(STEM), kernel_device)
-    configs = tune.ordered_configs(calls, (8, 0))[:3]
+    configs = ordered_configs(calls, (8, 0))[:3]
     best = tune.tune_launch(calls, configs, lambda _: 1e-6)
     assert best is not None
     assert (best.kind, best.size, best.tried) == ("stem3x3s1-fp16", (7 * 8, 32), 3)
@@ -162,7 +314,7 @@ def test_written_configs_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(runtime, "CONFIGS", tmp_path)
     device = torch.device("cuda")
     with recording((9, 0), "Some_GPU"):
-        assert find_config("conv", "3x3s1-fp16", (1200, 64, 576), {}, device) == config
+        assert find_config("3x3s1-fp16", (1200, 64, 576), {}, device) == config
 
 
 def test_without_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:

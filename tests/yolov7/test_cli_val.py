@@ -98,7 +98,7 @@ def test_result_table_and_run_folder(
     index = COCO()
     index.dataset = truth
     index.createIndex()
-    assert len(found) == 0 or len(index.loadRes(found).anns) == len(found)
+    assert len(index.loadRes(found).anns) == len(found) > 0
 
     assert val(*options, "--batch", 1) == 0
     second = json.loads(Path("runs/val/2/results.json").read_text())

@@ -1,7 +1,8 @@
 """The plan, run through the kernels' references, against the eager model; fp8; whole frames."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from importlib.resources import as_file, files
 
 import cv2
@@ -12,10 +13,13 @@ from torch import Tensor
 
 from yolov7.checkpoint import load_model
 from yolov7.detector import Detector
+from yolov7.engine import network as engine_network
 from yolov7.engine.calibrate import Histogram, calibrate
-from yolov7.engine.network import PlannedNetwork
+from yolov7.engine.network import PlannedNetwork, with_index
 from yolov7.engine.pipeline import FramePipeline, Suppression
 from yolov7.kernels.conv.layer import FP8_MAX
+from yolov7.kernels.conv.stem import Stem
+from yolov7.kernels.tune import members
 from yolov7.letterbox import Image, letterbox, letterbox_geometry
 from yolov7.model import YOLOv7
 from yolov7.sources import read_image
@@ -62,6 +66,45 @@ def test_plan_equals_the_eager_model(name: str, shape: tuple[int, int, int]) -> 
         expected = model(x)
         assert relative_rms(network(x), expected) <= 1e-5
         assert network(x).shape == expected.shape
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["yolov7-tiny", "yolov7-w6"])
+def test_fp32_is_multiplied_exactly_from_the_first_layer_on(name: str, dtype: torch.dtype) -> None:
+    network = planned(small_model(name), (1, 64, 64), dtype)
+    layers = [call.layer for launch in network.calls for call in members(launch)]
+    assert any(isinstance(layer, Stem) for layer in layers)
+    assert {layer.exact for layer in layers} == {dtype == torch.float32}
+
+
+def test_cuda_is_the_device_that_was_current(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the threads that run the network later the current device is another, the first."""
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    assert with_index(torch.device("cuda")) == torch.device("cuda", 1)
+    for device in (torch.device("cuda", 0), CPU, torch.device("meta")):
+        assert with_index(device) == device
+    monkeypatch.setattr(engine_network, "with_index", lambda _: CPU)
+    network = PlannedNetwork(
+        small_model("yolov7-tiny"), 1, 64, 64, dtype=torch.float32, device=torch.device("cuda")
+    )
+    assert network.device == network.images.device == CPU
+
+
+def test_every_launch_runs_on_the_networks_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = planned(small_model("yolov7-tiny"), (1, 64, 64))
+    entered: list[None] = []
+
+    @contextmanager
+    def on_device() -> Iterator[None]:
+        entered.append(None)
+        yield
+
+    monkeypatch.setattr(network, "_on_device", on_device)
+    for count, (_, run) in enumerate(network.launches(), 1):
+        run()
+        assert len(entered) == count
+    network.run()
+    assert len(entered) == count + 1
 
 
 @torch.no_grad()

@@ -70,6 +70,7 @@ class PlannedNetwork:
         ranges = ranges or {}
         self.plan = make_plan(model, batch, height, width, dtype.itemsize, ranges.keys())
         self._scales = _buffer_scales(self.plan, ranges)
+        device = with_index(device)
         self.dtype, self.device = dtype, device
         self._kernels = device.type == "cuda" or INTERPRET
         self._arena = torch.empty(self.plan.peak_bytes, dtype=torch.uint8, device=device)
@@ -93,13 +94,8 @@ class PlannedNetwork:
 
     def _compile(self) -> None:
         """Run every launch once, many at a time: kernels that are new here compile in parallel."""
-
-        def run(launches: Sequence[Callable[[], object]]) -> None:
-            with self._on_device():
-                _run_all(launches)
-
         with ThreadPoolExecutor() as pool:
-            for _ in pool.map(run, [launches for _, launches in self._launches]):
+            for _ in pool.map(self._run_step, [launches for _, launches in self._launches]):
                 pass
         torch.cuda.synchronize(self.device)
 
@@ -108,6 +104,10 @@ class PlannedNetwork:
         cuda = self.device.type == "cuda"
         return torch.cuda.device(self.device) if cuda else nullcontext()
 
+    def _run_step(self, launches: Sequence[Callable[[], object]]) -> None:
+        with self._on_device():
+            _run_all(launches)
+
     def poison(self) -> None:
         """Fill every buffer with NaN: what is read before it is written shows in the result."""
         self._arena.fill_(0xFF)  # of fp32, fp16, bf16 and fp8 e4m3 alike
@@ -115,7 +115,7 @@ class PlannedNetwork:
     def launches(self) -> Iterator[tuple[Step, Callable[[], None]]]:
         """The steps of the plan before the head, each with what runs it, in order."""
         for step, launches in self._launches:
-            yield step, partial(_run_all, launches)
+            yield step, partial(self._run_step, launches)
 
     def run(self, observe: Callable[[str, Tensor], None] | None = None) -> None:
         """From `images` to `features`.
@@ -193,8 +193,14 @@ class PlannedNetwork:
             weight = pack_weight(space_to_depth_weight(task.convs[0].weight.detach()))
             weight, kernel, stride = weight.to(self.device, self.dtype), 6, 2
         out = self._map(task.writes[0])
-        scale = self._scale(task.writes[0])
-        stem = Stem(task.writes[0].buffer.layout, kernel, stride, task.activation, scale)
+        stem = Stem(
+            task.writes[0].buffer.layout,
+            kernel,
+            stride,
+            task.activation,
+            exact=self.dtype == torch.float32,
+            out_scale=self._scale(task.writes[0]),
+        )
         self.calls.append(StemCall(stem, self.images, weight, bias, out))
         return lambda: conv_stem(self.images, weight, bias, stem, out=out)
 
@@ -273,6 +279,13 @@ def described(
     if fp8:
         network = planned(name for step in network.plan.steps for name, _ in _written(step))
     return network.calls
+
+
+def with_index(device: torch.device) -> torch.device:
+    """The device with its index: ``cuda`` is the current one, which is another in a new thread."""
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
 
 
 def _run_all(launches: Sequence[Callable[[], object]]) -> None:
