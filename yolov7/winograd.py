@@ -24,7 +24,9 @@ if "max_reuse_entries" in inspect.signature(_once_per_shape).parameters:  # from
     _once_per_shape = partial(_once_per_shape, max_reuse_entries=1000)
 
 TILE, WINDOW = 4, 6
-LEAST = 128  # channels: with fewer the transformations cost more than they save
+LEAST = 64  # channels: with fewer the transformations cost more than they save
+ENOUGH = 128  # channels that save more than transformations outside of the cache cost
+CACHE = 16 << 20  # bytes of tiles and products
 LANES = 16  # oneDNN's grouped convolution is fast for multiples of a vector
 _INPUT = torch.tensor(  # B', for the points 0, 1, -1, 2, -2 and infinity
     [
@@ -50,6 +52,8 @@ class WinogradConv(nn.Module):
 
     It differs from the convolution by some 1e-6 of its output; bf16 is too coarse for it.
 
+    With few channels on large maps, whose tiles leave the cache, it is the plain convolution.
+
     Args:
         conv: What it does; its weight is kept transformed, four times as large.
         act: Of its output.
@@ -68,10 +72,13 @@ class WinogradConv(nn.Module):
         self.register_buffer("weight", weight[..., None, None].float())
         self.register_buffer("bias", bias.flatten())
         self.act = act
+        self.direct = conv if min(conv.in_channels, conv.out_channels) < ENOUGH else None
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] to [B, outputs, H, W]."""
         height, width = x.shape[2:]
+        if self.direct is not None and _tile_bytes(self.direct, height, width) > CACHE:
+            return self.act(self.direct(x))
         tiles = _split(x.permute(0, 2, 3, 1))
         products = F.conv2d(tiles.permute(0, 3, 1, 2), self.weight, self.bias, groups=WINDOW**2)
         x = _join(products.permute(0, 2, 3, 1), self.act)
@@ -103,6 +110,12 @@ def _along(dim: int, matrix: Tensor, x: Tensor) -> Tensor:
 def _stored(x: Tensor) -> Tensor:
     """x, for Inductor to write to memory instead of computing it anew for each of its readers."""
     return x.as_strided(x.shape, x.stride())
+
+
+def _tile_bytes(conv: nn.Conv2d, height: int, width: int) -> int:
+    """Of the tiles of an image and their products, in fp32."""
+    tiles = -(-height // TILE) * -(-width // TILE)
+    return 4 * WINDOW**2 * tiles * (conv.in_channels + conv.out_channels)
 
 
 def use_winograd(model: YOLOv7) -> None:
