@@ -36,6 +36,7 @@ from bench.results import ROOT, Report, environment, read_rows
 
 SHARES = {"tests": 3.0, "tune": 4.0, "bench": 5.0, "train": 1.5}
 POLL_SECONDS = 1.0
+GRACE_SECONDS = 5.0  # from being asked to end to being ended
 # The tuner's clock starts behind its imports, and the config that it is at when its time is over
 # has to be compiled and compared.
 TUNER_SECONDS = 20.0
@@ -97,9 +98,7 @@ class Run:
                     self.write()
                     time.sleep(POLL_SECONDS)
             finally:
-                with suppress(ProcessLookupError):  # all have ended
-                    os.killpg(process.pid, signal.SIGTERM)
-                process.wait()
+                _end(process)
         self.ended[name] = (
             "out of time" if code is None else "done" if code == 0 else f"exit {code}"
         )
@@ -124,6 +123,17 @@ class Run:
         temporary.replace(self.folder / "results.json")
         if CONFIGS.exists():
             shutil.copytree(CONFIGS, self.folder / "configs", dirs_exist_ok=True)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End a process and its children; one that waits for a kernel that hangs hears no signal."""
+    with suppress(ProcessLookupError):  # all have ended
+        os.killpg(process.pid, signal.SIGTERM)
+        try:
+            process.wait(GRACE_SECONDS)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def go_on(attempt: Callable[[], int], progress: Callable[[], object]) -> None:

@@ -15,6 +15,7 @@ import argparse
 import itertools
 import json
 import os
+import signal
 import statistics
 import sys
 import time
@@ -220,9 +221,17 @@ class Trials:
 
     @contextmanager
     def note(self, calls: Calls, config: Config) -> Iterator[None]:
-        """Name the config in the file; it stays there where the body raises, or never ends."""
+        """Name the config in the file; it stays there where the body fails, or never ends."""
         _write_json(self._path, {"fatal": [*self._fatal, _trial(calls, config)]})
-        yield
+        try:
+            yield
+        except (KeyboardInterrupt, SystemExit):  # stopped, which is not the config's doing
+            self._clear()
+            raise
+        self._clear()
+
+    def _clear(self) -> None:
+        """Name only those that earlier processes ended in."""
         if self._fatal:
             _write_json(self._path, {"fatal": self._fatal})
         else:
@@ -339,6 +348,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("error: tuning needs a CUDA device", file=sys.stderr)
         return 1
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # a config is left in good order
     return _tune_device(options)
 
 

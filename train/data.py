@@ -271,16 +271,24 @@ def image_weights(dataset: Dataset, ap: NDArray[np.float64]) -> NDArray[np.float
 
 
 def build_loader(
-    data: TrainingData, sampler: EpochSampler, *, workers: int, pin: bool
+    data: TrainingData, sampler: EpochSampler, *, workers: int, pin: bool, keep: bool = True
 ) -> DataLoader[tuple[Tensor, Tensor]]:
-    """A loader of `Batch`es; set `sampler.epoch` before each epoch."""
+    """A loader of `Batch`es; set `sampler.epoch` before each epoch.
+
+    Args:
+        data: The images.
+        sampler: Which of them make a batch.
+        workers: Processes that prepare them.
+        pin: Whether batches are to lie in pinned memory.
+        keep: Whether the workers wait for the next epoch, or end with each.
+    """
     return DataLoader(
         data,
         batch_sampler=sampler,
         num_workers=workers,
         collate_fn=collate,
         pin_memory=pin,
-        persistent_workers=workers > 0,
+        persistent_workers=keep and workers > 0,
         worker_init_fn=_start_worker,
     )
 

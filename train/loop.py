@@ -385,7 +385,7 @@ class Run:
             shapes=rectangles(samples, self.size, self.model.stride),
         )
         workers, pin = prepare.worker_count(self.options), self.device.type == "cuda"
-        loader = build_loader(data, sampler, workers=workers, pin=pin)
+        loader = build_loader(data, sampler, workers=workers, pin=pin, keep=False)
         loss = prepare.head_loss(self.model, self.hyper, plain=True, lead_only=True)
         return ValidationLoss(loss, self.weights, loader, self.dtype)
 

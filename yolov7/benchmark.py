@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 from yolov7.detector import Detector
-from yolov7.device import resolve_device
 from yolov7.engine.pipeline import FramePipeline, Suppression
 from yolov7.engine.steps import Step
 from yolov7.exported import ExportedNetwork
@@ -138,7 +137,7 @@ def measure(
     Raises:
         UserError: the engine, device or precision is not to be had here.
     """
-    _forget_peak(resolve_device(device))
+    _forget_peak()
     frames = [sample_frame()] * batch
     start = time.perf_counter()
     detector = Detector(
@@ -281,12 +280,13 @@ def copy_rate(device: torch.device) -> float:
     return 2 * source.numel() / best
 
 
-def _forget_peak(device: torch.device) -> None:
+def _forget_peak() -> None:
     """Let the peak be that of what comes; a CPU's process has one peak only."""
-    if device.type == "cuda":
+    if torch.cuda.is_available():
         gc.collect()  # a plan is part of a cycle: that of an engine before may still be there
         torch.cuda.init()  # there is no peak to forget before
-        torch.cuda.reset_peak_memory_stats(device)
+        for index in range(torch.cuda.device_count()):
+            torch.cuda.reset_peak_memory_stats(index)
 
 
 def memory_bytes(device: torch.device, *, peak: bool = False) -> int:

@@ -13,13 +13,23 @@ def resolve_device(name: str | torch.device) -> torch.device:
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"device {name}: give auto, cpu, cuda or cuda:N") from None
+    device = parse_device(name)
     count = torch.cuda.device_count()
     if device.type == "cuda" and (device.index or 0) >= count:
         raise UserError(f"device {name}: {count} CUDA devices are here: use another, or cpu")
+    return device
+
+
+def parse_device(name: str | torch.device) -> torch.device:
+    """The device of a name other than "auto", whether or not PyTorch sees it.
+
+    Raises:
+        UserError: It is no such name.
+    """
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"device {name}: give auto, cpu, cuda or cuda:N")
     return device

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from yolov7.device import resolve_device
+from yolov7.device import parse_device, resolve_device
 from yolov7.errors import UserError
 
 FORMAT = "yolov7-triton-export/1"
@@ -117,7 +117,9 @@ class OnnxSession:
     """ONNX Runtime on a CPU or, where its GPU package is installed, on CUDA."""
 
     def __init__(self, file: Path | bytes, device: str | torch.device) -> None:
-        chosen = resolve_device(device)
+        chosen = parse_device("cuda" if device == "auto" else device)
+        if chosen.type == "cuda" and device != "auto" and torch.cuda.device_count():
+            resolve_device(chosen)  # a PyTorch without CUDA cannot tell how many there are
         try:
             import onnxruntime
         except ImportError:

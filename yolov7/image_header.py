@@ -1,8 +1,8 @@
 """The size that an image file claims, from its first bytes: before any pixel is decoded.
 
 A few bytes may claim any size: 190 of an animated WebP, or 256 of a JPEG 2000, decode to
-gigabytes. The formats here are those that can be far smaller than their pixels. WebP of one frame
-and AVIF are not among them: their decoders end at 2^28 pixels by themselves.
+gigabytes. The formats here are those that can be smaller than their pixels a thousand times. WebP
+of one frame and AVIF are not among them: their decoders end at 2^28 pixels by themselves.
 """
 
 import struct

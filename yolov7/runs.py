@@ -55,7 +55,11 @@ def check_writable(path: str | Path | None) -> None:
         UserError: It cannot be written.
     """
     if path is not None:
-        _write(Path(path), "", mode="a")
+        path = Path(path)
+        new = not path.exists()
+        _write(path, "", mode="a")
+        if new:
+            path.unlink()
 
 
 def write_json(path: str | Path | None, value: object, *, indent: int | None = 1) -> None:

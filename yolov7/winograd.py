@@ -77,7 +77,7 @@ class WinogradConv(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] to [B, outputs, H, W]."""
         height, width = x.shape[2:]
-        if self.direct is not None and _tile_bytes(self.direct, height, width) > CACHE:
+        if self.direct is not None and _tile_bytes(self.direct, x) > CACHE:
             return self.act(self.direct(x))
         tiles = _split(x.permute(0, 2, 3, 1))
         products = F.conv2d(tiles.permute(0, 3, 1, 2), self.weight, self.bias, groups=WINDOW**2)
@@ -112,9 +112,9 @@ def _stored(x: Tensor) -> Tensor:
     return x.as_strided(x.shape, x.stride())
 
 
-def _tile_bytes(conv: nn.Conv2d, height: int, width: int) -> int:
-    """Of the tiles of an image and their products, in fp32."""
-    tiles = -(-height // TILE) * -(-width // TILE)
+def _tile_bytes(conv: nn.Conv2d, x: Tensor) -> int:
+    """Of the tiles of x [B, C, H, W] and their products."""
+    tiles = x.shape[0] * -(-x.shape[2] // TILE) * -(-x.shape[3] // TILE)
     return 4 * WINDOW**2 * tiles * (conv.in_channels + conv.out_channels)
 
 

@@ -246,6 +246,16 @@ def test_config_that_took_a_process_down_is_not_tried_again(
     assert tune.Trials(path).left(other, configs) == configs
 
 
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit])
+def test_a_tuner_that_is_stopped_blames_no_config(
+    tmp_path: Path, stop: type[BaseException]
+) -> None:
+    path = tmp_path / "Some_GPU" / "trials.json"
+    with pytest.raises(stop), tune.Trials(path).note(launch_of(SMALL), {"num_warps": 4}):
+        raise stop
+    assert not path.exists()
+
+
 def test_trials_that_end_well_leave_no_file(tmp_path: Path) -> None:
     trials = tune.Trials(tmp_path / "Some_GPU" / "trials.json")
     calls = launch_of(SMALL)

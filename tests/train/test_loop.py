@@ -245,6 +245,7 @@ def test_the_validation_loss_works_as_training_does(options: Train) -> None:
     val_loss = Run(bf16, torch.device("cpu"), Ranks(), {}).val_loss
     assert isinstance(val_loss.loader, DataLoader)
     assert val_loss.loader.num_workers == 1
+    assert not val_loss.loader.persistent_workers  # beside those of training
     assert val_loss.dtype == torch.bfloat16
 
 

@@ -12,6 +12,7 @@ import yolov7
 from yolov7.checkpoint import DEMO_WEIGHTS, load_model
 from yolov7.cli import VERBS, main
 from yolov7.cli.convert import _batches
+from yolov7.errors import UserError
 
 ASSETS = Path(yolov7.__file__).parent / "assets"
 
@@ -155,7 +156,12 @@ def test_calibration_reads_only_what_it_uses(tmp_path: Path) -> None:
     assert [tuple(x.shape) for x in batches] == [(1, 3, 64, 64)] * 3
     for index in (1, 3, 5, 6):
         (tmp_path / f"{index}.jpg").unlink()
+    (tmp_path / "clip.mp4").touch()  # of which all frames would be alike
     assert len(list(_batches(tmp_path, 32, 64))) == 3
+    for index in (0, 2, 4):
+        (tmp_path / f"{index}.jpg").unlink()
+    with pytest.raises(UserError, match="has videos only: give a folder with images"):
+        list(_batches(tmp_path, 32, 64))
 
 
 def test_import_is_cheap() -> None:

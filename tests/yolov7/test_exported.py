@@ -98,6 +98,7 @@ def test_devices_that_a_file_does_not_run_on(
         _pt2_device(program, metadata("cuda"), "cuda:1")
 
 
+@pytest.mark.parametrize("seen", [4, 0], ids=["torch for CUDA", "torch for a CPU"])
 @pytest.mark.parametrize(
     ("device", "providers"),
     [
@@ -109,8 +110,9 @@ def test_devices_that_a_file_does_not_run_on(
     ids=["cuda:3", "cuda", "auto", "cpu"],
 )
 def test_onnx_runtime_is_told_the_gpu(
-    device: str, providers: list[Any], file: Path, monkeypatch: pytest.MonkeyPatch
+    device: str, providers: list[Any], seen: int, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """It brings its own CUDA: PyTorch need not see the GPU."""
     session = onnxruntime.InferenceSession
     told: list[Any] = []
 
@@ -120,8 +122,8 @@ def test_onnx_runtime_is_told_the_gpu(
 
     monkeypatch.setattr(onnxruntime, "InferenceSession", spy)
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [CUDA, CPU])
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: seen > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: seen)
     engine = network(file, device=device).engine
     assert engine == ("onnxruntime" if device == "cpu" else "onnxruntime-cuda")
     assert told == providers

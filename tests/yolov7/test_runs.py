@@ -30,6 +30,7 @@ def test_a_check_leaves_what_is_there(tmp_path: Path) -> None:
     path = tmp_path / "new" / "result.json"
     check_writable(None)
     check_writable(path)
+    assert not path.exists()
     write_json(path, [1])
     check_writable(path)
     assert json.loads(path.read_text()) == [1]

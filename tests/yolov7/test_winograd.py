@@ -73,8 +73,8 @@ def test_few_channels_on_large_maps_are_convolved_directly() -> None:
     few = WinogradConv(nn.Conv2d(64, 64, 3, padding=1).requires_grad_(False), nn.SiLU())
     many = WinogradConv(nn.Conv2d(128, 128, 3, padding=1).requires_grad_(False), nn.SiLU())
     assert many.direct is None  # no second copy of the weights
-    for side, direct in [(80, False), (160, True)]:
-        x = torch.rand(1, 64, side, side)
+    for batch, side, direct in [(1, 80, False), (1, 160, True), (4, 80, True)]:
+        x = torch.rand(batch, 64, side, side)
         expected = F.silu(few.direct(x))  # type: ignore[misc]  # it has one
         assert torch.equal(few(x), expected) == direct
         assert relative(few(x), expected) < 3e-6

@@ -78,7 +78,9 @@ def run(options: Convert) -> int:
 
 def _batches(folder: Path, most: int, side: int) -> Iterator[Tensor]:
     """Square letterboxed images [1, 3, side, side], evenly from the whole folder."""
-    files = [Path(item.name) for item in Source(folder).items]
+    files = [Path(item.name) for item in Source(folder).items if item.kind == "image"]
+    if not files:
+        raise UserError(f"{folder}: has videos only: give a folder with images")
     count = min(most, len(files))
     chosen = [files[i * len(files) // count] for i in range(count)]
     for frame in islice(Source(chosen), count):

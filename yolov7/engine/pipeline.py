@@ -195,7 +195,7 @@ class FramePipeline:
                 end = offset + frame.numel()
                 source = frame.flatten()
                 if frame.is_cuda:
-                    source.record_stream(self._uploads)
+                    frame.record_stream(self._uploads)
                 else:
                     source = pinned[offset:end].copy_(source)
                 stage[offset:end].copy_(source, non_blocking=True)
