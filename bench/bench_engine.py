@@ -12,8 +12,8 @@ from bench.bench_letterbox import eager as eager_letterbox
 from bench.bench_nms import PREDICT, torchvision_loop
 from bench.comparison import Comparison, bodies
 from bench.race import Missing, Run, Work, captured, close
-from yolov7.engine.network import PlannedNetwork
-from yolov7.engine.pipeline import FramePipeline, Suppression
+from yolov7.engine.graph.captured import FramePipeline, Suppression
+from yolov7.engine.graph.planned import PlannedNetwork
 from yolov7.kernels.nms import Detections
 from yolov7.letterbox import letterbox_geometry
 from yolov7.model import YOLOv7, create_model

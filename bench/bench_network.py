@@ -11,10 +11,10 @@ from torch import Tensor
 from bench.baselines.plain import OwnProcess, image, model, sampled
 from bench.comparison import Comparison, bodies
 from bench.race import Missing, Run, Work, close
+from yolov7.engine.eager import Network
 from yolov7.errors import UserError
 from yolov7.info import conv_layers
 from yolov7.model import YOLOv7
-from yolov7.network import Network
 
 # Sampled boxes, of which bf16 keeps 8 bits through a hundred layers.
 TOLERANCE = {"fp32": 1e-4, "bf16": 1e-2}

@@ -13,7 +13,7 @@ from bench.bench_nms import scene
 from bench.comparison import Comparison, bodies
 from bench.race import Run, Work
 from yolov7.detector import Detector
-from yolov7.network import Network
+from yolov7.engine.eager import Network
 from yolov7.results import Results
 
 ROWS = 25200  # of a 640-pixel image

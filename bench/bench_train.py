@@ -13,7 +13,7 @@ from torch import Tensor
 from bench.baselines.plain import OwnProcess, serve
 from bench.comparison import Comparison, bodies
 from bench.race import Missing, Run, Work, close
-from yolov7.cpu import keep_freed_memory
+from yolov7.engine.cpu import keep_freed_memory
 from yolov7.model import YOLOv7, create_model
 from yolov7.train.config import PRESETS, preset_name
 from yolov7.train.ema import EMA

@@ -24,7 +24,7 @@ import torch
 from bench.ceilings import Ceilings
 from bench.race import Run, captured
 from yolov7.benchmark import measure
-from yolov7.engine.network import PlannedNetwork, described
+from yolov7.engine.graph.planned import PlannedNetwork, described
 from yolov7.kernels import runtime
 from yolov7.kernels.conv.cases import DTYPES, Calls, call_name
 from yolov7.kernels.tune import (

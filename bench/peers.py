@@ -19,11 +19,11 @@ from torch import Tensor
 
 from bench.race import OURS, Clock, Missing, Pace, Run, Work, close, race
 from bench.results import Row, comparison_table
+from yolov7.engine.eager import Network
 from yolov7.errors import UserError
 from yolov7.export import Settings, export
 from yolov7.info import conv_layers
 from yolov7.model import YOLOv7, create_model
-from yolov7.network import Network
 
 
 def ours(model: YOLOv7, x: Tensor, precision: str, engine: str) -> Run | Missing:

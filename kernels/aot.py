@@ -191,7 +191,7 @@ def workload(variant: str | None, batch: int, precision: str) -> dict[str, Any]:
     if variant is None:
         return known
     # The command line may look up the arrow: nothing else in this package knows the models.
-    network = importlib.import_module("yolov7.engine.network")
+    network = importlib.import_module("yolov7.engine.graph.planned")
     model_module = importlib.import_module("yolov7.model")
     with torch.device("meta"):
         model = model_module.create_model(variant, form="deploy").fuse()

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from yolov7.checkpoint import load_model, save_model
-from yolov7.cpu import keep_freed_memory
 from yolov7.device import resolve_device
+from yolov7.engine.cpu import keep_freed_memory
 from yolov7.errors import UserError
 from yolov7.evaluate import Settings
 from yolov7.model import YOLOv7

@@ -9,9 +9,9 @@ import torch
 
 from yolov7.checkpoint import load_model
 from yolov7.dataset import Dataset, load_data
+from yolov7.engine.eager import resolve_precision
 from yolov7.errors import UserError
 from yolov7.model import YOLOv7, create_model
-from yolov7.network import resolve_precision
 from yolov7.train.assigner import Anchors
 from yolov7.train.autoanchor import MIN_SIDE, better_anchors, box_sizes, possible_recall
 from yolov7.train.config import PRESETS, HyperParameters, preset_name

@@ -8,10 +8,10 @@ from typing import NamedTuple
 import torch
 
 from yolov7.dataset import Dataset
+from yolov7.engine.eager import Network
 from yolov7.evaluate import Evaluation, Predictions, Settings, measure, predict
 from yolov7.evaluate.run import GROUP
 from yolov7.model import YOLOv7
-from yolov7.network import Network
 from yolov7.train.data import Batch
 from yolov7.train.distributed import Ranks, collect, synchronise
 from yolov7.train.loss import Loss, LossWeights

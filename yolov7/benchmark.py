@@ -21,14 +21,14 @@ import torch
 from torch import Tensor
 
 from yolov7.detector import Detector
-from yolov7.engine.pipeline import FramePipeline, Suppression
-from yolov7.engine.steps import Step
-from yolov7.exported import ExportedNetwork
+from yolov7.engine.eager import Network
+from yolov7.engine.exported import ExportedNetwork
+from yolov7.engine.graph.captured import FramePipeline, Suppression
+from yolov7.engine.graph.steps import Step
 from yolov7.info import conv_layers
 from yolov7.kernels.nms import batched_nms
 from yolov7.letterbox import Image, letterbox, letterbox_geometry
 from yolov7.model import YOLOv7
-from yolov7.network import Network
 from yolov7.sources import read_image
 
 FRAME = (1080, 1920)  # height, width in pixels

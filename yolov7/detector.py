@@ -16,19 +16,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from yolov7.boxes import clip_boxes, unletterbox
+from yolov7.engine.eager import Network, load_network
+from yolov7.engine.exported import ExportedNetwork
 from yolov7.errors import UserError
-from yolov7.exported import ExportedNetwork
 from yolov7.kernels.nms import batched_nms
 from yolov7.letterbox import GREY, Image, letterbox, letterbox_geometry
 from yolov7.model import YOLOv7
-from yolov7.network import Network, load_network
 from yolov7.results import Boxes, Results
 from yolov7.sources import Frame, OnError, Source
 from yolov7.speed import Speed
 from yolov7.tiling import drop_cut_boxes, tile_grid, to_image
 
 if TYPE_CHECKING:
-    from yolov7.pipelines import Pipelines
+    from yolov7.engine.graph.captured import Pipelines
 
 WINDOW = 4  # batches of images that are read before those of equal shape are put together
 MIN_TILE = 32  # pixels; less would make hundreds of thousands of tiles
@@ -225,8 +225,7 @@ class Detector:
         yield from self._detect(frames)
 
     def _make_pipelines(self) -> "Pipelines":
-        from yolov7.engine.pipeline import Suppression
-        from yolov7.pipelines import Pipelines
+        from yolov7.engine.graph.captured import Pipelines, Suppression
 
         assert isinstance(self.network, Network)
         classes = None if self.classes is None else tuple(self.classes.tolist())

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from yolov7.checkpoint import load_model
-from yolov7.engine import network
-from yolov7.engine.network import PlannedNetwork
+from yolov7.engine.graph import planned
+from yolov7.engine.graph.planned import PlannedNetwork
 from yolov7.kernels.conv import choose_config
 from yolov7.model import YOLOv7
 from yolov7.variants import VARIANTS, scaled
@@ -22,7 +22,7 @@ def large_blocks(monkeypatch: pytest.MonkeyPatch, kernel_device: torch.device) -
     """In the interpreter an operation costs the same whatever its size."""
     if kernel_device.type == "cpu":
         blocks = {"BLOCK_M": 256, "BLOCK_N": 128, "BLOCK_K": 128, "SPLIT_K": 1}
-        monkeypatch.setattr(network, "choose_config", lambda c: {**choose_config(c), **blocks})
+        monkeypatch.setattr(planned, "choose_config", lambda c: {**choose_config(c), **blocks})
 
 
 @pytest.mark.interpreter

@@ -15,10 +15,10 @@ from tests.train.test_resume import end_state, interrupt
 from yolov7.checkpoint import load_model, read_metadata, save_model
 from yolov7.cli.train import run
 from yolov7.dataset import load_data
+from yolov7.engine.eager import Network
 from yolov7.errors import UserError
 from yolov7.evaluate import Settings, evaluate
 from yolov7.model import create_model
-from yolov7.network import Network
 from yolov7.train import loop
 from yolov7.train.distributed import Ranks
 from yolov7.train.loop import Run, train

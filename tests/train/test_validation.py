@@ -7,9 +7,9 @@ from torch import nn
 
 from tests.train.conftest import SIZE
 from yolov7.dataset import load_data
+from yolov7.engine.eager import Network
 from yolov7.evaluate import Settings, evaluate, run
 from yolov7.model import create_model
-from yolov7.network import Network
 from yolov7.train import validation
 from yolov7.train.config import PRESETS
 from yolov7.train.data import Batch

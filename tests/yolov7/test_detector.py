@@ -11,10 +11,10 @@ import torch
 
 from yolov7 import Detector, create_model, load_model
 from yolov7.boxes import box_iou, unletterbox
+from yolov7.engine.eager import Network
 from yolov7.errors import UserError
 from yolov7.kernels.nms import batched_nms
 from yolov7.letterbox import Image, letterbox
-from yolov7.network import Network
 from yolov7.results import Results
 from yolov7.sources import Source, read_image
 from yolov7.speed import Speed
@@ -280,7 +280,7 @@ def test_without_memory_for_the_graph_the_eager_engine_goes_on(
     def full(*_: object) -> None:
         raise torch.OutOfMemoryError("no memory")
 
-    monkeypatch.setattr("yolov7.pipelines.Pipelines.submit", full)
+    monkeypatch.setattr("yolov7.engine.graph.captured.Pipelines.submit", full)
     graph = Detector(device="cpu", engine="graph")
     with pytest.warns(UserWarning, match="going on with eager") as warned:
         results = graph(images[:2])

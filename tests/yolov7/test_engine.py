@@ -13,10 +13,10 @@ from torch import Tensor
 
 from yolov7.checkpoint import load_model
 from yolov7.detector import Detector
-from yolov7.engine import network as engine_network
-from yolov7.engine.calibrate import Histogram, calibrate
-from yolov7.engine.network import PlannedNetwork, with_index
-from yolov7.engine.pipeline import FramePipeline, Suppression
+from yolov7.engine.graph import planned as engine_network
+from yolov7.engine.graph.calibrate import Histogram, calibrate
+from yolov7.engine.graph.captured import FramePipeline, Suppression
+from yolov7.engine.graph.planned import PlannedNetwork, with_index
 from yolov7.kernels.conv.layer import FP8_MAX
 from yolov7.kernels.conv.stem import Stem
 from yolov7.kernels.tune import members

@@ -16,10 +16,16 @@ import yolov7
 from yolov7 import YOLOv7, create_model, load_model
 from yolov7.boxes import box_iou, unletterbox
 from yolov7.detector import Detector
+from yolov7.engine.exported import (
+    ExportedNetwork,
+    Metadata,
+    OnnxSession,
+    Suppression,
+    read_pt2_metadata,
+)
 from yolov7.errors import UserError
 from yolov7.export import Exported, Settings, export, onnx_graph, write
 from yolov7.export.report import input_port, output_ports
-from yolov7.exported import ExportedNetwork, Metadata, OnnxSession, Suppression, read_pt2_metadata
 from yolov7.head import Detect
 from yolov7.info import conv_layers
 from yolov7.kernels.nms import batched_nms

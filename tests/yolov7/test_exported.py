@@ -10,8 +10,8 @@ import onnxruntime
 import pytest
 import torch
 
+from yolov7.engine.exported import FORMAT, PT2_ENTRY, ExportedNetwork, Metadata, _pt2_device
 from yolov7.errors import UserError
-from yolov7.exported import FORMAT, PT2_ENTRY, ExportedNetwork, Metadata, _pt2_device
 
 GRAPH = """
 <ir_version: 8, opset_import: ["" : 18]>

@@ -12,17 +12,17 @@ from torch import nn
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from yolov7.checkpoint import load_model
-from yolov7.cpu import Decoder, PackedConv
 from yolov7.device import resolve_device
-from yolov7.engine.calibrate import calibrate
-from yolov7.errors import UserError
-from yolov7.model import YOLOv7, create_model
-from yolov7.network import (
+from yolov7.engine.cpu import Decoder, PackedConv
+from yolov7.engine.eager import (
     COMPILED,
     PLANS,
     Network,
     resolve_precision,
 )
+from yolov7.engine.graph.calibrate import calibrate
+from yolov7.errors import UserError
+from yolov7.model import YOLOv7, create_model
 
 Outputs = Callable[[torch.Tensor], list[torch.Tensor]]
 
@@ -187,8 +187,8 @@ def test_forwards_take_no_page_faults() -> None:
 import resource, torch
 torch.set_num_threads(1)
 from yolov7.checkpoint import load_model
-from yolov7.cpu import Decoder, PackedConv
-from yolov7.network import Network
+from yolov7.engine.cpu import Decoder, PackedConv
+from yolov7.engine.eager import Network
 network, x = Network(load_model(), device="cpu"), torch.rand(1, 3, 640, 640)
 for _ in range(3): network(x)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

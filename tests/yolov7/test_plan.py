@@ -5,8 +5,8 @@ from itertools import combinations, pairwise
 import pytest
 import torch
 
-from yolov7.engine.graph import trace
-from yolov7.engine.plan import Plan, make_plan
+from yolov7.engine.graph.plan import Plan, make_plan
+from yolov7.engine.graph.trace import trace
 from yolov7.model import YOLOv7
 from yolov7.variants import VARIANTS
 

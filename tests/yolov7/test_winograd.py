@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from yolov7.engine.eager import Network
+from yolov7.engine.winograd import WinogradConv, use_winograd
 from yolov7.model import YOLOv7, create_model
-from yolov7.network import Network
-from yolov7.winograd import WinogradConv, use_winograd
 
 ACTIVATIONS = {nn.SiLU(): F.silu, nn.LeakyReLU(0.1): lambda x: F.leaky_relu(x, 0.1)}
 SHAPES = [(2, 16, 20, 20), (1, 16, 13, 22), (1, 16, 3, 1)]
@@ -86,7 +86,7 @@ def test_few_channels_on_large_maps_are_convolved_directly() -> None:
 def test_the_compile_engine_uses_it_in_fp32_with_onednn(
     tiny: YOLOv7, precision: str, packed: bool, count: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("yolov7.network.can_pack", lambda: packed)
+    monkeypatch.setattr("yolov7.engine.eager.can_pack", lambda: packed)
     monkeypatch.setattr("shutil.which", lambda name: name)
     monkeypatch.setattr(torch, "compile", lambda outputs, **_: outputs)
     model = copy.deepcopy(tiny)

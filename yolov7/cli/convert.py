@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from yolov7.checkpoint import load_model, save_model
-from yolov7.engine.calibrate import calibrate
+from yolov7.engine.graph.calibrate import calibrate
 from yolov7.errors import UserError
 from yolov7.info import parameter_count
 from yolov7.letterbox import letterbox

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Literal
 
 from yolov7.checkpoint import DEMO_WEIGHTS, load_model
+from yolov7.engine.exported import Suppression
 from yolov7.export import Settings, export, fitted_size
 from yolov7.export.write import SUFFIX
-from yolov7.exported import Suppression
 from yolov7.progress import working
 
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from yolov7.checkpoint import load_model
-from yolov7.engine.plan import H200, make_plan
+from yolov7.engine.graph.plan import H200, make_plan
 from yolov7.errors import UserError
 from yolov7.info import conv_layers, parameter_count
 from yolov7.model import Form, YOLOv7, create_model

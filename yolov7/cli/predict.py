@@ -13,8 +13,8 @@ import cv2
 from yolov7.checkpoint import DEMO_WEIGHTS
 from yolov7.cli.options import ModelOptions, class_names
 from yolov7.detector import Detector
+from yolov7.engine.eager import COMPILED
 from yolov7.errors import UserError
-from yolov7.network import COMPILED
 from yolov7.progress import progress
 from yolov7.recorder import Outputs, Recorder
 from yolov7.results import Results

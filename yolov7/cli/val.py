@@ -12,12 +12,12 @@ from rich.table import Table
 from yolov7.checkpoint import DEMO_WEIGHTS
 from yolov7.cli.options import ModelOptions, class_names
 from yolov7.dataset import Dataset, load_data
+from yolov7.engine.eager import Network, load_network
+from yolov7.engine.exported import ExportedNetwork
 from yolov7.errors import UserError
 from yolov7.evaluate import Evaluation, Predictions, Settings, measure, predict, to_coco
 from yolov7.evaluate.run import Preparation
 from yolov7.evaluate.sheet import draw_sheet
-from yolov7.exported import ExportedNetwork
-from yolov7.network import Network, load_network
 from yolov7.progress import working
 from yolov7.runs import check_writable, new_run, write_arguments, write_json
 

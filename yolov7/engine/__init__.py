@@ -1,8 +1,6 @@
-"""The inference engine: a fused model lowered to a flat plan over planned buffers, and run.
+"""What runs a network; its files carry the names of the values of ``--engine``.
 
-- `graph`: what the model does, traced from it.
-- `steps`: what a plan is made of. `passes`: how operations become steps; concats, pools, upsamples
-  and sums are gone after them. `plan`: the whole, with its launches, traffic and expected time.
-- `network`: the plan made ready to run. `calibrate`: ranges of its maps, for fp8.
-- `pipeline`: from uint8 frames to boxes, on CUDA as one captured graph.
+- `eager`: PyTorch, on a CPU with `cpu`'s packed convolutions, or compiled, with `winograd`'s.
+- `exported`: ONNX Runtime, OpenVINO, torch.export and AOTInductor run a file.
+- `graph`: a flat plan over planned buffers, on CUDA one captured graph from frames to boxes.
 """

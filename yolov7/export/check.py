@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from yolov7.boxes import box_iou, unletterbox
+from yolov7.engine.exported import Metadata, OnnxSession, Pt2Session
 from yolov7.errors import UserError
-from yolov7.exported import Metadata, OnnxSession, Pt2Session
 from yolov7.kernels.nms import batched_nms
 from yolov7.letterbox import GREY, Geometry, Image, letterbox, letterbox_geometry
 from yolov7.sources import read_image

@@ -4,8 +4,8 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
+from yolov7.engine.exported import Metadata
 from yolov7.export.check import Check
-from yolov7.exported import Metadata
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from yolov7 import __version__
+from yolov7.engine.exported import FORMAT, PT2_ENTRY, Kind, Metadata, Precision, Suppression
 from yolov7.errors import UserError
 from yolov7.export.check import check
 from yolov7.export.report import Exported
-from yolov7.exported import FORMAT, PT2_ENTRY, Kind, Metadata, Precision, Suppression
 from yolov7.kernels.nms.reference import CLASS_OFFSET
 from yolov7.model import YOLOv7
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from yolov7.engine.network import PlannedNetwork
+from yolov7.engine.graph.planned import PlannedNetwork
 from yolov7.kernels.conv.layer import FP8_MAX
 from yolov7.model import YOLOv7
 

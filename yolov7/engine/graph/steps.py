@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from yolov7.engine.graph import Value
+from yolov7.engine.graph.trace import Value
 from yolov7.kernels.layout import PitchedLayout
 
 

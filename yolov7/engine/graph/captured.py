@@ -13,10 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from yolov7.engine.network import PlannedNetwork
+from yolov7.engine.eager import PLANS, Network
+from yolov7.engine.graph.planned import PlannedNetwork
 from yolov7.kernels.letterbox import letterbox
 from yolov7.kernels.nms import batched_nms
-from yolov7.letterbox import Geometry
+from yolov7.letterbox import Geometry, Image
 
 STAGES = 2  # batches of frames in flight
 
@@ -218,3 +219,33 @@ class FramePipeline:
             found = Found(*(o[:n].to("cpu", non_blocking=True) for o in outputs))
             done = self._stream.record_event()
         return Pending(found, done)
+
+
+class Pipelines:
+    """Captured pipelines from frames to boxes; the latest few are kept.
+
+    Args:
+        network: With the engine "graph".
+        batch: Images at a time.
+        suppression: What is kept.
+    """
+
+    def __init__(self, network: Network, batch: int, suppression: Suppression) -> None:
+        self._network, self._batch, self._suppression = network, batch, suppression
+        self._pipelines: dict[tuple[int, int], FramePipeline] = {}
+
+    def submit(self, images: Sequence[Image], geometries: Sequence[Geometry]) -> Pending:
+        """Start detecting in at most ``batch`` images that have letterboxes of one shape."""
+        shape = geometries[0].shape
+        size = self._batch * max(image.size for image in images)
+        pipeline = self._pipelines.pop(shape, None)
+        if pipeline is None or pipeline.capacity < size:
+            if self._network.device.type == "cuda":
+                # What is under way may use the buffers that a new pipeline shares or frees.
+                torch.cuda.synchronize(self._network.device)
+            if len(self._pipelines) == PLANS:
+                del self._pipelines[next(iter(self._pipelines))]
+            network = self._network.planned(self._batch, *shape)
+            pipeline = FramePipeline(network, self._suppression, capacity=size)
+        self._pipelines[shape] = pipeline
+        return pipeline.submit([torch.from_numpy(image) for image in images], geometries)

@@ -12,14 +12,14 @@ from torch import Tensor
 
 from yolov7.cache import cache_folder
 from yolov7.checkpoint import load_model
-from yolov7.cpu import Decoder, can_pack, keep_freed_memory, pack_convolutions
 from yolov7.device import resolve_device
+from yolov7.engine.cpu import Decoder, can_pack, keep_freed_memory, pack_convolutions
+from yolov7.engine.exported import SUFFIXES, ExportedNetwork
 from yolov7.errors import UserError
-from yolov7.exported import SUFFIXES, ExportedNetwork
 from yolov7.model import YOLOv7
 
 if TYPE_CHECKING:
-    from yolov7.engine.network import PlannedNetwork
+    from yolov7.engine.graph.planned import PlannedNetwork
 
 T = TypeVar("T")
 
@@ -129,7 +129,7 @@ class Network:
         outputs: Callable[[Tensor], list[Tensor]] = model.lead_outputs
         if self.engine == "compile":
             if self.dtype == torch.float32 and can_pack():
-                from yolov7.winograd import use_winograd  # loads the compiler
+                from yolov7.engine.winograd import use_winograd  # loads the compiler
 
                 use_winograd(model)
             outputs = _frozen(torch.compile(outputs, dynamic=False))
@@ -144,7 +144,7 @@ class Network:
 
     def planned(self, *shape: int) -> "PlannedNetwork":
         """The plan for (batch, height, width); the latest few are kept."""
-        from yolov7.engine.network import PlannedNetwork  # Triton is for those who want it
+        from yolov7.engine.graph.planned import PlannedNetwork  # Triton is for those who want it
 
         network = self._planned.pop(shape, None)
         if network is None:

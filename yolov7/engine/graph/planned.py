@@ -12,8 +12,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from yolov7.engine.plan import Plan, make_plan
-from yolov7.engine.steps import Slice, Step, Task
+from yolov7.engine.graph.plan import Plan, make_plan
+from yolov7.engine.graph.steps import Slice, Step, Task
 from yolov7.head import Detect
 from yolov7.kernels.concat import concat
 from yolov7.kernels.conv import (

@@ -18,9 +18,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from yolov7.engine.graph import trace
-from yolov7.engine.passes import Placement, allocate, fold, group, merge
-from yolov7.engine.steps import Buffer, Step, Task
+from yolov7.engine.graph.passes import Placement, allocate, fold, group, merge
+from yolov7.engine.graph.steps import Buffer, Step, Task
+from yolov7.engine.graph.trace import trace
 from yolov7.model import YOLOv7
 
 

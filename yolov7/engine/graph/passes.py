@@ -3,8 +3,8 @@
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Sequence
 
-from yolov7.engine.graph import Op, Value
-from yolov7.engine.steps import Buffer, Slice, Step, Task
+from yolov7.engine.graph.steps import Buffer, Slice, Step, Task
+from yolov7.engine.graph.trace import Op, Value
 from yolov7.kernels.layout import PitchedLayout
 
 GROUP = 3  # convolutions in one launch at most
