@@ -12,7 +12,8 @@ from bench.bench_letterbox import eager as eager_letterbox
 from bench.bench_nms import PREDICT, torchvision_loop
 from bench.comparison import Comparison, bodies
 from bench.race import Missing, Run, Work, captured, close
-from yolov7.engine.graph.captured import FramePipeline, Suppression
+from yolov7.engine.frames import Suppression
+from yolov7.engine.graph.captured import FramePipeline
 from yolov7.engine.graph.planned import PlannedNetwork
 from yolov7.kernels.nms import Detections
 from yolov7.letterbox import letterbox_geometry
@@ -108,7 +109,7 @@ def compare_frames(
         return Detections(found.boxes.cpu(), found.counts, found.overflow)
 
     def contenders() -> dict[str, Run | Missing]:
-        suppression = Suppression(PREDICT["conf"], PREDICT["iou"])
+        suppression = Suppression(conf=PREDICT["conf"], iou=PREDICT["iou"])
         pipeline = FramePipeline(planned, suppression, capacity=batch * frames[0].numel())
         known = find_spec("torchvision")
         missing = Missing("torchvision is not installed")

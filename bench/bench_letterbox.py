@@ -12,6 +12,7 @@ from torch import Tensor
 
 from bench.comparison import Comparison, bodies
 from bench.race import Run, Work, captured, close
+from yolov7.engine.frames import to_input
 from yolov7.kernels.letterbox import letterbox, pack_frames
 from yolov7.letterbox import GREY, Geometry, letterbox_geometry
 from yolov7.letterbox import letterbox as letterbox_cpu
@@ -32,10 +33,8 @@ def eager(frames: Sequence[Tensor], geometry: Geometry, dtype: torch.dtype) -> T
 
 def on_cpu(frames: Sequence[np.ndarray], size: int) -> Tensor:
     """As the detector prepares frames on a CPU."""
-    pixels = np.empty((len(frames), size, size, 3), np.uint8)
-    for frame, target in zip(frames, pixels, strict=True):
-        cv2.cvtColor(letterbox_cpu(frame, size)[0], cv2.COLOR_BGR2RGB, dst=target)
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float().div_(255)
+    boxed = [letterbox_cpu(f, letterbox_geometry(f.shape[:2], size)) for f in frames]
+    return to_input(boxed, torch.device("cpu"), torch.float32)
 
 
 @bodies("eager")

@@ -11,7 +11,7 @@ from torch import Tensor
 from bench.baselines.plain import OwnProcess, image, model, sampled
 from bench.comparison import Comparison, bodies
 from bench.race import Missing, Run, Work, close
-from yolov7.engine.eager import Network
+from yolov7.engine.choose import Runtime, open_network
 from yolov7.errors import UserError
 from yolov7.info import conv_layers
 from yolov7.model import YOLOv7
@@ -28,7 +28,9 @@ CASES = {
 def compiled(network: YOLOv7, x: Tensor, precision: str) -> Run | Missing:
     """Our `compile` engine."""
     try:
-        fast = Network(network, device="cpu", precision=precision, engine="compile")
+        fast = open_network(
+            Runtime(weights=network, device="cpu", precision=precision, engine="compile")
+        )
     except UserError as error:
         return Missing(str(error))
     return lambda: sampled(fast(x))
@@ -51,7 +53,9 @@ def bench_network(
 
     def contenders() -> dict[str, Run | Missing]:
         x = image(size)
-        ours = Network(model(variant), device="cpu", precision=precision, engine="eager")
+        ours = open_network(
+            Runtime(weights=model(variant), device="cpu", precision=precision, engine="eager")
+        )
         plain = model(variant).fuse()
         process = OwnProcess("bench.baselines.plain", variant, size)
         request.session.addfinalizer(process.close)

@@ -14,6 +14,7 @@ from bench.comparison import Comparison, bodies
 from bench.race import Run, Work
 from yolov7.detector import Detector
 from yolov7.engine.eager import Network
+from yolov7.engine.frames import HostFrames, Suppression
 from yolov7.results import Results
 
 ROWS = 25200  # of a 640-pixel image
@@ -23,8 +24,8 @@ class Prepared:
     """Stands for the network: gives boxes that are prepared, at once."""
 
     def __init__(self, network: Network, decoded: Tensor) -> None:
-        self.device, self.dtype, self.engine = network.device, network.dtype, network.engine
-        self.decoded = decoded
+        self.device, self.dtype, self.one_shape = network.device, network.dtype, network.one_shape
+        self.names, self.stride, self.decoded = network.names, network.stride, decoded
 
     def __call__(self, _: Tensor) -> Tensor:
         return self.decoded
@@ -43,7 +44,7 @@ def bench_pipeline(variant: str, compete: Comparison, device: torch.device, smok
         detector = Detector(model(variant), device="cpu", precision="fp32", imgsz=size)
         network, x = detector.network, image(size)
         assert isinstance(network, Network)
-        detector.network = Prepared(network, scene(1, ROWS, device))  # type: ignore[assignment]
+        detector._frames = HostFrames(Prepared(network, scene(1, ROWS, device)), Suppression())
 
         def around() -> list[Results]:
             results = detector(photo)

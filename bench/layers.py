@@ -24,6 +24,7 @@ import torch
 from bench.ceilings import Ceilings
 from bench.race import Run, captured
 from yolov7.benchmark import measure
+from yolov7.engine.choose import Runtime
 from yolov7.engine.graph.planned import PlannedNetwork, described
 from yolov7.kernels import runtime
 from yolov7.kernels.conv.cases import DTYPES, Calls, call_name
@@ -144,7 +145,7 @@ def time_jobs(device: torch.device, *, small: bool) -> Iterator[Job]:
 
 def time_engine(model: YOLOv7, engine: str, size: int, batch: int, rounds: int) -> Entry:
     """p50, p95 and p99 of the stages from a frame to its boxes, and totals."""
-    timing = measure(model, engine=engine, imgsz=size, batch=batch, rounds=rounds)
+    timing = measure(Runtime(weights=model, engine=engine, imgsz=size), batch=batch, rounds=rounds)
     return {"batch": batch, "stages": timing.rows(), "totals": timing.totals()}
 
 

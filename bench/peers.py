@@ -19,7 +19,7 @@ from torch import Tensor
 
 from bench.race import OURS, Clock, Missing, Pace, Run, Work, close, race
 from bench.results import Row, comparison_table
-from yolov7.engine.eager import Network
+from yolov7.engine.choose import Runtime, open_network
 from yolov7.errors import UserError
 from yolov7.export import Settings, export
 from yolov7.info import conv_layers
@@ -29,7 +29,9 @@ from yolov7.model import YOLOv7, create_model
 def ours(model: YOLOv7, x: Tensor, precision: str, engine: str) -> Run | Missing:
     """Our network on a copy of the model."""
     try:
-        network = Network(fresh(model), device="cpu", precision=precision, engine=engine)
+        network = open_network(
+            Runtime(weights=fresh(model), device="cpu", precision=precision, engine=engine)
+        )
     except UserError as error:
         return Missing(str(error))
     return partial(network, x)

@@ -28,6 +28,7 @@ from torch import Tensor
 from torch._library.custom_ops import CustomOpDef
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+HAS_TRITON = True
 INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
 """Whether this process runs kernels in Triton's interpreter (read when kernels are decorated)."""
 

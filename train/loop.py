@@ -244,7 +244,6 @@ class Run:
         """Evaluate the moving average; note whether it is the best."""
         settings = Settings(
             imgsz=self.size,
-            stride=self.model.stride,
             batch=32 if self.device.type == "cuda" else 4,
         )
         validation = validate(self.ema.model, self.val, settings, self.device, self.ranks)

@@ -10,7 +10,7 @@ from numpy.random import Generator
 from numpy.typing import NDArray
 
 from yolov7.dataset.sample import Labels, Polygon
-from yolov7.letterbox import GREY, Image, letterbox
+from yolov7.letterbox import GREY, Image, letterbox, letterbox_geometry
 from yolov7.train.config import Augmentation
 
 Boxes = NDArray[np.float32]
@@ -105,10 +105,12 @@ def grey(height: int, width: int) -> Image:
 
 def letterboxed(scene: Scene, shape: tuple[int, int]) -> Scene:
     """The scene scaled into (height, width), grey around it."""
-    image, ratio, pad = letterbox(scene.image, shape)
-    scale, shift = np.array(ratio, np.float32), np.round(np.array(pad) - 0.1).astype(np.float32)
+    height, width = scene.image.shape[:2]
+    where = letterbox_geometry((height, width), shape)
+    scale, (top, _, left, _) = np.array(where.ratio, np.float32), where.border
+    shift = np.array((left, top), np.float32)
     return Scene(
-        image,
+        letterbox(scene.image, where),
         scene.classes,
         scene.boxes * np.tile(scale, 2) + np.tile(shift, 2),
         tuple([part * scale + shift for part in outline] for outline in scene.outlines),

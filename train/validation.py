@@ -1,6 +1,5 @@
 """Evaluation while training: the evaluator of `val`, shared among the ranks."""
 
-import copy
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import NamedTuple
@@ -8,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from yolov7.dataset import Dataset
-from yolov7.engine.eager import Network
+from yolov7.engine.choose import Runtime, open_network
 from yolov7.evaluate import Evaluation, Predictions, Settings, measure, predict
 from yolov7.evaluate.run import GROUP
 from yolov7.model import YOLOv7
@@ -78,9 +77,9 @@ def validate(
     found = {}
     speed: dict[str, float] = {}
     if mine:
-        network = Network(copy.deepcopy(model), device=device)
+        network = open_network(Runtime(weights=model, device=device, engine="eager"))
         part = replace(dataset, samples=[samples[i] for i in mine])
-        result = predict(network, part, settings, device=network.device, dtype=network.dtype)
+        result = predict(network, part, settings)
         places = {id(samples[i]): i for i in mine}
         read = (places[id(sample)] for sample in result.dataset.samples)
         found = dict(zip(read, result.detections, strict=True))

@@ -10,7 +10,7 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.resources import as_file, files
 from typing import Any
@@ -18,16 +18,14 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
-from torch import Tensor
 
 from yolov7.detector import Detector
+from yolov7.engine.choose import Runtime, open_frames
 from yolov7.engine.eager import Network
-from yolov7.engine.exported import ExportedNetwork
-from yolov7.engine.graph.captured import FramePipeline, Suppression
+from yolov7.engine.frames import Suppression
 from yolov7.engine.graph.steps import Step
 from yolov7.info import conv_layers
-from yolov7.kernels.nms import batched_nms
-from yolov7.letterbox import Image, letterbox, letterbox_geometry
+from yolov7.letterbox import Image, letterbox_geometry
 from yolov7.model import YOLOv7
 from yolov7.sources import read_image
 
@@ -106,32 +104,12 @@ def sample_frame() -> Image:
     return np.asarray(cv2.resize(image, FRAME[::-1]), np.uint8)
 
 
-def measure(
-    weights: YOLOv7 | str | None,
-    *,
-    variant: str | None = None,
-    engine: str = "auto",
-    device: str = "auto",
-    precision: str = "auto",
-    imgsz: int | None = None,
-    batch: int = 1,
-    names: Sequence[str] | None = None,
-    layout: str | None = None,
-    rounds: int = 50,
-) -> Timing:
+def measure(runtime: Runtime, *, batch: int = 1, rounds: int = 50) -> Timing:
     """Time one engine.
 
     Args:
-        weights: A model in any form, which is not changed, or what `Detector` takes, exported files
-            too, whose operations are not counted.
-        variant: Of a bare state dict.
-        engine: See `Network`.
-        device: Likewise.
-        precision: Likewise.
-        imgsz: Longer side of the network's input in pixels; None: the model's own.
+        runtime: Which weights run, where and how; the operations of exported files are not counted.
         batch: Images at a time, all of them the sample frame.
-        names: Class names of an ONNX file that `yolov7 export` did not write.
-        layout: Of its output: "grid" or "classes-first".
         rounds: Batches that are timed, after a warm-up.
 
     Raises:
@@ -140,28 +118,18 @@ def measure(
     _forget_peak()
     frames = [sample_frame()] * batch
     start = time.perf_counter()
-    detector = Detector(
-        weights,
-        variant=variant,
-        engine=engine,
-        device=device,
-        precision=precision,
-        imgsz=imgsz,
-        batch=batch,
-        names=names,
-        layout=layout,
-    )
+    detector = Detector(**vars(runtime), batch=batch)
     (height, width) = detector(frames)[0].input_shape
     startup_s = time.perf_counter() - start
     network, steps = detector.network, []
+    where = [letterbox_geometry(FRAME, (height, width))] * batch
+    stages = open_frames(network, Suppression(), batch).stages(frames, where)
     if isinstance(network, Network) and network.engine == "graph":
-        stages = _graph_stages(network, frames, detector.imgsz)
         steps = _steps(network, batch, height, width, rounds=rounds)
-    else:
-        stages = _eager_stages(network, frames, detector.imgsz)
     samples = _timed(stages, network.device, rounds)
     samples |= _timed({"whole": lambda: detector(frames)}, network.device, rounds)
-    layers = conv_layers(weights, height, width) if isinstance(weights, YOLOv7) else []
+    model = runtime.weights
+    layers = conv_layers(model, height, width) if isinstance(model, YOLOv7) else []
     return Timing(
         network.engine,
         str(network.device),
@@ -180,6 +148,9 @@ def _steps(
     network: Network, batch: int, height: int, width: int, rounds: int
 ) -> list[dict[str, Any]]:
     """Medians of every step of the plan, run alone."""
+    from yolov7.engine.graph.network import GraphNetwork
+
+    assert isinstance(network, GraphNetwork)
     planned = network.planned(batch, height, width)
     launches: list[tuple[Step, Callable[[], object]]] = [
         *planned.launches(),
@@ -215,45 +186,6 @@ def _now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
-
-
-def _eager_stages(
-    network: Network | ExportedNetwork, frames: list[Image], imgsz: tuple[int, int]
-) -> Stages:
-    """The network's own decoding is part of it."""
-    kept: dict[str, Any] = {}
-
-    def box() -> None:
-        auto = not network.one_shape
-        boxed = [letterbox(f, imgsz, stride=network.stride, auto=auto)[0] for f in frames]
-        kept["pixels"] = torch.from_numpy(np.stack(boxed)[..., ::-1].copy())
-
-    def upload() -> None:
-        x: Tensor = kept["pixels"].to(network.device).permute(0, 3, 1, 2)
-        kept["x"] = x.to(network.dtype).div_(255)
-
-    return {
-        "letterbox": box,
-        "upload": upload,
-        "network": lambda: kept.__setitem__("decoded", network(kept["x"])),
-        "nms": lambda: kept.__setitem__("found", batched_nms(kept["decoded"])),
-        "download": lambda: [t.cpu() for t in kept["found"]],
-    }
-
-
-def _graph_stages(network: Network, frames: list[Image], imgsz: tuple[int, int]) -> Stages:
-    boxes = [
-        letterbox_geometry(f.shape[:2], imgsz, stride=network.stride, auto=True) for f in frames
-    ]
-    planned = network.planned(len(frames), *boxes[0].shape)
-    pipeline = FramePipeline(planned, Suppression(), capacity=sum(f.size for f in frames))
-    tensors = [torch.from_numpy(f) for f in frames]
-    pipeline.submit(tensors, boxes).wait()
-    return {
-        "upload": lambda: [t.to(network.device) for t in tensors],
-        **pipeline.stages(),
-        "download": lambda: pipeline.output.boxes.cpu(),
-    }
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:

@@ -4,8 +4,12 @@ Formats: ``xyxy`` is left, top, right, bottom; ``cxcywh`` is centre x, centre y,
 last dimension holds the four numbers; any leading dimensions and any unit will do.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+from yolov7.letterbox import Geometry
 
 
 def cxcywh_to_xyxy(boxes: Tensor) -> Tensor:
@@ -41,20 +45,24 @@ def clip_boxes(boxes: Tensor, shape: tuple[int, int]) -> Tensor:
     return boxes.clamp(min=0).minimum(limit)
 
 
-def unletterbox(
-    boxes: Tensor, ratio: tuple[float, float], pad: tuple[float, float], shape: tuple[int, int]
-) -> Tensor:
-    """Boxes of a letterboxed image, in pixels of the image that it was made from.
+def frame_table(where: Sequence[Geometry]) -> Tensor:
+    """What `in_frames` has to know of each frame's letterbox: fp32 [B, 3, 4] on the CPU."""
+    rows = []
+    for geometry in where:
+        height, width = geometry.frame
+        rows.append([geometry.pad * 2, geometry.ratio * 2, (width, height) * 2])
+    return torch.tensor(rows, dtype=torch.float32)
+
+
+def in_frames(boxes: Tensor, table: Tensor) -> Tensor:
+    """Boxes of letterboxed images, in pixels of the frames that these were made from.
 
     Args:
-        boxes: [..., 4] xyxy, pixels of the letterboxed image.
-        ratio: Scale (x, y) that the letterbox applied.
-        pad: Grey pixels (left, top) before rounding, as ``letterbox`` returns them.
-        shape: (height, width) of the source image.
+        boxes: [B, n, 4] xyxy, pixels of the letterboxes.
+        table: [B, 3, 4] from `frame_table`, on their device.
 
     Returns:
-        [..., 4] xyxy, clipped to the source image.
+        [B, n, 4] xyxy, clipped to the frames.
     """
-    offset = boxes.new_tensor((*pad, *pad))
-    scale = boxes.new_tensor((*ratio, *ratio))
-    return clip_boxes((boxes - offset) / scale, shape)
+    pad, ratio, limit = table[:, None].unbind(2)  # [B, 1, 4] each
+    return torch.minimum(((boxes - pad) / ratio).clamp_min(0), limit)

@@ -11,19 +11,27 @@ import numpy as np
 
 from yolov7.letterbox import Image
 
-WAITING = 2  # results that wait for the reader, beside those at work
+WAITING = 2
 
 T = TypeVar("T")
 
 
-def ahead(calls: Iterable[Callable[[], T]], workers: int) -> Generator[T]:
-    """Results of calls in their order, worked out by threads a few ahead of the reader."""
+def ahead(
+    calls: Iterable[Callable[[], T]], workers: int, *, waiting: int = WAITING
+) -> Generator[T]:
+    """Results of calls in their order, worked out by threads ahead of the reader.
+
+    Args:
+        calls: What is called.
+        workers: Threads.
+        waiting: Results that may wait for the reader, beside those at work.
+    """
     pending: deque[Future[T]] = deque()
     with ThreadPoolExecutor(workers) as pool:
         try:
             for call in calls:
                 pending.append(pool.submit(call))
-                if len(pending) == workers + WAITING:
+                if len(pending) == workers + waiting:
                     yield pending.popleft().result()
             while pending:
                 yield pending.popleft().result()

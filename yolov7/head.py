@@ -8,9 +8,11 @@ from torch import Tensor, nn
 
 
 def _implicit(count: Sequence[int], mean: float) -> nn.ParameterList:
-    return nn.ParameterList(
-        nn.Parameter(torch.empty(1, c, 1, 1).normal_(mean, 0.02)) for c in count
-    )
+    vectors = [torch.empty(1, c, 1, 1) for c in count]
+    for vector in vectors:
+        if not vector.is_meta:  # for which PyTorch would load its compiler: two seconds
+            vector.normal_(mean, 0.02)
+    return nn.ParameterList(nn.Parameter(vector) for vector in vectors)
 
 
 class Detect(nn.Module):

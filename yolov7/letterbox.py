@@ -1,6 +1,6 @@
 """Letterbox on the CPU: fit an image into the network's input without changing its aspect."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import cv2
 import numpy as np
@@ -13,15 +13,17 @@ GREY = 114
 
 @dataclass(frozen=True)
 class Geometry:
-    """Where the image lies in its letterbox.
+    """Where a frame lies in its letterbox; `yolov7.boxes.in_frames` takes boxes back.
 
     Attributes:
-        ratio: Scale (x, y) from the image to the letterbox.
+        frame: (height, width) of the frame.
+        ratio: Scale (x, y) from the frame to the letterbox.
         pad: Grey pixels (x, y) on each side, before rounding: halves occur.
-        size: (height, width) of the scaled image.
+        size: (height, width) of the scaled frame.
         border: Whole grey pixels (top, bottom, left, right).
     """
 
+    frame: tuple[int, int]
     ratio: tuple[float, float]
     pad: tuple[float, float]
     size: tuple[int, int]
@@ -32,6 +34,12 @@ class Geometry:
         """(height, width) of the letterbox."""
         top, bottom, left, right = self.border
         return self.size[0] + top + bottom, self.size[1] + left + right
+
+    def seen_from(self, frame: tuple[int, int]) -> "Geometry":
+        """The same letterbox of a frame (height, width) that was scaled to this one before."""
+        ratio_x = self.frame[1] / frame[1] * self.ratio[0]
+        ratio_y = self.frame[0] / frame[0] * self.ratio[1]
+        return replace(self, frame=frame, ratio=(ratio_x, ratio_y))
 
 
 def letterbox_geometry(
@@ -68,41 +76,24 @@ def letterbox_geometry(
         round(half_x - 0.1),
         round(half_x + 0.1),
     )
-    return Geometry((ratio, ratio), (half_x, half_y), (new_h, new_w), border)
+    return Geometry((height, width), (ratio, ratio), (half_x, half_y), (new_h, new_w), border)
 
 
-def letterbox(
-    image: Image,
-    size: int | tuple[int, int],
-    *,
-    stride: int = 32,
-    auto: bool = False,
-    scaleup: bool = True,
-) -> tuple[Image, tuple[float, float], tuple[float, float]]:
-    """Scale an image into ``size`` and fill up with grey, the image in the middle.
+def letterbox(image: Image, geometry: Geometry) -> Image:
+    """Scale an image and fill up with grey, the image in the middle.
 
     Args:
         image: [H, W, 3] uint8.
-        size: Side of the square letterbox, or its (height, width), in pixels.
-        stride: With ``auto``, grey is added only up to the next multiple of this.
-        auto: The smallest letterbox that keeps the scale, instead of all of ``size``.
-        scaleup: Whether an image smaller than ``size`` is enlarged.
+        geometry: From `letterbox_geometry`, of this image or of the frame it was scaled from.
 
     Returns:
-        The letterbox [h, w, 3], the scale (x, y), and the grey on each side (x, y) before rounding;
-        ``boxes.unletterbox`` takes the last two.
+        [h, w, 3] uint8 of the geometry's shape.
     """
-    height, width = image.shape[:2]
-    geometry = letterbox_geometry((height, width), size, stride=stride, auto=auto, scaleup=scaleup)
+    height, width = geometry.size
+    if image.shape[:2] != geometry.size:
+        resized = cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
+        image = resized.astype(np.uint8, copy=False)
     top, bottom, left, right = geometry.border
-    if (height, width) == geometry.size:
-        resized = image
-    else:
-        target = (geometry.size[1], geometry.size[0])
-        resized = cv2.resize(image, target, interpolation=cv2.INTER_LINEAR).astype(
-            np.uint8, copy=False
-        )
-    boxed = cv2.copyMakeBorder(
-        resized, top, bottom, left, right, cv2.BORDER_CONSTANT, value=(GREY, GREY, GREY)
-    )
-    return np.asarray(boxed, dtype=np.uint8), geometry.ratio, geometry.pad
+    grey = (GREY, GREY, GREY)
+    boxed = cv2.copyMakeBorder(image, top, bottom, left, right, cv2.BORDER_CONSTANT, value=grey)
+    return np.asarray(boxed, dtype=np.uint8)

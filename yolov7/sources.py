@@ -53,7 +53,7 @@ class Frame:
     """One image and where it comes from.
 
     Attributes:
-        image: [H, W, 3] uint8, BGR.
+        pixels: [H, W, 3] uint8, BGR; a tensor if the image was given as one on a GPU.
         path: File, URL, "camera 0", "array 0" and the like.
         item: Which of the source's items this is, from 1.
         items: How many items the source has.
@@ -63,7 +63,7 @@ class Frame:
         fps: Frames per second of a video or stream; 0 where it says nothing.
     """
 
-    image: Image
+    pixels: Image | Tensor
     path: str
     item: int
     items: int
@@ -72,12 +72,25 @@ class Frame:
     total: int = 0
     fps: float = 0.0
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(height, width) in pixels."""
+        height, width, _ = self.pixels.shape
+        return int(height), int(width)
+
+    @property
+    def image(self) -> Image:
+        """The pixels in memory; those on a GPU are fetched each time."""
+        pixels = self.pixels
+        return pixels.cpu().numpy() if isinstance(pixels, Tensor) else pixels
+
 
 @dataclass(frozen=True)
 class _Item:
     name: str
     kind: Literal["image", "video", "live"]
-    load: Callable[[], Image] | None = None  # images
+    load: Callable[[], Image | Tensor] | None = None  # images
+    here: bool = False  # nothing is waited for: an array or tensor
     target: str | int = ""  # what OpenCV opens: videos, cameras, streams
 
 
@@ -140,7 +153,9 @@ class Source:
 
     def _images(self, group: list[tuple[int, _Item]]) -> Iterator[Frame]:
         loads = (partial(_attempt, item.load) for _, item in group if item.load)
-        for (number, item), image in zip(group, ahead(loads, WORKERS), strict=True):
+        here = all(item.here for _, item in group)
+        images = (load() for load in loads) if here else ahead(loads, WORKERS)
+        for (number, item), image in zip(group, images, strict=True):
             if isinstance(image, UserError):
                 self._report(image)
             else:
@@ -277,11 +292,11 @@ def _items(source: object) -> Iterator[_Item]:
         batch = source if source.ndim == 4 else [source]
         for index, array in enumerate(batch):
             name = f"array {index}"
-            yield _Item(name, "image", partial(to_bgr, array, name))
+            yield _Item(name, "image", partial(to_bgr, array, name), here=True)
     elif isinstance(source, Tensor):
         for index, tensor in enumerate(source if source.ndim == 4 else [source]):
             name = f"tensor {index}"
-            yield _Item(name, "image", partial(_from_tensor, tensor, name))
+            yield _Item(name, "image", partial(_from_tensor, tensor, name), here=True)
     elif isinstance(source, bool) or not isinstance(source, (int, str, Path)):
         kind = type(source).__name__  # PIL images, too: RGB or BGR would be a guess
         raise UserError(f"a source cannot be a {kind}: give a path, URL, array, tensor or a list")
@@ -293,7 +308,9 @@ def _items(source: object) -> Iterator[_Item]:
         yield from _from_path(Path(source))
 
 
-def _from_tensor(tensor: Tensor, name: str) -> Image:
+def _from_tensor(tensor: Tensor, name: str) -> Image | Tensor:
+    if _stays(tensor):
+        return tensor.detach().flip(0).movedim(0, 2).contiguous()
     pixels = tensor.detach().cpu()
     if pixels.is_floating_point():
         pixels = pixels.float().nan_to_num().clamp(0, 1).mul(255).round().to(torch.uint8)
@@ -302,6 +319,11 @@ def _from_tensor(tensor: Tensor, name: str) -> Image:
         if pixels.shape[2] in (3, 4):
             pixels = pixels[:, :, [2, 1, 0]]
     return to_bgr(pixels.numpy(), name)
+
+
+def _stays(tensor: Tensor) -> bool:
+    """Whether a tensor stays on its GPU: the kernels take it as it is."""
+    return tensor.is_cuda and tensor.dtype == torch.uint8 and tensor.ndim == 3 and len(tensor) == 3
 
 
 def _from_path(path: Path) -> Iterator[_Item]:
@@ -382,7 +404,7 @@ def _fail(error: UserError) -> Image:
     raise error
 
 
-def _attempt(load: Callable[[], Image]) -> Image | UserError:
+def _attempt(load: Callable[[], Image | Tensor]) -> Image | Tensor | UserError:
     try:
         return load()
     except UserError as error:

@@ -5,7 +5,6 @@ from collections.abc import Mapping
 
 import numpy as np
 
-STAGES = ("pre", "network", "nms")
 KEPT = 10_000  # latest images that the percentiles are taken from
 
 
@@ -18,26 +17,27 @@ class Speed:
 
     def __init__(self) -> None:
         self.images = 0
-        self._samples: dict[str, deque[float]] = {
-            stage: deque(maxlen=KEPT) for stage in (*STAGES, "total")
-        }
+        self._samples: dict[str, deque[float]] = {}
+        self._total: deque[float] = deque(maxlen=KEPT)
 
     def add(self, stages: Mapping[str, float]) -> None:
-        """Count one image that took ``stages`` milliseconds."""
+        """Count one image that took ``stages`` milliseconds; an engine has its own stages."""
         self.images += 1
-        for stage in STAGES:
-            self._samples[stage].append(stages[stage])
-        self._samples["total"].append(sum(stages.values()))
+        for stage, ms in stages.items():
+            if stage not in self._samples:
+                self._samples[stage] = deque(maxlen=KEPT)
+            self._samples[stage].append(ms)
+        self._total.append(sum(stages.values()))
 
     def summary(self) -> dict[str, dict[str, float]]:
-        """Stage ("pre", "network", "nms", "total") -> "p50" and "p99" in milliseconds per image."""
+        """Stage ("pre", "network" and "nms", or "whole"; "total") -> "p50" and "p99" in ms."""
         if not self.images:
             return {}
         return {
             stage: dict(
                 zip(("p50", "p99"), np.percentile(samples, (50, 99)).round(3).tolist(), strict=True)
             )
-            for stage, samples in self._samples.items()
+            for stage, samples in {**self._samples, "total": self._total}.items()
         }
 
     def __str__(self) -> str:

@@ -1,14 +1,119 @@
 """Cutting a large image into overlapping tiles, for objects too small to survive its scaling."""
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
-from yolov7.boxes import cxcywh_to_xyxy, unletterbox, xyxy_to_cxcywh
+from yolov7.boxes import clip_boxes, cxcywh_to_xyxy, frame_table, in_frames, xyxy_to_cxcywh
+from yolov7.engine.frames import (
+    Done,
+    Forward,
+    Found,
+    HostFrames,
+    Pixels,
+    Suppression,
+    equal_shapes,
+    milliseconds,
+)
+from yolov7.letterbox import Geometry, Image
 
 Tile = tuple[int, int, int, int]  # left, top, right, bottom in pixels of the image
 
 COVERED = 0.7  # share of a cut box that a whole one has to hold
 EDGE = 0.01  # share of a tile's width within which a box ends at its edge
+
+
+class TiledFrames:
+    """Images as a whole and in tiles, with one suppression over all views of an image.
+
+    Args:
+        network: What is run.
+        suppression: What is kept.
+        batch: Views at a time.
+        tile: Side of a tile in pixels of the image.
+        overlap: Least share of a tile that its neighbour covers too.
+        fit: The letterbox of an image of (height, width).
+    """
+
+    in_flight = 0
+
+    def __init__(
+        self,
+        network: Forward,
+        suppression: Suppression,
+        batch: int,
+        *,
+        tile: int,
+        overlap: float,
+        fit: Callable[[tuple[int, int]], Geometry],
+    ) -> None:
+        self._host = HostFrames(network, suppression, batch)
+        self._device, self._conf, self._max_det = (
+            network.device,
+            suppression.conf,
+            suppression.max_det,
+        )
+        self._batch, self._tile, self._overlap, self._fit = batch, tile, overlap, fit
+
+    def prepare(self, pixels: Pixels, geometry: Geometry) -> Pixels:  # noqa: ARG002  # of the whole
+        """The image in memory."""
+        return pixels.cpu().numpy() if isinstance(pixels, Tensor) else pixels
+
+    def submit(self, prepared: Sequence[Pixels], where: Sequence[Geometry]) -> Done:
+        """Detect, one image after the other."""
+        ms = dict.fromkeys(("pre", "network", "nms"), 0.0)
+        parts = [
+            self._detect(image, geometry, ms)
+            for image, geometry in zip(prepared, where, strict=True)
+            if not isinstance(image, Tensor)
+        ]
+        boxes = torch.zeros(len(parts), self._max_det, 6)
+        for target, (rows, _) in zip(boxes, parts, strict=True):
+            target[: len(rows)] = rows
+        counts = torch.tensor([len(rows) for rows, _ in parts])
+        return Done(Found(boxes, counts, torch.tensor([beyond for _, beyond in parts]), ms))
+
+    def stages(
+        self, images: Sequence[Image], where: Sequence[Geometry]
+    ) -> dict[str, Callable[[], object]]:
+        """The whole, undivided."""
+        return {"whole": lambda: self.submit(images, where)}
+
+    @torch.no_grad()
+    def _detect(self, image: Image, whole: Geometry, ms: dict[str, float]) -> tuple[Tensor, int]:
+        """Boxes [n, 6] of one image, and candidates that were not looked at."""
+        height, width = shape = image.shape[:2]
+        tiles = tile_grid(shape, self._tile, self._overlap)
+        views = [(0, 0, width, height), *(tiles if len(tiles) > 1 else [])]
+        fits = [
+            whole,
+            *(self._fit((bottom - top, right - left)) for left, top, right, bottom in views[1:]),
+        ]
+        # Suppression works in pixels of the whole image's letterbox: its class offsets are made
+        # for coordinates below 4096.
+        scale, host, device = whole.ratio[0], self._host, self._device
+        candidates = []
+        for chunk in equal_shapes([geometry.shape for geometry in fits], self._batch):
+            start = milliseconds(device)
+            where = [fits[index] for index in chunk]
+            boxed = [host.prepare(_cut(image, views[index]), fits[index]) for index in chunk]
+            decoded, spent = host.decode(boxed, where)
+            predicted = milliseconds(device)
+            for index, rows in zip(chunk, decoded, strict=True):
+                rows = rows[rows[:, 4] > self._conf]
+                candidates.append(_in_image(rows, views[index], fits[index], scale))
+            ms["network"] += spent["network"]
+            ms["pre"] += predicted - start - spent["network"]
+            ms["nms"] += milliseconds(device) - predicted
+        start = milliseconds(device)
+        found = host.suppress(torch.cat(candidates)[None])
+        detections = found.boxes[0, : int(found.counts[0])]
+        if len(tiles) > 1:
+            detections = drop_cut_boxes(detections, tiles, shape, scale)
+        detections[:, :4] = clip_boxes(detections[:, :4] / scale, shape)
+        ms["nms"] += milliseconds(device) - start
+        return detections, int(found.overflow[0])
 
 
 def tile_grid(shape: tuple[int, int], tile: int, overlap: float) -> list[Tile]:
@@ -39,20 +144,24 @@ def _starts(side: int, tile: int, overlap: float) -> list[int]:
     return [(side - tile) * index // gaps for index in range(gaps + 1)]
 
 
-def to_image(
-    rows: Tensor, tile: Tile, ratio: tuple[float, float], pad: tuple[float, float]
-) -> Tensor:
-    """Decoded rows [n, 5 + classes] of a letterboxed tile in pixels of the image, cut at the tile.
+def _cut(image: Image, view: Tile) -> Image:
+    left, top, right, bottom = view
+    return image[top:bottom, left:right]
+
+
+def _in_image(rows: Tensor, view: Tile, where: Geometry, scale: float) -> Tensor:
+    """Decoded rows [n, 5 + classes] of a letterboxed view in pixels of the image times ``scale``.
 
     Args:
         rows: Centre x, y, width, height in pixels of the letterbox; the rest is passed on.
-        tile: Where it lies.
-        ratio: Scale (x, y) of its letterbox.
-        pad: Grey (x, y) of its letterbox.
+        view: Where it lies in the image, at whose edges boxes are cut.
+        where: Its letterbox.
+        scale: From pixels of the image to those that are wanted.
     """
-    left, top, right, bottom = tile
-    boxes = unletterbox(cxcywh_to_xyxy(rows[:, :4]), ratio, pad, (bottom - top, right - left))
-    boxes = xyxy_to_cxcywh(boxes + boxes.new_tensor((left, top, left, top)))
+    left, top, _, _ = view
+    table = frame_table([where]).to(rows.device)
+    boxes = in_frames(cxcywh_to_xyxy(rows[None, :, :4]), table)[0]
+    boxes = xyxy_to_cxcywh(boxes + boxes.new_tensor((left, top, left, top))) * scale
     return torch.cat((boxes, rows[:, 4:]), 1)
 
 

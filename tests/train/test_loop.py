@@ -15,7 +15,7 @@ from tests.train.test_resume import end_state, interrupt
 from yolov7.checkpoint import load_model, read_metadata, save_model
 from yolov7.cli.train import run
 from yolov7.dataset import load_data
-from yolov7.engine.eager import Network
+from yolov7.engine.choose import Runtime, open_network
 from yolov7.errors import UserError
 from yolov7.evaluate import Settings, evaluate
 from yolov7.model import create_model
@@ -75,7 +75,9 @@ def test_the_run_folder_explains_itself(
 
 def test_evaluation_is_that_of_val(options: Train) -> None:
     result = train(options)
-    network = Network(load_model(result.folder / "weights" / "last.safetensors"), device="cpu")
+    network = open_network(
+        Runtime(weights=load_model(result.folder / "weights" / "last.safetensors"), device="cpu")
+    )
     dataset = load_data(options.data, "val")
     stats = evaluate(network, dataset, Settings(imgsz=SIZE)).stats
     assert {name: result.stats[name] for name in stats} == pytest.approx(stats, abs=1e-6)

@@ -7,7 +7,7 @@ from torch import nn
 
 from tests.train.conftest import SIZE
 from yolov7.dataset import load_data
-from yolov7.engine.eager import Network
+from yolov7.engine.choose import Runtime, open_network
 from yolov7.evaluate import Settings, evaluate, run
 from yolov7.model import create_model
 from yolov7.train import validation
@@ -38,7 +38,7 @@ def test_ranks_together_find_what_one_finds(shapes: Path, monkeypatch: pytest.Mo
     validate(model, dataset, settings, torch.device("cpu"), Ranks(0, 2))
     merged = validate(model, dataset, settings, torch.device("cpu"), Ranks(1, 2))
     assert [len(part) for part in found] == [5, 3]
-    network = Network(model, device="cpu")
+    network = open_network(Runtime(weights=model, device="cpu"))
     whole = evaluate(network, dataset, settings)
     assert merged.evaluation.stats == whole.stats
     assert merged.predictions.dataset.samples == dataset.samples

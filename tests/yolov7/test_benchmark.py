@@ -8,15 +8,18 @@ from yolov7 import benchmark
 from yolov7.benchmark import measure
 from yolov7.checkpoint import load_model
 from yolov7.cli import main
+from yolov7.engine.choose import Runtime
 from yolov7.info import conv_layers
 
 
 @pytest.mark.parametrize("engine", ["eager", "graph"])
 def test_every_stage_is_timed(engine: str) -> None:
     model = load_model()
-    timing = measure(model, engine=engine, device="cpu", imgsz=64, batch=2, rounds=3)
-    stages = {"letterbox", "upload", "network", "nms", "download", "whole"}
-    assert set(timing.samples) == stages | ({"decode"} if engine == "graph" else set())
+    timing = measure(
+        Runtime(weights=model, engine=engine, device="cpu", imgsz=64), batch=2, rounds=3
+    )
+    stages = {"letterbox", "upload", "network", "nms", "whole"}
+    assert set(timing.samples) == stages | ({"decode", "download"} if engine == "graph" else set())
     assert all(len(times) == 3 and min(times) >= 0 for times in timing.samples.values())
     assert timing.samples["network"][0] > 0
     assert timing.flops == sum(layer.flops for layer in conv_layers(model, 64, 64))
@@ -86,7 +89,7 @@ def test_the_peak_is_that_of_one_engine(
         patch.setattr(torch.cuda, "init", lambda: events.append("init"))
         patch.setattr(torch.cuda, "reset_peak_memory_stats", events.append)
         with pytest.raises(TypeError):  # None detects nothing
-            measure(None, device="cuda:1")
+            measure(Runtime(device="cuda:1"))
     assert events == ["init", 0, 1, "built"]
     arguments = ["bench", "--engines", "eager", "--imgsz", "64", "--rounds", "1", "--device", "cpu"]
     assert main([*arguments, "--project", str(tmp_path)]) == 0

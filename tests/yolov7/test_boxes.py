@@ -1,6 +1,14 @@
 import torch
 
-from yolov7.boxes import box_iou, clip_boxes, cxcywh_to_xyxy, unletterbox, xyxy_to_cxcywh
+from yolov7.boxes import (
+    box_iou,
+    clip_boxes,
+    cxcywh_to_xyxy,
+    frame_table,
+    in_frames,
+    xyxy_to_cxcywh,
+)
+from yolov7.letterbox import Geometry
 
 
 def test_formats_are_inverse() -> None:
@@ -26,7 +34,10 @@ def test_clip_cuts_at_the_border() -> None:
     assert clip_boxes(boxes, (10, 20)).tolist() == [[0.0, 0.0, 20.0, 10.0]]
 
 
-def test_unletterbox_undoes_scale_and_pad_then_clips() -> None:
+def test_in_frames_undoes_scale_and_pad_then_clips() -> None:
     boxes = torch.tensor([[10.0, 20.0, 110.0, 60.0], [0.0, 0.0, 200.0, 200.0]])
-    back = unletterbox(boxes, (0.5, 0.5), (10.0, 20.0), (100, 150))
-    assert back.tolist() == [[0.0, 0.0, 150.0, 80.0], [0.0, 0.0, 150.0, 100.0]]
+    half = Geometry((100, 150), (0.5, 0.5), (10.0, 20.0), (50, 75), (20, 20, 10, 10))
+    other = Geometry((1000, 1000), (1.0, 2.0), (0.0, 0.0), (2000, 1000), (0, 0, 0, 0))
+    back = in_frames(torch.stack([boxes, boxes]), frame_table([half, other]))
+    assert back[0].tolist() == [[0.0, 0.0, 150.0, 80.0], [0.0, 0.0, 150.0, 100.0]]
+    assert back[1].tolist() == [[10.0, 10.0, 110.0, 30.0], [0.0, 0.0, 200.0, 100.0]]

@@ -2,6 +2,7 @@ import json
 import os
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -14,7 +15,9 @@ from yolov7.checkpoint import load_model, save_model
 from yolov7.cli import main
 from yolov7.cli import val as val_module
 from yolov7.dataset import load_data
+from yolov7.engine.choose import Runtime, open_network
 from yolov7.evaluate import Settings, predict
+from yolov7.evaluate.run import EVERYTHING
 from yolov7.model import create_model
 
 ASSETS = Path(val_module.__file__).parents[1] / "assets" / "images"
@@ -109,15 +112,17 @@ def test_without_weights_the_embedded_ones_are_used_and_find_cells(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Labelled with what the model itself is sure of, nothing may be missed or misplaced."""
-    model = load_model().fuse()
+    names = load_model().names
     for folder in ("images", "labels"):
         Path("set", folder).mkdir(parents=True)
     for path in ASSETS.glob("*.jpg"):
         shutil.copy(path, "set/images")
-    Path("set/data.yaml").write_text(f"names: {json.dumps(model.names)}\ntest: images\n")
+    Path("set/data.yaml").write_text(f"names: {json.dumps(names)}\ntest: images\n")
     dataset = load_data("set", "test")
     assert len(dataset.samples) == 4
-    predictions = predict(model, dataset, Settings(imgsz=320, conf=0.6))
+    network = open_network(Runtime(device="cpu"))
+    sure = Settings(imgsz=320, suppression=replace(EVERYTHING, conf=0.6))
+    predictions = predict(network, dataset, sure)
     for sample, boxes in zip(dataset.samples, predictions.detections, strict=True):
         assert len(boxes) > 0
         lines = []

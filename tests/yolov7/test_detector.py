@@ -1,4 +1,3 @@
-import functools
 from collections.abc import Callable, Iterator
 from importlib.resources import files
 from pathlib import Path
@@ -9,12 +8,15 @@ import numpy as np
 import pytest
 import torch
 
+from tests.yolov7.networks import StandIn
 from yolov7 import Detector, create_model, load_model
-from yolov7.boxes import box_iou, unletterbox
+from yolov7.augmented import Augmented
+from yolov7.boxes import box_iou, frame_table, in_frames
 from yolov7.engine.eager import Network
+from yolov7.engine.frames import HostFrames, Suppression
 from yolov7.errors import UserError
-from yolov7.kernels.nms import batched_nms
-from yolov7.letterbox import Image, letterbox
+from yolov7.kernels.nms import Detections, batched_nms
+from yolov7.letterbox import Image, letterbox, letterbox_geometry
 from yolov7.results import Results
 from yolov7.sources import Source, read_image
 from yolov7.speed import Speed
@@ -56,14 +58,15 @@ def test_the_samples_hold_blood_cells(detector: Detector) -> None:
 def test_equals_the_steps_by_hand(detector: Detector, images: list[Image]) -> None:
     model = load_model()
     for image in images[:2]:
-        boxed, ratio, pad = letterbox(image, 320, auto=True)
+        where = letterbox_geometry(image.shape[:2], 320, auto=True)
+        boxed = letterbox(image, where)
         x = torch.from_numpy(boxed[:, :, ::-1].copy()).permute(2, 0, 1)[None] / 255
         with torch.no_grad():
             decoded = model(x)
         assert isinstance(decoded, torch.Tensor)
         found = batched_nms(decoded)
         boxes = found.boxes[0, : found.counts[0]]
-        boxes[:, :4] = unletterbox(boxes[:, :4], ratio, pad, (image.shape[0], image.shape[1]))
+        boxes[:, :4] = in_frames(boxes[None, :, :4], frame_table([where]))[0]
         torch.testing.assert_close(detector(image)[0].boxes.data, boxes, rtol=1e-4, atol=1e-2)
 
 
@@ -78,8 +81,7 @@ def test_batches_of_equal_shapes_keep_the_order(detector: Detector, images: list
         sizes.append(tuple(x.shape))
         return network(x)
 
-    batched.network = spy  # type: ignore[assignment]
-    spy.device, spy.dtype = network.device, network.dtype  # type: ignore[attr-defined]
+    batched._frames = HostFrames(StandIn(spy), Suppression(), 3)
     for single, together in zip(detector(mixed), batched(mixed), strict=True):
         assert together.path == single.path
         same(together, single)
@@ -198,17 +200,15 @@ def test_augment_sees_mirrored_and_scaled_views_in_place(
 
 def test_views_of_augment_agree_about_positions() -> None:
     """A network that marks the brightest pixel: all views have to say the same place."""
-    detector = Detector(device="cpu", augment=True, imgsz=(64, 128))
 
     def brightest(x: torch.Tensor) -> torch.Tensor:
         place = int(x[0].sum(0).argmax())
         row, column = divmod(place, x.shape[3])
         return torch.tensor([[[column + 0.5, row + 0.5, 4.0, 4.0, 1.0, 1.0, 0.0, 0.0]]])
 
-    detector.network = brightest  # type: ignore[assignment]
     x = torch.zeros(1, 3, 64, 128)
     x[:, :, 20:23, 100:103] = 1
-    places = detector._predict(x)[0, :, :2]
+    places = Augmented(StandIn(brightest))(x)[0, :, :2]
     assert places.shape == (3, 2)
     torch.testing.assert_close(places, torch.tensor([[101.5, 21.5]] * 3), rtol=0, atol=1.6)
 
@@ -274,27 +274,13 @@ def test_graph_equals_eager(device: str, images: list[Image], detector: Detector
     same(tiled, Detector(device="cpu", tile=320)(images[0])[0])
 
 
-def test_without_memory_for_the_graph_the_eager_engine_goes_on(
-    monkeypatch: pytest.MonkeyPatch, images: list[Image], detector: Detector
-) -> None:
-    def full(*_: object) -> None:
-        raise torch.OutOfMemoryError("no memory")
-
-    monkeypatch.setattr("yolov7.engine.graph.captured.Pipelines.submit", full)
-    graph = Detector(device="cpu", engine="graph")
-    with pytest.warns(UserWarning, match="going on with eager") as warned:
-        results = graph(images[:2])
-    assert len(warned) == 1
-    assert graph.network.engine == "eager"
-    for expected, result in zip(detector(images[:2]), results, strict=True):
-        same(result, expected)
-
-
 def test_candidates_beyond_the_capacity_are_counted(
     monkeypatch: pytest.MonkeyPatch, images: list[Image]
 ) -> None:
-    few = functools.partial(batched_nms, max_candidates=3)
-    monkeypatch.setattr("yolov7.detector.batched_nms", few)
+    def few(*arguments: Any, **options: Any) -> Detections:
+        return batched_nms(*arguments, **{**options, "max_candidates": 3})
+
+    monkeypatch.setattr("yolov7.engine.frames.batched_nms", few)
     result = Detector(device="cpu")(images[0])[0]
     assert result.overflow > 0
     assert len(result) <= 3

@@ -1,7 +1,6 @@
 """The plan, run through the kernels' references, against the eager model; fp8; whole frames."""
 
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from importlib.resources import as_file, files
 
@@ -13,9 +12,10 @@ from torch import Tensor
 
 from yolov7.checkpoint import load_model
 from yolov7.detector import Detector
+from yolov7.engine.frames import Suppression, to_input
 from yolov7.engine.graph import planned as engine_network
 from yolov7.engine.graph.calibrate import Histogram, calibrate
-from yolov7.engine.graph.captured import FramePipeline, Suppression
+from yolov7.engine.graph.captured import FramePipeline
 from yolov7.engine.graph.planned import PlannedNetwork, with_index
 from yolov7.kernels.conv.layer import FP8_MAX
 from yolov7.kernels.conv.stem import Stem
@@ -147,9 +147,8 @@ def test_calibrated_fp8_stays_near_and_really_is_fp8() -> None:
 def sample_batches(detector: Detector) -> list[Tensor]:
     batches = []
     for frame in sample_frames():
-        image, _, _ = letterbox(frame, detector.imgsz, stride=32, auto=True)
-        pixels = torch.from_numpy(image[..., ::-1].copy()).permute(2, 0, 1)
-        batches.append(pixels[None].float() / 255)
+        where = letterbox_geometry(frame.shape[:2], detector.imgsz, stride=32, auto=True)
+        batches.append(to_input([letterbox(frame, where)], CPU, torch.float32))
     return batches
 
 
@@ -191,7 +190,7 @@ def sample_frames() -> list[Image]:
 
 def submitted(pipeline: FramePipeline, frames: list[Image]) -> list[Tensor]:
     boxes = [letterbox_geometry(f.shape[:2], 320, stride=32, auto=True) for f in frames]
-    found = pipeline.submit([torch.from_numpy(f) for f in frames], boxes).wait()
+    found = pipeline.submit(frames, boxes).wait()
     return [rows[:n] for rows, n in zip(found.boxes, found.counts.tolist(), strict=True)]
 
 
@@ -227,19 +226,6 @@ def test_batches_in_flight_keep_their_own_geometry() -> None:
             flight = [pipeline.submit([t], [b]) for t, b in zip(source, boxes, strict=True)]
             for pending, expected in zip(flight, alone, strict=True):
                 assert torch.equal(pending.wait().boxes, expected)
-
-
-def test_two_threads_do_not_corrupt_each_other() -> None:
-    model = load_model().fuse()
-    frames = sample_frames()[:2]
-    network = PlannedNetwork(model, 1, 256, 320, dtype=torch.float32, device=CPU)
-    pipeline = FramePipeline(network, Suppression(), capacity=max(f.size for f in frames))
-    alone = [submitted(pipeline, [frame])[0] for frame in frames]
-    with ThreadPoolExecutor(2) as pool:
-        order = [i % 2 for i in range(8)]
-        results = pool.map(lambda i: submitted(pipeline, [frames[i]])[0], order)
-        for i, rows in zip(order, results, strict=True):
-            assert torch.equal(rows, alone[i])
 
 
 def test_overflow_is_counted() -> None:

@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,13 @@ import torch
 from torch import Tensor
 
 from tests.yolov7.data_sets import found, sample
+from tests.yolov7.networks import StandIn
 from yolov7.dataset import Dataset, Sample, load_data
+from yolov7.engine.choose import Runtime, open_network
 from yolov7.errors import UserError
 from yolov7.evaluate import Predictions, Settings, evaluate, measure, predict, run
 from yolov7.evaluate.pictures import save_pictures
+from yolov7.evaluate.run import EVERYTHING
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +45,7 @@ def shapes(*sizes: tuple[int, int]) -> list[Sample]:
 def test_the_canvas_follows_the_extreme_aspect(
     sizes: list[tuple[int, int]], imgsz: int, stride: int, canvas: tuple[int, int]
 ) -> None:
-    batches = run.plan_batches(shapes(*sizes), Settings(imgsz=imgsz, stride=stride))
+    batches = run.plan_batches(shapes(*sizes), Settings(imgsz=imgsz), stride)
     assert [shape for _, shape in batches] == [canvas]
 
 
@@ -49,7 +53,7 @@ def test_the_canvas_follows_the_extreme_aspect(
 def test_the_canvas_is_shared_by_32_neighbours_whatever_the_batch(batch: int) -> None:
     rng = np.random.default_rng(0)
     samples = shapes(*((int(h), int(w)) for h, w in rng.integers(300, 700, (70, 2))))
-    batches = run.plan_batches(samples, Settings(batch=batch))
+    batches = run.plan_batches(samples, Settings(batch=batch), 32)
     order = [index for indices, _ in batches for index in indices]
     aspects = [samples[index].height / samples[index].width for index in order]
     assert aspects == sorted(aspects)
@@ -66,7 +70,7 @@ def test_the_canvas_is_shared_by_32_neighbours_whatever_the_batch(batch: int) ->
 def test_plain_letterbox_takes_the_smallest_canvas_and_square_always_the_whole() -> None:
     samples = shapes((480, 640), (640, 480), (480, 640))
     plans = {
-        name: run.plan_batches(samples, Settings(imgsz=320, preparation=name))
+        name: run.plan_batches(samples, Settings(imgsz=320, preparation=name), 32)
         for name in ("letterbox", "square")
     }
     assert plans["letterbox"] == [([0, 2], (256, 320)), ([1], (320, 256))]
@@ -96,7 +100,7 @@ def coloured(folder: Path) -> Dataset:
     return Dataset(samples, ["red", "blue"], [0, 1])
 
 
-def colour_network(images: Tensor) -> Tensor:
+def colours(images: Tensor) -> Tensor:
     """The bounding box of all red and of all blue pixels, confidence 0.9."""
     out = torch.zeros(len(images), 2, 7, dtype=images.dtype)
     for index, image in enumerate(images):
@@ -107,6 +111,9 @@ def colour_network(images: Tensor) -> Tensor:
             box = [(x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1]
             out[index, label] = torch.tensor([*box, 0.9, 1 - label, label])
     return out
+
+
+colour_network = StandIn(colours)
 
 
 @pytest.mark.parametrize("preparation", ["authors", "letterbox", "square"])
@@ -141,7 +148,7 @@ def seen_by_the_network(dataset: Dataset, settings: Settings, dtype: torch.dtype
         seen.append(images.clone())
         return torch.zeros(len(images), 1, 7)
 
-    predict(network, dataset, settings, dtype=dtype)
+    predict(StandIn(network, dtype=dtype), dataset, settings)
     return seen
 
 
@@ -155,7 +162,7 @@ def test_the_authors_way_scales_once_and_centres(tmp_path: Path, side: int, meth
     height = int(427 * side / 640)
     scaled = cv2.resize(noise, (side, height), interpolation=method)
     canvas_h, canvas_w = seen.shape[2:]
-    assert (canvas_h, canvas_w) == run.plan_batches(dataset.samples, Settings(imgsz=side))[0][1]
+    assert (canvas_h, canvas_w) == run.plan_batches(dataset.samples, Settings(imgsz=side), 32)[0][1]
     top, left = round((canvas_h - height) / 2 - 0.1), round((canvas_w - side) / 2 - 0.1)
     expected = np.full((canvas_h, canvas_w, 3), 114, np.uint8)
     expected[top : top + height, left : left + side] = scaled
@@ -187,16 +194,16 @@ def test_the_result_does_not_depend_on_the_batch(tmp_path: Path) -> None:
         np.testing.assert_array_equal(a, b)
 
 
-def constant_network(*rows: list[float]) -> run.Forward:
+def constant_network(*rows: list[float]) -> StandIn:
     """Every image has the same rows: centre, size, objectness, probabilities of two classes."""
-    return lambda images: torch.tensor(rows).expand(len(images), -1, -1)
+    return StandIn(lambda images: torch.tensor(rows).expand(len(images), -1, -1))
 
 
-def boxes_of(tmp_path: Path, network: run.Forward, **settings: Any) -> np.ndarray:
+def boxes_of(tmp_path: Path, network: StandIn, **kept: Any) -> np.ndarray:
     """What is found in a picture of 333 x 333, at its own size."""
     dataset = coloured(tmp_path)
     only = Dataset(dataset.samples[3:], dataset.names, dataset.category_ids)
-    options = Settings(imgsz=333, preparation="square", **settings)
+    options = Settings(imgsz=333, preparation="square", suppression=replace(EVERYTHING, **kept))
     return predict(network, only, options).detections[0]
 
 
@@ -285,11 +292,9 @@ def test_the_authors_own_evaluation_is_reproduced(
     weights = reference_dir / "checkpoints" / "blood-cells-tiny.pt"
     if not weights.exists():
         pytest.skip("YOLOV7_REFERENCE names no folder with checkpoints/blood-cells-tiny.pt")
-    from yolov7.checkpoint import load_model
-
-    model = load_model(weights).fuse()
+    network = open_network(Runtime(weights=weights, device="cpu", precision="fp32"))
     dataset = load_data(data_dir / "blood-cells", split)
-    stats = evaluate(model, dataset, Settings(imgsz=320, preparation=preparation)).stats
+    stats = evaluate(network, dataset, Settings(imgsz=320, preparation=preparation)).stats
     got = [stats[name] for name in ("AP", "AP50", "AP75", "AR100")]
     assert got == pytest.approx(AUTHORS[preparation, split], abs=5e-4)
 
@@ -297,10 +302,9 @@ def test_the_authors_own_evaluation_is_reproduced(
 @pytest.mark.parametrize("split", ["test", "val"])
 def test_embedded_weights_reach_what_was_kept(data_dir: Path, split: str) -> None:
     from bench.accuracy import FIGURES, kept
-    from yolov7.checkpoint import load_model
 
-    model = load_model().fuse()
+    network = open_network(Runtime(device="cpu", precision="fp32"))
     dataset = load_data(data_dir / "blood-cells", split)
-    stats = evaluate(model, dataset, Settings(imgsz=model.imgsz)).stats
+    stats = evaluate(network, dataset, Settings(imgsz=320)).stats
     row = kept()[f"the embedded weights, {split}"]
     assert [stats[name] for name in FIGURES] == pytest.approx([row[n] for n in FIGURES], abs=5e-4)

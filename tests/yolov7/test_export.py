@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import yolov7
 from yolov7 import YOLOv7, create_model, load_model
-from yolov7.boxes import box_iou, unletterbox
+from yolov7.boxes import box_iou, frame_table, in_frames
 from yolov7.detector import Detector
 from yolov7.engine.exported import (
     ExportedNetwork,
@@ -23,13 +23,14 @@ from yolov7.engine.exported import (
     Suppression,
     read_pt2_metadata,
 )
+from yolov7.engine.frames import to_input
 from yolov7.errors import UserError
 from yolov7.export import Exported, Settings, export, onnx_graph, write
 from yolov7.export.report import input_port, output_ports
 from yolov7.head import Detect
 from yolov7.info import conv_layers
 from yolov7.kernels.nms import batched_nms
-from yolov7.letterbox import letterbox
+from yolov7.letterbox import letterbox, letterbox_geometry
 from yolov7.sources import read_image
 from yolov7.variants import VARIANTS
 
@@ -78,8 +79,9 @@ class Sketch(YOLOv7):
 
 
 def batch_of(paths: list[Path], size: tuple[int, int]) -> Tensor:
-    images = [torch.from_numpy(letterbox(read_image(p), size)[0].copy()) for p in paths]
-    return torch.stack(images).flip(-1).permute(0, 3, 1, 2).float() / 255
+    images = [read_image(path) for path in paths]
+    boxed = [letterbox(image, letterbox_geometry(image.shape[:2], size)) for image in images]
+    return to_input(boxed, torch.device("cpu"), torch.float32)
 
 
 def rms(x: Tensor) -> float:
@@ -242,12 +244,12 @@ def test_frames_of_any_size_go_in(raw_frames: Exported, demo: YOLOv7) -> None:
     for image in (read_image(SAMPLES[0]), read_image(SAMPLES[1])[:333], read_image(SAMPLES[2])):
         boxes, counts = session.run(None, {"image": image})
         found = torch.from_numpy(boxes[0, : counts[0]])
-        canvas, ratio, pad = letterbox(image, (256, 320))
-        x = torch.from_numpy(canvas.copy()).flip(-1).permute(2, 0, 1)[None] / 255
+        where = letterbox_geometry(image.shape[:2], (256, 320))
+        x = to_input([letterbox(image, where)], torch.device("cpu"), torch.float32)
         with torch.no_grad():
             kept = batched_nms(demo(x), conf=NMS.conf, iou=NMS.iou)
         wanted = kept.boxes[0, : int(kept.counts)].clone()
-        wanted[:, :4] = unletterbox(wanted[:, :4], ratio, pad, image.shape[:2])
+        wanted[:, :4] = in_frames(wanted[None, :, :4], frame_table([where]))[0]
         # Inside, pixels are not rounded between letterbox and network: scores move a little.
         sure = wanted[wanted[:, 4] > NMS.conf + 0.02]
         assert len(sure) > 5

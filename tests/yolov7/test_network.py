@@ -13,14 +13,12 @@ from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from yolov7.checkpoint import load_model
 from yolov7.device import resolve_device
+from yolov7.engine.choose import Runtime, open_network, resolve_precision
+from yolov7.engine.compile import COMPILED
 from yolov7.engine.cpu import Decoder, PackedConv
-from yolov7.engine.eager import (
-    COMPILED,
-    PLANS,
-    Network,
-    resolve_precision,
-)
+from yolov7.engine.eager import Network
 from yolov7.engine.graph.calibrate import calibrate
+from yolov7.engine.graph.network import PLANS, GraphNetwork
 from yolov7.errors import UserError
 from yolov7.model import YOLOv7, create_model
 
@@ -44,7 +42,7 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 def test_fp32_equals_the_plain_model(demo: YOLOv7, images: torch.Tensor) -> None:
     with torch.no_grad():
         expected = demo(images)
-    result = Network(copy.deepcopy(demo), device="cpu")(images)
+    result = open_network(Runtime(weights=demo, device="cpu"))(images)
     assert result.dtype == torch.float32
     assert relative(result, expected) < 1e-5  # sums in another order
 
@@ -53,13 +51,14 @@ def test_every_activation_and_repconv(images: torch.Tensor) -> None:
     model = create_model("yolov7", 3, width=0.25).eval()
     with torch.no_grad():
         expected = model(images)
-    network = Network(model, device="cpu")
+    network = open_network(Runtime(weights=model, device="cpu"))
     assert relative(network(images), expected) < 1e-5
-    assert not any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+    assert isinstance(network, Network)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in network._model.modules())
 
 
 def test_packed_convolutions_take_other_shapes(demo: YOLOv7, images: torch.Tensor) -> None:
-    network = Network(copy.deepcopy(demo), device="cpu")
+    network = open_network(Runtime(weights=demo, device="cpu"))
     network(images[:1, :, :64, :64])
     with torch.no_grad():
         expected = demo(images)
@@ -82,7 +81,7 @@ def test_decoding_in_place_is_decoding(demo: YOLOv7, dtype: torch.dtype) -> None
 def test_bf16_decodes_in_fp32(demo: YOLOv7, images: torch.Tensor) -> None:
     with torch.no_grad():
         expected = demo(images)
-    network = Network(copy.deepcopy(demo), device="cpu", precision="bf16")
+    network = open_network(Runtime(weights=demo, device="cpu", precision="bf16"))
     result = network(images)
     assert network.dtype == torch.bfloat16
     assert result.dtype == torch.float32
@@ -99,9 +98,10 @@ def test_an_unknown_activation_is_refused() -> None:
 def test_devices_and_precisions() -> None:
     cpu = torch.device("cpu")
     assert resolve_device("cpu") == cpu
-    assert resolve_precision("auto", cpu) == torch.float32
-    assert resolve_precision("auto", torch.device("cuda")) == torch.float16
-    for name in ("cuda:99", "mps", "gpu"):
+    assert resolve_precision("auto", cpu) == "fp32"
+    assert resolve_precision("auto", torch.device("mps")) == "fp32"
+    assert resolve_precision("auto", torch.device("cuda")) == "fp16"
+    for name in ("cuda:99", "99", "mps", "gpu", "xpu"):
         with pytest.raises(UserError, match=f"device {name}: "):
             resolve_device(name)
     with pytest.raises(UserError, match="fp16 needs a GPU"):
@@ -112,10 +112,10 @@ def test_devices_and_precisions() -> None:
 
 def test_engines(demo: YOLOv7, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="engine fast: give"):
-        Network(copy.deepcopy(demo), device="cpu", engine="fast")
+        open_network(Runtime(weights=demo, device="cpu", engine="fast"))
     monkeypatch.setattr("shutil.which", lambda _: None)
     with pytest.raises(UserError, match=r"needs a C\+\+ compiler: install"):
-        Network(copy.deepcopy(demo), device="cpu", engine="compile")
+        open_network(Runtime(weights=demo, device="cpu", engine="compile"))
 
 
 def test_compile_freezes_and_keeps_its_cache(
@@ -137,7 +137,7 @@ def test_compile_freezes_and_keeps_its_cache(
 
     monkeypatch.setattr(torch, "compile", compile_)
     monkeypatch.setattr("shutil.which", lambda name: name)
-    network = Network(copy.deepcopy(demo), device="cpu", engine="compile")
+    network = open_network(Runtime(weights=demo, device="cpu", engine="compile"))
     assert asked == {"dynamic": False}
     assert os.environ[COMPILED] == str(Path("cache/inductor"))
     torch.testing.assert_close(network(images), demo(images))
@@ -147,26 +147,27 @@ def test_compile_freezes_and_keeps_its_cache(
 
 def test_graph_plans_for_every_shape_and_keeps_a_few(demo: YOLOv7) -> None:
     """On a CPU the kernels' references run."""
-    network = Network(copy.deepcopy(demo), device="cpu", engine="graph")
+    network = open_network(Runtime(weights=demo, device="cpu", engine="graph"))
     sizes = [(1, 3, 32, 32 * columns) for columns in range(1, PLANS + 3)]
     for size in [*sizes, sizes[-1]]:
         x = torch.rand(size, generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
             expected = demo(x)
         assert relative(network(x), expected) < 1e-4
-    plans = [network.planned(*(size[0], *size[2:])) for size in sizes[-PLANS:]]
+    assert isinstance(network, GraphNetwork)
+    plans = [network.planned(size[0], *size[2:]) for size in sizes[-PLANS:]]
     assert network.planned(1, 32, 32 * (PLANS + 2)) is plans[-1]
-    assert len({id(plan) for plan in plans}) == len(network._planned) == PLANS
+    assert len({id(plan) for plan in plans}) == len(network._plans) == PLANS
 
 
 def test_fp8_needs_calibrated_weights_and_the_graph(demo: YOLOv7, images: torch.Tensor) -> None:
     with pytest.raises(UserError, match="yolov7 convert --precision fp8 --calibrate"):
-        Network(copy.deepcopy(demo), device="cpu", precision="fp8", engine="graph")
+        open_network(Runtime(weights=demo, device="cpu", precision="fp8", engine="graph"))
     model = copy.deepcopy(demo)
     model.ranges = calibrate(copy.deepcopy(demo).fuse(), [images])
     with pytest.raises(UserError, match="needs engine graph"):
-        Network(copy.deepcopy(model), device="cpu", precision="fp8")
-    network = Network(model, device="cpu", precision="fp8", engine="graph")
+        open_network(Runtime(weights=model, device="cpu", precision="fp8"))
+    network = open_network(Runtime(weights=model, device="cpu", precision="fp8", engine="graph"))
     with torch.no_grad():
         expected = demo(images)
     assert network.precision == "fp8"
@@ -174,7 +175,7 @@ def test_fp8_needs_calibrated_weights_and_the_graph(demo: YOLOv7, images: torch.
 
 
 def test_fp16_on_a_cpu_is_for_checking_the_graph(demo: YOLOv7, images: torch.Tensor) -> None:
-    network = Network(copy.deepcopy(demo), device="cpu", precision="fp16", engine="graph")
+    network = open_network(Runtime(weights=demo, device="cpu", precision="fp16", engine="graph"))
     with torch.no_grad():
         expected = demo(images)
     assert 1e-6 < relative(network(images), expected) < 5e-3
@@ -188,8 +189,8 @@ import resource, torch
 torch.set_num_threads(1)
 from yolov7.checkpoint import load_model
 from yolov7.engine.cpu import Decoder, PackedConv
-from yolov7.engine.eager import Network
-network, x = Network(load_model(), device="cpu"), torch.rand(1, 3, 640, 640)
+from yolov7.engine.choose import Runtime, open_network
+network, x = open_network(Runtime(weights=load_model(), device="cpu")), torch.rand(1, 3, 640, 640)
 for _ in range(3): network(x)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(2): network(x)

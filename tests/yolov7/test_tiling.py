@@ -4,7 +4,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from yolov7.tiling import drop_cut_boxes, tile_grid, to_image
+from yolov7.letterbox import Geometry
+from yolov7.tiling import _in_image, drop_cut_boxes, tile_grid
 
 sides = st.integers(1, 2000)
 
@@ -34,11 +35,14 @@ def test_no_more_tiles_than_needed() -> None:
 
 def test_rows_of_a_tile_come_to_their_place_and_end_at_its_edge() -> None:
     rows = torch.tensor([[50.0, 40.0, 20.0, 20.0, 0.9, 0.8], [0.0, 10.0, 40.0, 20.0, 0.5, 0.4]])
-    placed = to_image(rows, (100, 200, 180, 260), (0.5, 0.5), (10.0, 0.0))
+    where = Geometry((60, 80), (0.5, 0.5), (10.0, 0.0), (30, 40), (0, 0, 10, 10))
+    placed = _in_image(rows, (100, 200, 180, 260), where, 1.0)
     # Row 0: corners (40..60, 30..50) / 0.5 less the pad: (60..100 cut at 80, 60..100 cut at 60).
     assert placed.tolist()[0][:4] == [170.0, 260.0, 20.0, 0.0]
     assert placed.tolist()[1][:4] == [110.0, 220.0, 20.0, 40.0]
     assert torch.equal(placed[:, 4:], rows[:, 4:])
+    halved = _in_image(rows, (100, 200, 180, 260), where, 0.5)
+    assert torch.equal(halved[:, :4], placed[:, :4] / 2)
 
 
 def test_pieces_of_a_whole_box_go_and_the_rest_stays() -> None:

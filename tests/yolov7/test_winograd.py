@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from yolov7.engine.eager import Network
+from yolov7.engine.choose import Runtime, open_network
 from yolov7.engine.winograd import WinogradConv, use_winograd
 from yolov7.model import YOLOv7, create_model
 
@@ -86,9 +86,9 @@ def test_few_channels_on_large_maps_are_convolved_directly() -> None:
 def test_the_compile_engine_uses_it_in_fp32_with_onednn(
     tiny: YOLOv7, precision: str, packed: bool, count: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("yolov7.engine.eager.can_pack", lambda: packed)
+    monkeypatch.setattr("yolov7.engine.compile.can_pack", lambda: packed)
     monkeypatch.setattr("shutil.which", lambda name: name)
     monkeypatch.setattr(torch, "compile", lambda outputs, **_: outputs)
     model = copy.deepcopy(tiny)
-    Network(model, device="cpu", precision=precision, engine="compile")
+    open_network(Runtime(weights=model, device="cpu", precision=precision, engine="compile"))
     assert sum(isinstance(module, WinogradConv) for module in model.modules()) == count

@@ -1,6 +1,6 @@
 """`yolov7 bench`: how fast a model detects on this machine."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,7 @@ from rich.table import Table
 
 from yolov7.benchmark import Timing, measure, soak
 from yolov7.checkpoint import load_model
-from yolov7.cli.options import ModelOptions, class_names
+from yolov7.cli.options import ModelOptions
 from yolov7.detector import Detector
 from yolov7.device import resolve_device
 from yolov7.engine.exported import SUFFIXES
@@ -63,23 +63,15 @@ def _engines(options: Bench) -> list[str]:
     return ["eager", "compile", "graph"] if on_cuda else ["eager", "compile"]
 
 
-def _model(options: Bench) -> dict[str, Any]:
-    """What a `Detector` is told, besides weights and engine."""
-    shared = ("variant", "device", "precision", "imgsz", "batch", "layout")
-    return {
-        **{name: getattr(options, name) for name in shared},
-        "names": class_names(options.names),
-    }
-
-
 def _compare(options: Bench) -> dict[str, Any]:
     weights: YOLOv7 | str | None = options.weights
     if not _exported(options):
         if options.names or options.layout:
             raise UserError("--names and --layout are for .onnx files: leave them out")
         weights = load_model(options.weights, variant=options.variant)
+    runtime = replace(options.runtime(), weights=weights, variant=None)
     timings = [
-        measure(weights, engine=engine, rounds=options.rounds, **_model(options))
+        measure(replace(runtime, engine=engine), batch=options.batch, rounds=options.rounds)
         for engine in progress(_engines(options), "measuring", len(_engines(options)))
     ]
     _print(timings)
@@ -90,7 +82,7 @@ def _compare(options: Bench) -> dict[str, Any]:
 
 def _soak(options: Bench) -> dict[str, Any]:
     assert options.soak is not None
-    detector = Detector(options.weights, engine=options.engine, **_model(options))
+    detector = Detector(**vars(options.runtime()), batch=options.batch)
     row = soak(detector, options.soak)
     print(
         f"{row['frames']} frames with the engine {row['engine']}: p50 {row['p50']:.2f}, "

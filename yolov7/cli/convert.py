@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from yolov7.checkpoint import load_model, save_model
+from yolov7.engine.frames import to_input
 from yolov7.engine.graph.calibrate import calibrate
 from yolov7.errors import UserError
 from yolov7.info import parameter_count
-from yolov7.letterbox import letterbox
+from yolov7.letterbox import letterbox, letterbox_geometry
 from yolov7.progress import working
 from yolov7.sources import Source
 
@@ -84,6 +85,5 @@ def _batches(folder: Path, most: int, side: int) -> Iterator[Tensor]:
     count = min(most, len(files))
     chosen = [files[i * len(files) // count] for i in range(count)]
     for frame in islice(Source(chosen), count):
-        image, _, _ = letterbox(frame.image, side)
-        pixels = torch.from_numpy(image[..., ::-1].copy()).permute(2, 0, 1)
-        yield pixels[None].float() / 255
+        where = letterbox_geometry(frame.shape, side)
+        yield to_input([letterbox(frame.image, where)], torch.device("cpu"), torch.float32)

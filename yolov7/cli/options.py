@@ -1,15 +1,12 @@
 """Options that several verbs share, with one meaning everywhere."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal
 
 import yaml
 
+from yolov7.engine.choose import Engine, Layout, Precision, Runtime
 from yolov7.errors import UserError
-
-Precision = Literal["auto", "fp32", "fp16", "bf16", "fp8"]
-Engine = Literal["auto", "eager", "compile", "graph", "openvino"]
 
 
 @dataclass(kw_only=True)
@@ -24,7 +21,7 @@ class ModelOptions:
     imgsz: int | None = None
     """longer side in pixels, rounded up to the model's stride (None: the checkpoint's)"""
     device: str = "auto"
-    """auto, cpu, cuda or cuda:N"""
+    """auto, cpu, cuda, cuda:N (or N), or mps (Apple's, untested)"""
     precision: Precision = "auto"
     """arithmetic of the network; auto: fp16 on CUDA, fp32 on a CPU; fp8: with the engine graph and
     weights from yolov7 convert --precision fp8"""
@@ -33,8 +30,13 @@ class ModelOptions:
     openvino: for .onnx files, which ONNX Runtime runs else"""
     names: tuple[str, ...] = ()
     """class names of an .onnx file that yolov7 export did not write, or a data.yaml with them"""
-    layout: Literal["grid", "classes-first"] | None = None
+    layout: Layout | None = None
     """of such a file's output: grid [B, N, 5 + classes] or classes-first [B, 4 + classes, N]"""
+
+    def runtime(self) -> Runtime:
+        """What these options say to the engines."""
+        chosen = {field.name: getattr(self, field.name) for field in fields(Runtime)}
+        return Runtime(**{**chosen, "names": class_names(self.names)})
 
 
 def class_names(names: tuple[str, ...]) -> list[str] | None:

@@ -11,9 +11,9 @@ from pathlib import Path
 import cv2
 
 from yolov7.checkpoint import DEMO_WEIGHTS
-from yolov7.cli.options import ModelOptions, class_names
+from yolov7.cli.options import ModelOptions
 from yolov7.detector import Detector
-from yolov7.engine.eager import COMPILED
+from yolov7.engine.compile import COMPILED
 from yolov7.errors import UserError
 from yolov7.progress import progress
 from yolov7.recorder import Outputs, Recorder
@@ -73,12 +73,7 @@ def run(options: Predict) -> int:
     """Detect, print a line per image, write the run folder; 1 if an image could not be read."""
     _silence_opencv()
     detector = Detector(
-        options.weights,
-        variant=options.variant,
-        device=options.device,
-        precision=options.precision,
-        engine=options.engine,
-        imgsz=options.imgsz,
+        **vars(options.runtime()),
         conf=options.conf,
         iou=options.iou,
         max_det=options.max_det,
@@ -88,8 +83,6 @@ def run(options: Predict) -> int:
         tile=options.tile,
         overlap=options.overlap,
         augment=options.augment,
-        names=class_names(options.names),
-        layout=options.layout,
     )
     _print_start(options, detector)
     errors: list[UserError] = []

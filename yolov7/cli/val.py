@@ -1,8 +1,7 @@
 """`yolov7 val`: how accurate a model is on a data set."""
 
-import math
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import cv2
@@ -10,18 +9,17 @@ from rich.console import Console
 from rich.table import Table
 
 from yolov7.checkpoint import DEMO_WEIGHTS
-from yolov7.cli.options import ModelOptions, class_names
+from yolov7.cli.options import ModelOptions
 from yolov7.dataset import Dataset, load_data
-from yolov7.engine.eager import Network, load_network
+from yolov7.engine.choose import AnyNetwork, fit, open_network
 from yolov7.engine.exported import ExportedNetwork
 from yolov7.errors import UserError
 from yolov7.evaluate import Evaluation, Predictions, Settings, measure, predict, to_coco
-from yolov7.evaluate.run import Preparation
+from yolov7.evaluate.run import EVERYTHING, Preparation
 from yolov7.evaluate.sheet import draw_sheet
 from yolov7.progress import working
 from yolov7.runs import check_writable, new_run, write_arguments, write_json
 
-BATCH = {"cuda": 32, "cpu": 4}  # more does not make a CPU faster, and costs memory
 LISTED = 10  # skipped images that are named on the terminal
 # figure -> kind, letters, IoU, area, detections: the block that pycocotools prints
 COCO_BLOCK = {
@@ -49,11 +47,12 @@ class Val(ModelOptions):
     conf: float = 0.001
     """confidence that a detection must exceed"""
     iou: float = 0.65
-    """IoU with a better detection of its class from which one is dropped"""
+    """IoU with a better detection of its class above which one is dropped"""
     max_det: int = 300
     """detections per image"""
     batch: int | None = None
-    """images at a time; the result does not depend on it (None: 32 on a GPU, 4 on a CPU)"""
+    """images at a time; the result does not depend on it (None: 32 on a GPU, 4 on a CPU, which more
+    does not make faster)"""
     preparation: Preparation = "authors"
     """canvas of the images: authors, as for the published figures; letterbox, the smallest for
     each; square, imgsz x imgsz"""
@@ -69,28 +68,18 @@ class Val(ModelOptions):
 
 def run(options: Val) -> int:
     """Evaluate, print, and write the run folder; 1 if images had to be left out."""
-    _check(options)
-    network = load_network(
-        options.weights,
-        variant=options.variant,
-        device=options.device,
-        precision=options.precision,
-        engine=options.engine,
-        imgsz=options.imgsz,
-        names=class_names(options.names),
-        layout=options.layout,
-    )
+    suppression = replace(EVERYTHING, conf=options.conf, iou=options.iou, max_det=options.max_det)
+    if options.batch is not None and options.batch < 1:
+        raise UserError(f"batch is {options.batch}: give 1 or more")
+    network = open_network(options.runtime())
     imgsz, preparation = _preparation(options, network)
     dataset = load_data(options.data, options.split)
     _check_classes(network.names, dataset)
     weights = options.weights or f"embedded demo weights {DEMO_WEIGHTS}"
     settings = Settings(
-        imgsz=math.ceil(imgsz / network.stride) * network.stride,
-        stride=network.stride,
-        batch=options.batch or BATCH[network.device.type],
-        conf=options.conf,
-        iou=options.iou,
-        max_det=options.max_det,
+        imgsz=imgsz,
+        batch=options.batch or (32 if network.device.type == "cuda" else 4),
+        suppression=suppression,
         preparation=preparation,
     )
     how = f"{network.device}, {network.precision}, {network.engine}"
@@ -99,7 +88,7 @@ def run(options: Val) -> int:
 
     check_writable(options.json)
     folder = new_run(options.project, options.name)
-    predictions = predict(network, dataset, settings, device=network.device, dtype=network.dtype)
+    predictions = predict(network, dataset, settings)
     dataset = predictions.dataset
     with working("comparing with the labels"):
         evaluation = measure(dataset, predictions.detections, predictions.speed)
@@ -110,21 +99,11 @@ def run(options: Val) -> int:
     return 1 if dataset.skipped else 0
 
 
-def _check(options: Val) -> None:
-    """Refuse numbers that make no sense, before anything is read."""
-    for name in ("conf", "iou"):
-        if not 0 <= getattr(options, name) <= 1:
-            raise UserError(f"--{name} {getattr(options, name)}: give a number from 0 to 1")
-    for name in ("imgsz", "batch", "max_det"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} {value}: give 1 or more")
-
-
-def _preparation(options: Val, network: Network | ExportedNetwork) -> tuple[int, Preparation]:
+def _preparation(options: Val, network: AnyNetwork) -> tuple[int, Preparation]:
     """The images' longer side in pixels and how they are prepared, as far as a file allows."""
-    if isinstance(network, Network):
-        return options.imgsz or network.imgsz, options.preparation
+    if not isinstance(network, ExportedNetwork):
+        imgsz = network.imgsz if options.imgsz is None else options.imgsz
+        return fit(imgsz, network.stride)[0], options.preparation
     height, width = network.imgsz
     if height != width:
         raise UserError(f"{options.weights}: takes {height} x {width} pixels; val needs a square")

@@ -8,6 +8,7 @@ kept: by default glibc hands every large block back to the system, and a forward
 
 import ctypes
 import platform
+import threading
 from collections.abc import Sequence
 
 import torch
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 from yolov7.blocks import Conv, RepConv
 from yolov7.head import Detect
 from yolov7.model import YOLOv7
+
+_PACKING = threading.Lock()
 
 
 def keep_freed_memory() -> None:
@@ -56,13 +59,19 @@ class PackedConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.packed:
-            reorder = torch.ops.mkldnn._reorder_convolution_weight
-            self.weight = reorder(self.weight, *self.geometry, list(x.shape))
-            self.packed = True
+            self._pack(list(x.shape))
         result: Tensor = torch.ops.mkldnn._convolution_pointwise(
             x, self.weight, self.bias, *self.geometry, *self.post
         )
         return result
+
+    def _pack(self, shape: list[int]) -> None:
+        """Bring the weight into oneDNN's order, once, whichever thread is first."""
+        with _PACKING:
+            if not self.packed:
+                reorder = torch.ops.mkldnn._reorder_convolution_weight
+                self.weight = reorder(self.weight, *self.geometry, shape)
+                self.packed = True
 
 
 def can_pack() -> bool:

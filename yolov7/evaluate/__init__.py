@@ -1,6 +1,7 @@
 """The one evaluator, for the command `val` and for training: pycocotools on any data set.
 
-    evaluation = evaluate(model, load_data("data.yaml", "val"), Settings(imgsz=640))
+    network = open_network(Runtime(weights="yolov7.pt"))
+    evaluation = evaluate(network, load_data("data.yaml", "val"), Settings(imgsz=640))
     evaluation.stats["AP"]
 
 Its two halves serve alone as well: `predict` runs a network over the images of a data set,

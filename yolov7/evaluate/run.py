@@ -9,33 +9,31 @@ half a stride more than the sides of their extreme aspect.
 
 import math
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
-from itertools import groupby
+from functools import partial
+from itertools import groupby, islice
 from typing import Literal
 
 import cv2
 import numpy as np
-import torch
-from numpy.typing import NDArray
-from torch import Tensor
 
-from yolov7.boxes import unletterbox
+from yolov7.capture import ahead
 from yolov7.dataset import Dataset, Sample
+from yolov7.engine.choose import open_frames
+from yolov7.engine.frames import Forward, Frames, Pixels, Suppression
 from yolov7.errors import UserError
 from yolov7.evaluate.metric import Detections, Evaluation, measure
-from yolov7.kernels.nms import batched_nms
-from yolov7.letterbox import Image, letterbox, letterbox_geometry
+from yolov7.letterbox import Geometry, Image, letterbox_geometry
 from yolov7.progress import progress
 from yolov7.sources import read_image
 
-Forward = Callable[[Tensor], Tensor]
 Preparation = Literal["authors", "letterbox", "square"]
 GROUP = 32  # images that share a canvas
 READERS = 4  # threads that decode and resize
 AHEAD = 2  # batches that they may be ahead of the network
+EVERYTHING = Suppression(conf=0.001, iou=0.65, multi_label=True)  # as the published figures
 
 
 @dataclass(frozen=True)
@@ -43,22 +41,16 @@ class Settings:
     """How a network is evaluated; the defaults are those of the published figures.
 
     Attributes:
-        imgsz: Longer side of the images, pixels.
-        stride: Of the model, pixels: the sides of its input are multiples of it.
+        imgsz: Longer side of the images, pixels; a multiple of the model's stride.
         batch: Images per call of the network; the result does not depend on it.
-        conf: Confidence that a detection must exceed.
-        iou: IoU with a better detection of its class from which one is dropped.
-        max_det: Detections per image.
+        suppression: Which boxes count.
         preparation: `authors` (see above), `letterbox` (each image on the smallest canvas of its
             own), or `square` (all of imgsz x imgsz, for a network of fixed size).
     """
 
     imgsz: int = 640
-    stride: int = 32
     batch: int = 32
-    conf: float = 0.001
-    iou: float = 0.65
-    max_det: int = 300
+    suppression: Suppression = EVERYTHING
     preparation: Preparation = "authors"
 
 
@@ -70,7 +62,7 @@ class Predictions:
         dataset: The images that could be read; the others are listed in its `skipped`.
         detections: For each of them [n, 6]: x1, y1, x2, y2 in its pixels, score, class.
         speed: Milliseconds per image: read (decode the file), pre (resize, canvas, to the device),
-            network, nms (and boxes back to the image).
+            network, nms (and boxes back to the image); of a captured graph, whole.
     """
 
     dataset: Dataset
@@ -78,98 +70,61 @@ class Predictions:
     speed: dict[str, float] = field(default_factory=dict)
 
 
-def evaluate(
-    network: Forward,
-    dataset: Dataset,
-    settings: Settings,
-    *,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
-) -> Evaluation:
+def evaluate(network: Forward, dataset: Dataset, settings: Settings) -> Evaluation:
     """Run a network over a data set and compare what it finds with the labels; see `predict`."""
-    predictions = predict(network, dataset, settings, device=device, dtype=dtype)
+    predictions = predict(network, dataset, settings)
     return measure(predictions.dataset, predictions.detections, predictions.speed)
 
 
-@torch.inference_mode()
-def predict(
-    network: Forward,
-    dataset: Dataset,
-    settings: Settings,
-    *,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
-) -> Predictions:
+def predict(network: Forward, dataset: Dataset, settings: Settings) -> Predictions:
     """Run a network over the images of a data set.
 
     Args:
-        network: Takes RGB images [B, 3, H, W] in 0..1, returns decoded predictions [B, N, 5 + nc]:
-            centre x, centre y, width, height in pixels, objectness, class probabilities. A module
-            must be in evaluation mode.
+        network: From `yolov7.engine.choose.open_network`, or another.
         dataset: The images.
         settings: How images are prepared and detections chosen.
-        device: Where the network takes its input.
-        dtype: What it takes.
 
     Raises:
         UserError: The network has another number of classes than the data set, or no image can
             be read.
     """
-    device = torch.device(device)
+    if len(network.names) != len(dataset.names):
+        raise UserError(
+            f"the network knows {len(network.names)} classes, the data set has "
+            f"{len(dataset.names)}: give weights that were trained on it"
+        )
     samples = dataset.samples
-    batches = plan_batches(samples, settings)
-    clock = dict.fromkeys(("read", "pre", "network", "nms"), 0.0)
+    frames = open_frames(network, settings.suppression, settings.batch)
+    clock: dict[str, float] = dict.fromkeys(("read", "pre"), 0.0)
     found: list[Detections | None] = [None] * len(samples)
     skipped = list(dataset.skipped)
-    loaded = progress(_load(samples, batches, settings), "evaluating", len(batches))
-    for indices, items in loaded:
+    batches = plan_batches(samples, settings, network.stride)
+    for indices, items in progress(
+        _load(samples, batches, settings, network.stride, frames), "evaluating", len(batches)
+    ):
         skipped += [str(item) for item in items if isinstance(item, UserError)]
         ready = [(i, it) for i, it in zip(indices, items, strict=True) if isinstance(it, _Prepared)]
         if not ready:
             continue
-        started = time.perf_counter()
-        images = torch.from_numpy(np.stack([item.image for _, item in ready])).to(device)
-        images = images.flip(-1).permute(0, 3, 1, 2).to(dtype).div_(255).contiguous()
-        started = _lap(clock, "pre", started, device)
-        prediction = network(images)
-        started = _lap(clock, "network", started, device)
-        kept = _suppress(prediction, settings, len(dataset.names))
-        for (index, item), boxes in zip(ready, kept, strict=True):
-            found[index] = _to_image(boxes, item, samples[index])
+        kept = frames.submit([it.pixels for _, it in ready], [it.where for _, it in ready]).wait()
+        for (index, item), (boxes, _) in zip(ready, kept.rows(), strict=True):
+            found[index] = boxes.numpy().copy()
             clock["read"] += item.read
             clock["pre"] += item.pre
-        _lap(clock, "nms", started, device)
+        for stage, ms in kept.ms.items():
+            clock[stage] = clock.get(stage, 0.0) + ms
     detections = [boxes for boxes in found if boxes is not None]
     if not detections:
         raise UserError(f"no image can be read: {skipped[-1]}")
     read = [sample for sample, boxes in zip(samples, found, strict=True) if boxes is not None]
-    speed = {stage: 1000 * seconds / len(read) for stage, seconds in clock.items()}
+    speed = {stage: ms / len(read) for stage, ms in clock.items()}
     return Predictions(
         Dataset(read, dataset.names, dataset.category_ids, skipped), detections, speed
     )
 
 
-def _suppress(prediction: Tensor, settings: Settings, classes: int) -> list[Tensor]:
-    """The boxes [n, 6] of every image, on the CPU."""
-    known = prediction.shape[2] - 5
-    if known != classes:
-        raise UserError(
-            f"the network knows {known} classes, the data set has {classes}: "
-            "give weights that were trained on it"
-        )
-    kept = batched_nms(
-        prediction,
-        conf=settings.conf,
-        iou=settings.iou,
-        multi_label=True,
-        max_det=settings.max_det,
-    )
-    boxes = kept.boxes.cpu()
-    return [boxes[image, :count] for image, count in enumerate(kept.counts.tolist())]
-
-
 def plan_batches(
-    samples: Sequence[Sample], settings: Settings
+    samples: Sequence[Sample], settings: Settings, stride: int
 ) -> list[tuple[list[int], tuple[int, int]]]:
     """Which images go through the network together, and on which canvas.
 
@@ -181,13 +136,13 @@ def plan_batches(
     if settings.preparation == "authors":
         for start in range(0, len(order), GROUP):
             group = [samples[index] for index in order[start : start + GROUP]]
-            canvases += [_group_canvas(group, settings)] * len(group)
+            canvases += [_group_canvas(group, settings.imgsz, stride)] * len(group)
     else:
         for index in order:
             shape = (samples[index].height, samples[index].width)
             auto = settings.preparation == "letterbox"
             canvases.append(
-                letterbox_geometry(shape, settings.imgsz, stride=settings.stride, auto=auto).shape
+                letterbox_geometry(shape, settings.imgsz, stride=stride, auto=auto).shape
             )
     batches: list[tuple[list[int], tuple[int, int]]] = []
     for canvas, members in groupby(zip(order, canvases, strict=True), key=lambda pair: pair[1]):
@@ -197,26 +152,23 @@ def plan_batches(
     return batches
 
 
-def _group_canvas(group: Sequence[Sample], settings: Settings) -> tuple[int, int]:
+def _group_canvas(group: Sequence[Sample], imgsz: int, stride: int) -> tuple[int, int]:
     aspects = [sample.height / sample.width for sample in group]
     sides = (1.0, 1.0)
     if max(aspects) < 1:
         sides = (max(aspects), 1.0)
     elif min(aspects) > 1:
         sides = (1.0, 1 / min(aspects))
-    height, width = (
-        math.ceil(side * settings.imgsz / settings.stride + 0.5) * settings.stride for side in sides
-    )
+    height, width = (math.ceil(side * imgsz / stride + 0.5) * stride for side in sides)
     return height, width
 
 
 @dataclass(frozen=True)
 class _Prepared:
-    """An image on its canvas, where it lies there, and the seconds that this took."""
+    """What goes into the frames' way, where it lies there, and the milliseconds that it took."""
 
-    image: Image
-    ratio: tuple[float, float]
-    pad: tuple[float, float]
+    pixels: Pixels
+    where: Geometry
     read: float
     pre: float
 
@@ -225,23 +177,22 @@ def _load(
     samples: Sequence[Sample],
     batches: Sequence[tuple[list[int], tuple[int, int]]],
     settings: Settings,
+    stride: int,
+    frames: Frames,
 ) -> Iterator[tuple[list[int], list["_Prepared | UserError"]]]:
-    """Prepare batch after batch in threads, a few ahead of the network."""
-    with ThreadPoolExecutor(READERS) as pool:
-        waiting: deque[tuple[list[int], list[Future[_Prepared | UserError]]]] = deque()
-        for indices, canvas in batches:
-            jobs = [pool.submit(_prepare, samples[i], canvas, settings) for i in indices]
-            waiting.append((indices, jobs))
-            if len(waiting) > AHEAD:
-                done, ready = waiting.popleft()
-                yield done, [job.result() for job in ready]
-        while waiting:
-            done, ready = waiting.popleft()
-            yield done, [job.result() for job in ready]
+    """Prepare batch after batch in threads, a few images ahead of the network."""
+    calls = (
+        partial(_prepare, samples[index], canvas, settings, stride, frames)
+        for indices, canvas in batches
+        for index in indices
+    )
+    with closing(ahead(calls, READERS, waiting=AHEAD * settings.batch)) as prepared:
+        for indices, _ in batches:
+            yield indices, list(islice(prepared, len(indices)))
 
 
 def _prepare(
-    sample: Sample, canvas: tuple[int, int], settings: Settings
+    sample: Sample, canvas: tuple[int, int], settings: Settings, stride: int, frames: Frames
 ) -> "_Prepared | UserError":
     started = time.perf_counter()
     try:
@@ -249,18 +200,18 @@ def _prepare(
     except UserError as error:
         return error
     read = time.perf_counter()
-    height, width = image.shape[:2]
-    if (height, width) != (sample.height, sample.width):
+    shape = image.shape[:2]
+    if shape != (sample.height, sample.width):
         return UserError(f"{sample.path}: has changed since the data set was read: start again")
     if settings.preparation == "authors":
         image = _scale(image, settings.imgsz)
-        first = (image.shape[1] / width, image.shape[0] / height)
-        image, (ratio_x, ratio_y), pad = letterbox(image, canvas, scaleup=False)
-        ratio = (first[0] * ratio_x, first[1] * ratio_y)
+        where = letterbox_geometry(image.shape[:2], canvas, scaleup=False).seen_from(shape)
     else:
         auto = settings.preparation == "letterbox"
-        image, ratio, pad = letterbox(image, settings.imgsz, stride=settings.stride, auto=auto)
-    return _Prepared(image, ratio, pad, read - started, time.perf_counter() - read)
+        where = letterbox_geometry(shape, settings.imgsz, stride=stride, auto=auto)
+    pixels = frames.prepare(image, where)
+    done = time.perf_counter()
+    return _Prepared(pixels, where, 1e3 * (read - started), 1e3 * (done - read))
 
 
 def _scale(image: Image, longest: int) -> Image:
@@ -272,18 +223,3 @@ def _scale(image: Image, longest: int) -> Image:
     method = cv2.INTER_AREA if ratio < 1 else cv2.INTER_LINEAR
     size = max(int(width * ratio), 1), max(int(height * ratio), 1)
     return np.asarray(cv2.resize(image, size, interpolation=method), np.uint8)
-
-
-def _to_image(boxes: Tensor, item: _Prepared, sample: Sample) -> NDArray[np.float32]:
-    boxes = boxes.clone()
-    boxes[:, :4] = unletterbox(boxes[:, :4], item.ratio, item.pad, (sample.height, sample.width))
-    return boxes.numpy()
-
-
-def _lap(clock: dict[str, float], stage: str, started: float, device: torch.device) -> float:
-    """Add the time since `started` to a stage and return the present."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)  # the host's clock is to see the device's work
-    now = time.perf_counter()
-    clock[stage] += now - started
-    return now

@@ -8,7 +8,7 @@ from yolov7.dataset import Sample
 from yolov7.drawing import draw_boxes
 from yolov7.errors import UserError
 from yolov7.evaluate.metric import Detections
-from yolov7.letterbox import Image, letterbox
+from yolov7.letterbox import Image, letterbox, letterbox_geometry
 from yolov7.sources import read_image
 
 PAIRS = 8
@@ -43,8 +43,12 @@ def draw_sheet(
         texts = [f"{names[int(label)]} {score:.2f}" for *_, score, label in sure]
         truth = draw_boxes(image, sample.boxes, labels, sample.classes.tolist())
         said = draw_boxes(image, sure[:, :4], texts, sure[:, 5].astype(int).tolist())
-        pairs.append(np.concatenate([letterbox(one, CELL)[0] for one in (truth, said)], 1))
+        pairs.append(np.concatenate([_in_cell(one) for one in (truth, said)], 1))
     blank = np.full((CELL, 2 * CELL, 3), 255, np.uint8)
     pairs += [blank] * (-len(pairs) % COLUMNS)
     rows = [np.concatenate(pairs[i : i + COLUMNS], 1) for i in range(0, len(pairs), COLUMNS)]
     return np.concatenate(rows) if rows else blank
+
+
+def _in_cell(image: Image) -> Image:
+    return letterbox(image, letterbox_geometry((image.shape[0], image.shape[1]), CELL))

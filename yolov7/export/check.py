@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from yolov7.boxes import box_iou, unletterbox
+from yolov7.boxes import box_iou, frame_table, in_frames
 from yolov7.engine.exported import Metadata, OnnxSession, Pt2Session
 from yolov7.errors import UserError
 from yolov7.kernels.nms import batched_nms
@@ -82,7 +82,7 @@ def check(file: Path, target: Path, metadata: Metadata, network: nn.Module) -> C
             )
     detections = None
     if metadata.nms is not None:
-        wanted = _suppressed(predictions, metadata, threshold, geometries, images)
+        wanted = _suppressed(predictions, metadata, threshold, geometries)
         detections = _matched(results[0], results[1], wanted, target)
     return Check(len(images), errors[0], errors[1], detections)
 
@@ -99,7 +99,9 @@ def _prepared(images: list[Image], metadata: Metadata) -> Iterator[Tensor]:
     if metadata.letterbox:
         yield from (_letterboxed(image, metadata) for image in images)
         return
-    boxed = [letterbox(image, metadata.imgsz)[0] for image in images]
+    boxed = [
+        letterbox(image, letterbox_geometry(image.shape[:2], metadata.imgsz)) for image in images
+    ]
     sizes = [1, len(images) - 1] if metadata.batch == "dynamic" else [metadata.batch]
     start = 0
     while start < len(images):
@@ -170,7 +172,6 @@ def _suppressed(
     metadata: Metadata,
     threshold: float,
     geometries: list[Geometry],
-    images: list[Image],
 ) -> list[Tensor]:
     """Detections [n, 6] of every image, as PyTorch finds them in the same predictions."""
     assert metadata.nms is not None
@@ -179,8 +180,8 @@ def _suppressed(
     )
     rows = [boxes[:count] for boxes, count in zip(found.boxes, found.counts.tolist(), strict=True)]
     if metadata.letterbox:
-        for boxes, geometry, image in zip(rows, geometries, images, strict=True):
-            boxes[:, :4] = unletterbox(boxes[:, :4], geometry.ratio, geometry.pad, image.shape[:2])
+        for boxes, geometry in zip(rows, geometries, strict=True):
+            boxes[:, :4] = in_frames(boxes[None, :, :4], frame_table([geometry]))[0]
     return rows
 
 

@@ -1,0 +1,163 @@
+"""The door to the engines: which one runs these weights here, and how frames go through it."""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from yolov7.checkpoint import load_model
+from yolov7.device import resolve_device
+from yolov7.engine.eager import DTYPES, Network
+from yolov7.engine.exported import SUFFIXES, ExportedNetwork
+from yolov7.engine.frames import Forward, Frames, HostFrames, Suppression
+from yolov7.errors import UserError
+from yolov7.kernels.runtime import HAS_TRITON
+from yolov7.model import YOLOv7
+
+OLDEST = (8, 0)  # compute capability that the kernels are made for
+
+Engine = Literal["auto", "eager", "compile", "graph", "openvino"]
+Precision = Literal["auto", "fp32", "fp16", "bf16", "fp8"]
+Layout = Literal["grid", "classes-first"]
+AnyNetwork = Network | ExportedNetwork
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runtime:
+    """Which weights run, where and how.
+
+    Attributes:
+        weights: A file (.safetensors, the authors' .pt, an exported .onnx or .pt2), the name of a
+            published one, or a model, which is copied; None: the embedded demo weights.
+        variant: Of a bare state dict, where its tensors do not tell.
+        device: "auto", "cpu", "cuda", "cuda:N", "N" or "mps".
+        precision: "auto" (fp16 on CUDA, else fp32), "fp32", "fp16", "bf16", or "fp8" (engine graph,
+            weights that `yolov7 convert` has calibrated).
+        engine: "eager": PyTorch. "compile": torch.compile, once per input shape. "graph": our
+            kernels, planned per input shape; on a CPU their plain references, slow, for checking.
+            "openvino": of an .onnx file. "auto": of such a file ONNX Runtime; on a GPU of compute
+            capability 8.0 or later graph, as far as it works there; else eager.
+        imgsz: Longer side, or (height, width), that is wanted, in pixels; None: the weights' own.
+        names: Class names of an .onnx file that is not ours.
+        layout: Of its output, "grid" or "classes-first".
+    """
+
+    weights: str | Path | YOLOv7 | None = None
+    variant: str | None = None
+    device: str | torch.device = "auto"
+    precision: str = "auto"
+    engine: str = "auto"
+    imgsz: int | tuple[int, int] | None = None
+    names: Sequence[str] | None = None
+    layout: str | None = None
+
+
+def open_network(runtime: Runtime) -> AnyNetwork:
+    """The network that was asked for.
+
+    Raises:
+        UserError: The weights cannot be read, or this machine has not got what is wanted.
+    """
+    weights = runtime.weights
+    if isinstance(weights, YOLOv7):
+        model = copy.deepcopy(weights)
+    elif weights is not None and Path(weights).suffix in SUFFIXES:
+        return _open_exported(weights, runtime)
+    else:
+        model = load_model(weights, variant=runtime.variant)
+    if runtime.names or runtime.layout:
+        raise UserError(f"{weights}: names and layout are for ONNX files: leave them out")
+    device = resolve_device(runtime.device)
+    engine = _resolve_engine(runtime.engine, device)
+    precision = resolve_precision(runtime.precision, device, engine)
+    if precision == "fp8" and not model.ranges:
+        raise UserError(
+            "precision fp8 needs weights that are calibrated for it: "
+            "yolov7 convert --precision fp8 --calibrate FOLDER"
+        )
+    if engine == "compile":
+        from yolov7.engine.compile import CompiledNetwork
+
+        return CompiledNetwork(model, device, precision)
+    if engine == "graph":
+        from yolov7.engine.graph.network import GraphNetwork
+
+        return GraphNetwork(model, device, precision, required=runtime.engine == "graph")
+    return Network(model, device, precision)
+
+
+def open_frames(network: Forward, suppression: Suppression, batch: int = 1) -> Frames:
+    """The way from frames to boxes that suits a network.
+
+    Args:
+        network: From `open_network`, or another.
+        suppression: What is kept.
+        batch: Images at a time.
+    """
+    if isinstance(network, Network) and network.engine == "graph":
+        from yolov7.engine.graph.network import CapturedFrames, GraphNetwork
+
+        assert isinstance(network, GraphNetwork)
+        return CapturedFrames(network, suppression, batch)
+    return HostFrames(network, suppression, batch)
+
+
+def resolve_precision(name: str, device: torch.device, engine: str = "eager") -> str:
+    """The precision of an option: "auto" is fp16 on CUDA and fp32 elsewhere.
+
+    Raises:
+        UserError: An unknown precision, or one that the device or the engine has not got.
+    """
+    if name == "auto":
+        return "fp16" if device.type == "cuda" else "fp32"
+    if name not in DTYPES and name != "fp8":
+        raise UserError(f"precision {name}: give auto, {', '.join(DTYPES)}, fp8")
+    if name == "fp8" and engine != "graph":
+        raise UserError(f"precision fp8 needs engine graph, not {engine}")
+    if name == "fp16" and device.type == "cpu" and engine != "graph":
+        raise UserError("precision fp16 needs a GPU: use bf16 or fp32 on a CPU")
+    return name
+
+
+def fit(size: int | tuple[int, int], stride: int) -> tuple[int, int]:
+    """What `--imgsz` means everywhere: (height, width), each rounded up to the model's stride.
+
+    Raises:
+        UserError: A side below 1, or over 32768 pixels.
+    """
+    sides = (size, size) if isinstance(size, int) else size
+    if not all(1 <= side <= 32768 for side in sides):
+        raise UserError(f"imgsz is {size}: give 1 to 32768 pixels")
+    height, width = (-(-side // stride) * stride for side in sides)
+    return height, width
+
+
+def _open_exported(path: str | Path, runtime: Runtime) -> ExportedNetwork:
+    network = ExportedNetwork(
+        path,
+        device=runtime.device,
+        engine=runtime.engine,
+        names=runtime.names,
+        layout=runtime.layout,
+    )
+    network.check_wishes(variant=runtime.variant, precision=runtime.precision, imgsz=runtime.imgsz)
+    return network
+
+
+def _resolve_engine(name: str, device: torch.device) -> str:
+    if name not in ("auto", "eager", "compile", "graph"):
+        raise UserError(f"engine {name}: give auto, eager, compile or graph")
+    cuda = device.type == "cuda"
+    if device.type == "mps" and name not in ("auto", "eager"):
+        raise UserError(f"engine {name} does not run on {device}: use eager")
+    old = cuda and torch.cuda.get_device_capability(device) < OLDEST
+    if name == "graph" and old:
+        raise UserError(f"engine graph needs compute capability 8.0 or later: {device} is older")
+    if name == "graph" and cuda and not HAS_TRITON:
+        raise UserError("engine graph on a GPU needs OpenAI Triton: pip install triton")
+    if name == "auto":
+        return "graph" if cuda and not old and HAS_TRITON else "eager"
+    return name

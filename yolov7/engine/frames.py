@@ -1,0 +1,385 @@
+"""The one way from frames to boxes, on the host; `graph.captured` is the same as one graph.
+
+Whoever turns frames into boxes asks a `Frames`: the detector, tiles, evaluation, benchmarks. It
+prepares images (any thread may), takes a batch of them with their letterboxes, and gives boxes in
+pixels of the frames. `choose.open_frames` chooses which of the two it is.
+"""
+
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+
+from yolov7.boxes import frame_table, in_frames
+from yolov7.errors import UserError
+from yolov7.kernels.letterbox import letterbox as letterbox_on_device
+from yolov7.kernels.nms import Detections, batched_nms
+from yolov7.kernels.runtime import HAS_TRITON
+from yolov7.letterbox import Geometry, Image, letterbox
+
+Pixels = Image | Tensor
+"""[H, W, 3] uint8 BGR: in memory, or a tensor on a GPU, which stays there."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Suppression:
+    """Which boxes are kept; see `yolov7.kernels.nms`.
+
+    Attributes:
+        conf: What a box's confidence must exceed, 0..1.
+        iou: Overlap with a surer box of its class above which a box is dropped, 0..1.
+        max_det: Boxes per image at most.
+        agnostic: Boxes of different classes suppress each other too.
+        multi_label: A box for every class above `conf`, instead of the best class alone.
+        classes: Numbers of the classes to look for; None: all.
+        max_candidates: Boxes per image that are looked at, the surest ones.
+
+    Raises:
+        UserError: A number makes no sense.
+    """
+
+    conf: float = 0.25
+    iou: float = 0.45
+    max_det: int = 300
+    agnostic: bool = False
+    multi_label: bool = False
+    classes: tuple[int, ...] | None = None
+    max_candidates: int = 30000
+
+    def __post_init__(self) -> None:
+        for name in ("conf", "iou"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"{name} is {getattr(self, name)}: give 0 to 1")
+        for name in ("max_det", "max_candidates"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}: give 1 or more")
+
+    def on(self, device: torch.device) -> Callable[..., Detections]:
+        """`batched_nms` of rows on a device, with nothing left to say but ``segment_counts``."""
+        ids = self.classes
+        classes = None if ids is None else torch.tensor(ids, device=device)
+
+        def suppress(rows: Tensor, segment_counts: Tensor | None = None) -> Detections:
+            return batched_nms(
+                rows,
+                conf=self.conf,
+                iou=self.iou,
+                multi_label=self.multi_label,
+                agnostic=self.agnostic,
+                classes=classes,
+                max_det=self.max_det,
+                max_candidates=self.max_candidates,
+                segment_counts=segment_counts,
+            )
+
+        return suppress
+
+
+@dataclass(frozen=True)
+class Found:
+    """Detections of a batch, on the CPU.
+
+    Attributes:
+        boxes: [B, max_det, 6] fp32: x1, y1, x2, y2 in pixels of each frame, score, class; rows
+            beyond the count are of no meaning.
+        counts: [B] int32, how many of them there are.
+        overflow: [B] int32, candidates beyond the capacity, which were not looked at.
+        ms: Milliseconds of the batch by stage: "pre" (to the device, RGB in 0..1), "network" and
+            "nms"; of a captured graph "whole".
+    """
+
+    boxes: Tensor
+    counts: Tensor
+    overflow: Tensor
+    ms: dict[str, float]
+
+    def rows(self) -> Iterator[tuple[Tensor, int]]:
+        """Of every frame the boxes [n, 6], and the candidates that were not looked at."""
+        counts, overflow = self.counts.tolist(), self.overflow.tolist()
+        for boxes, count, beyond in zip(self.boxes, counts, overflow, strict=True):
+            yield boxes[:count], beyond
+
+
+class Pending(Protocol):
+    """Detections under way."""
+
+    def wait(self) -> Found:
+        """The detections, when they have come."""
+        ...
+
+
+class Frames(Protocol):
+    """From frames to boxes in their own pixels.
+
+    Attributes:
+        in_flight: Batches that `submit` takes before the first is waited for, at its fastest.
+    """
+
+    in_flight: int
+
+    def prepare(self, pixels: Pixels, geometry: Geometry) -> Pixels:
+        """What `submit` takes of an image; any thread may call it."""
+        ...
+
+    def submit(self, prepared: Sequence[Pixels], where: Sequence[Geometry]) -> Pending:
+        """Start detecting in images whose letterboxes have one shape; at most the batch."""
+        ...
+
+    def stages(
+        self, images: Sequence[Image], where: Sequence[Geometry]
+    ) -> dict[str, Callable[[], object]]:
+        """The parts of the way in order, to be timed; run one after the other they are the way."""
+        ...
+
+
+class Forward(Protocol):
+    """Images x [B, 3, H, W], RGB in 0..1, to decoded boxes [B, N, 5 + classes] in fp32.
+
+    Attributes:
+        device: Where it takes its input.
+        dtype: Of the input.
+        one_shape: Whether every input should have the same shape.
+        names: Class names by number.
+        stride: Sides of the input are multiples of it.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    one_shape: bool
+    names: list[str]
+    stride: int
+
+    def __call__(self, x: Tensor, /) -> Tensor:
+        """The decoded boxes."""
+        ...
+
+
+def to_input(
+    images: Sequence[Image], device: torch.device, dtype: torch.dtype, *, batch: int | None = None
+) -> Tensor:
+    """Letterboxed images, BGR uint8 of one shape, as [B, 3, h, w] on a device, RGB in 0..1.
+
+    Args:
+        images: [h, w, 3] each.
+        device: Where they are wanted.
+        dtype: In which they are wanted.
+        batch: B, the missing ones black; None: as many as there are.
+    """
+    pixels = np.zeros((batch or len(images), *images[0].shape), np.uint8)
+    for image, target in zip(images, pixels, strict=False):
+        cv2.cvtColor(image, cv2.COLOR_BGR2RGB, dst=target)
+    x = torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2)
+    return x.to(dtype).div_(255)
+
+
+def equal_shapes(shapes: Sequence[tuple[int, ...]], batch: int) -> Iterator[list[int]]:
+    """Indices of what has equal shapes, at most ``batch`` at a time."""
+    if len(shapes) == 1:
+        yield [0]
+        return
+    equal: dict[tuple[int, ...], list[int]] = {}
+    for index, shape in enumerate(shapes):
+        equal.setdefault(shape, []).append(index)
+    for indices in equal.values():
+        for start in range(0, len(indices), batch):
+            yield indices[start : start + batch]
+
+
+@dataclass(frozen=True)
+class Done:
+    """Detections that are there."""
+
+    found: Found
+
+    def wait(self) -> Found:
+        """The detections."""
+        return self.found
+
+
+class HostFrames:
+    """Letterbox by OpenCV, the network, suppression: one after the other.
+
+    On a GPU suppression is a kernel, and so is the letterbox of frames that are there. Where that
+    cannot be had, or gives other boxes for the first batch than its reference on the CPU, there is
+    one warning, and the CPU does it.
+
+    Args:
+        network: What is run.
+        suppression: What is kept.
+        batch: Images at a time; a network of one shape is given that many always.
+    """
+
+    in_flight = 0
+
+    def __init__(self, network: Forward, suppression: Suppression, batch: int = 1) -> None:
+        self.network = network
+        self.suppression = suppression
+        self._batch = batch if network.one_shape else None
+        self._suppress = suppression.on(torch.device("cpu"))
+        self._kernels = network.device.type == "cuda" and HAS_TRITON
+        self._proven = False
+        if self._kernels:
+            self._suppress_there = suppression.on(network.device)
+
+    def prepare(self, pixels: Pixels, geometry: Geometry) -> Pixels:
+        """Letterbox an image; one on a GPU waits for its batch."""
+        if isinstance(pixels, Tensor):
+            if self._kernels:
+                return pixels
+            pixels = pixels.cpu().numpy()
+        return letterbox(pixels, geometry)
+
+    @torch.no_grad()
+    def submit(self, prepared: Sequence[Pixels], where: Sequence[Geometry]) -> Done:
+        """Detect."""
+        decoded, ms = self.decode(prepared, where)
+        start = self._now()
+        boxes, counts, overflow = self.suppress(decoded)
+        corners = in_frames(boxes[..., :4], frame_table(where))
+        boxes = torch.cat((corners, boxes[..., 4:]), -1)
+        ms["nms"] = self._now() - start
+        return Done(Found(boxes, counts, overflow, ms))
+
+    def decode(
+        self, prepared: Sequence[Pixels], where: Sequence[Geometry]
+    ) -> tuple[Tensor, dict[str, float]]:
+        """Boxes [B, N, 5 + classes] in pixels of the letterboxes; ms of "pre" and "network"."""
+        start = self._now()
+        x = self._input(prepared, where)
+        ready = self._now()
+        decoded = self.network(x)[: len(where)]
+        return decoded, {"pre": ready - start, "network": self._now() - ready}
+
+    def suppress(self, decoded: Tensor) -> Detections:
+        """What is kept of decoded boxes [B, N, 5 + classes], on the CPU."""
+        if self._kernels:
+            try:
+                found = Detections(*(part.cpu() for part in self._suppress_there(decoded)))
+                if self._proven or self._same(found, decoded):
+                    self._proven = True
+                    return found
+                self._leave_kernels("the first batch got other boxes than on the CPU")
+            except Exception as error:  # whatever a compiler or a driver throws
+                self._leave_kernels(first_line(error))
+        return self._suppress(decoded.cpu())
+
+    def stages(
+        self, images: Sequence[Image], where: Sequence[Geometry]
+    ) -> dict[str, Callable[[], object]]:
+        """Letterbox, upload, network, nms."""
+        kept: dict[str, list[Pixels] | Tensor] = {}
+
+        def box() -> None:
+            pairs = zip(images, where, strict=True)
+            kept["boxed"] = [self.prepare(image, geometry) for image, geometry in pairs]
+
+        def upload() -> None:
+            kept["x"] = self._input(list(kept["boxed"]), where)
+
+        def network() -> None:
+            kept["decoded"] = self.network(torch.as_tensor(kept["x"]))
+
+        def nms() -> None:
+            self.suppress(torch.as_tensor(kept["decoded"]))
+
+        return {"letterbox": box, "upload": upload, "network": network, "nms": nms}
+
+    def _input(self, prepared: Sequence[Pixels], where: Sequence[Geometry]) -> Tensor:
+        network = self.network
+        there = [pixels for pixels in prepared if isinstance(pixels, Tensor)]
+        if there and len(there) == len(prepared):
+            try:
+                return self._input_there(there, where)
+            except Exception as error:  # whatever a compiler or a driver throws
+                self._leave_kernels(first_line(error))
+        images = [
+            letterbox(pixels.cpu().numpy(), geometry) if isinstance(pixels, Tensor) else pixels
+            for pixels, geometry in zip(prepared, where, strict=True)
+        ]
+        return to_input(images, network.device, network.dtype, batch=self._batch)
+
+    def _input_there(self, frames: Sequence[Tensor], where: Sequence[Geometry]) -> Tensor:
+        """The network's input of frames that are on its device, letterboxed there."""
+        table, _ = letterbox_tables(frames, where)
+        pixels = torch.cat([frame.flatten() for frame in frames])
+        x = torch.zeros(
+            (self._batch or len(frames), 3, *where[0].shape),
+            dtype=self.network.dtype,
+            device=self.network.device,
+        )
+        letterbox_on_device(pixels, table.to(x.device), x[: len(frames)])
+        return x
+
+    def _same(self, found: Detections, decoded: Tensor) -> bool:
+        expected = self._suppress(decoded.cpu())
+        return torch.equal(found.counts, expected.counts) and torch.allclose(
+            found.boxes, expected.boxes, rtol=0, atol=1e-2
+        )
+
+    def _leave_kernels(self, reason: str) -> None:
+        self._kernels = False
+        require_living_device(self.network.device, reason)
+        warnings.warn(f"boxes are suppressed on the CPU: {reason}", stacklevel=4)
+
+    def _now(self) -> float:
+        """Milliseconds, when everything before is done."""
+        return milliseconds(self.network.device)
+
+
+def letterbox_tables(
+    images: Sequence[Pixels], where: Sequence[Geometry], batch: int = 0
+) -> tuple[Tensor, Tensor]:
+    """What the letterbox kernel and `in_frames` have to know, on the CPU.
+
+    Args:
+        images: [h, w, 3] each, which lie one behind the other.
+        where: Their letterboxes.
+        batch: Rows, if more than images: the first one is repeated.
+
+    Returns:
+        [B, 7] int64: offset, height and width of the image; top, left, height and width of its
+        place in the letterbox. And the table [B, 3, 4] of the frames.
+    """
+    rows, offset = [], 0
+    for image, geometry in zip(images, where, strict=True):
+        top, _, left, _ = geometry.border
+        height, width, channels = image.shape
+        rows.append([offset, height, width, top, left, *geometry.size])
+        offset += height * width * channels
+    missing = max(batch - len(images), 0)
+    return torch.tensor(rows + rows[:1] * missing), frame_table([*where, *[where[0]] * missing])
+
+
+def milliseconds(device: torch.device) -> float:
+    """The host's clock, when everything before is done on the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() * 1e3
+
+
+def first_line(error: BaseException) -> str:
+    """An error in one line, for a warning."""
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
+
+
+def require_living_device(device: torch.device, reason: str) -> None:
+    """Make sure that the device can go on after an error.
+
+    Raises:
+        UserError: It cannot: no work of this process reaches it any more.
+    """
+    if device.type != "cuda":
+        return
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError:
+        raise UserError(
+            f"{device} has failed ({reason}): start again, with --engine eager if it does so twice"
+        ) from None
