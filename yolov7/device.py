@@ -33,5 +33,5 @@ def parse_device(name: str | torch.device) -> torch.device:
     except RuntimeError:
         device = torch.device("meta")
     if device.type not in ("cpu", "cuda", "mps"):
-        raise UserError(f"device {name}: give auto, cpu, cuda, cuda:N (or N), or mps")
+        raise UserError(f"device {name}: give auto, cpu, cuda, cuda:N, N or mps")
     return device

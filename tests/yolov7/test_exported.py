@@ -66,7 +66,7 @@ def network(path: Path, **options: Any) -> ExportedNetwork:
 @pytest.mark.parametrize(
     ("device", "message"),
     [
-        ("gpu", "device gpu: give auto, cpu, cuda or cuda:N"),
+        ("gpu", "device gpu: give auto, cpu, cuda, cuda:N, N or mps"),
         ("cuda:9", "device cuda:9: 2 CUDA devices are here"),
     ],
 )

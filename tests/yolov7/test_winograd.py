@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from yolov7.engine.choose import Runtime, open_network
+from yolov7.engine.eager import Network
 from yolov7.engine.winograd import WinogradConv, use_winograd
 from yolov7.model import YOLOv7, create_model
 
@@ -89,6 +90,7 @@ def test_the_compile_engine_uses_it_in_fp32_with_onednn(
     monkeypatch.setattr("yolov7.engine.compile.can_pack", lambda: packed)
     monkeypatch.setattr("shutil.which", lambda name: name)
     monkeypatch.setattr(torch, "compile", lambda outputs, **_: outputs)
-    model = copy.deepcopy(tiny)
-    open_network(Runtime(weights=model, device="cpu", precision=precision, engine="compile"))
-    assert sum(isinstance(module, WinogradConv) for module in model.modules()) == count
+    runtime = Runtime(weights=tiny, device="cpu", precision=precision, engine="compile")
+    network = open_network(runtime)
+    assert isinstance(network, Network)
+    assert sum(isinstance(m, WinogradConv) for m in network._model.modules()) == count
