@@ -24,23 +24,23 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from yolov7.kernels.layout import PitchedLayout
-from yolov7.kernels.runtime import INTERPRET, Config, launch, triton_op
+from yolov7.kernels.runtime import (
+    INTERPRET,
+    PRECISIONS,
+    Config,
+    launch,
+    tl,
+    triton,
+    triton_op,
+)
 
 SEGMENT = 64
 """Rows of a segment of the candidate form."""
 
 MAX_LEVELS = 4
-PRECISIONS = {
-    "fp32": torch.float32,
-    "fp16": torch.float16,
-    "bf16": torch.bfloat16,
-    "fp8": torch.float8_e4m3fn,
-}
 
 
 def decode_reference(

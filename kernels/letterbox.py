@@ -25,15 +25,12 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from yolov7.kernels.layout import PitchedLayout
-from yolov7.kernels.runtime import Config, launch, triton_op
+from yolov7.kernels.runtime import FLOATS, Config, launch, tl, triton, triton_op
 
 GREY = 114
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 CONFIG: Config = {"BLOCK_Y": 4, "BLOCK_X": 64, "num_warps": 4}
 
 
@@ -274,8 +271,8 @@ def letterbox(
         raise ValueError(f"pixels must be uint8 [n], got {pixels.dtype} {list(pixels.shape)}")
     if table.ndim != 2 or table.shape[1] != 7 or table.dtype != torch.int64:
         raise ValueError(f"table must be int64 [B, 7], got {table.dtype} {list(table.shape)}")
-    if out.dtype not in DTYPES.values():
-        raise ValueError(f"out is {out.dtype}, none of {', '.join(DTYPES)}")
+    if out.dtype not in FLOATS.values():
+        raise ValueError(f"out is {out.dtype}, none of {', '.join(FLOATS)}")
     if not pixels.device == table.device == out.device:
         raise ValueError(f"devices differ: {pixels.device}, {table.device}, {out.device}")
     batch, shape = table.shape[0], list(out.shape)
@@ -302,7 +299,7 @@ def compile_cases(
     pixels = torch.empty(batch * 1080 * 1920 * 3, dtype=torch.uint8, device="meta")
     table = torch.empty((batch, 7), dtype=torch.int64, device="meta")
     layout = PitchedLayout.of(batch, size, size)
-    dtype = DTYPES.get(precision, torch.float16)
+    dtype = FLOATS.get(precision, torch.float16)
     image = torch.empty((batch, 3, size, size), dtype=dtype, device="meta")
     matrix = layout.empty(3, dtype=dtype, device="meta")
     planes = [3 * size * size, size, 1, size * size]

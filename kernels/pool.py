@@ -21,16 +21,13 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from yolov7.kernels.conv.layer import overlap
 from yolov7.kernels.layout import PitchedLayout
-from yolov7.kernels.runtime import Config, launch, triton_op
+from yolov7.kernels.runtime import FLOATS, Config, launch, tl, triton, triton_op
 
 SPP_SIZES = (1, 5, 9, 13)
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @triton.jit
@@ -253,8 +250,8 @@ _resize_op = triton_op(
 
 def _check(x: Tensor, source: PitchedLayout, outs: Sequence[Tensor], to: PitchedLayout) -> None:
     source.check(x, "input")
-    if x.dtype not in DTYPES.values():
-        raise ValueError(f"input {x.dtype} is none of {', '.join(DTYPES)}")
+    if x.dtype not in FLOATS.values():
+        raise ValueError(f"input {x.dtype} is none of {', '.join(FLOATS)}")
     for i, out in enumerate(outs):
         to.check(out, f"output {i}")
         if out.shape[1] != x.shape[1] or (out.dtype, out.device) != (x.dtype, x.device):
@@ -319,7 +316,7 @@ def compile_cases(
 ) -> Iterator[tuple[str, Callable[[], object]]]:
     """Launches to compile ahead of time, see `yolov7.kernels.runtime.CompileSpec`."""
     small, large = PitchedLayout.of(batch, 20, 20), PitchedLayout.of(batch, 40, 40)
-    dtype = DTYPES.get(precision, torch.float16)
+    dtype = FLOATS.get(precision, torch.float16)
     a = small.empty(2048, dtype=dtype, device="meta")
     b = large.empty(512, dtype=dtype, device="meta")
     x, *outs = a.split(512, 1)

@@ -18,13 +18,9 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from yolov7.kernels.runtime import Config, launch, triton_op
-
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+from yolov7.kernels.runtime import FLOATS, Config, launch, tl, triton, triton_op
 
 
 def reparam_reference(
@@ -200,7 +196,7 @@ def reparam(
     shape = list(dense.shape)
     if len(shape) != 4 or shape[2:] != [3, 3] or list(pointwise.shape) != [*shape[:2], 1, 1]:
         raise ValueError(f"weights are {shape} and {list(pointwise.shape)}, not 3x3 and 1x1")
-    if not {dense.dtype, dtype} <= set(DTYPES.values()) or pointwise.dtype != dense.dtype:
+    if not {dense.dtype, dtype} <= set(FLOATS.values()) or pointwise.dtype != dense.dtype:
         raise ValueError(f"weights are {dense.dtype} and {pointwise.dtype}, to become {dtype}")
     for norm in (dense_norm, pointwise_norm, identity_norm):
         if norm is None:
@@ -223,7 +219,7 @@ def compile_cases(precision: str = "fp16") -> Iterator[tuple[str, Callable[[], o
     dense = torch.empty((512, 512, 3, 3), device="meta")
     pointwise = torch.empty((512, 512, 1, 1), device="meta")
     norm = torch.empty((4, 512), device="meta")
-    dtype = DTYPES.get(precision, torch.float16)
+    dtype = FLOATS.get(precision, torch.float16)
     for identity in (None, norm):
         call = partial(_reparam_triton, dense, pointwise, norm, norm, identity, 1e-3, dtype)
         yield f"512 -> 512 {precision}{'' if identity is None else ' identity'}", call

@@ -28,13 +28,12 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from yolov7.kernels.nms.greedy import nms_greedy_kernel
 from yolov7.kernels.nms.reference import CLASS_OFFSET, nms_reference
 from yolov7.kernels.nms.select import nms_histogram_kernel, nms_scatter_kernel, nms_select_kernel
-from yolov7.kernels.runtime import Config, launch, processors, triton_op
+from yolov7.kernels.runtime import Config, launch, processors, triton, triton_op
 
 __all__ = ["Detections", "batched_nms", "compile_cases", "nms_reference"]
 

@@ -7,10 +7,8 @@ of keys. A group is compared with the boxes kept so far and with itself; the wal
 box that completes `max_det`.
 """
 
-import triton
-import triton.language as tl
-
 from yolov7.kernels.nms.select import corners
+from yolov7.kernels.runtime import tl, triton
 
 
 @triton.jit

@@ -12,8 +12,7 @@ into bins again, down to single keys: what is taken never depends on the order o
 and nothing that follows depends on it.
 """
 
-import triton
-import triton.language as tl
+from yolov7.kernels.runtime import tl, triton
 
 
 @triton.jit

@@ -11,6 +11,7 @@ from yolov7.kernels import letterbox as kernel
 from yolov7.kernels.aot import SHARED_LIMITS, compile_all, passed_limits
 from yolov7.kernels.layout import PitchedLayout
 from yolov7.kernels.letterbox import letterbox, letterbox_reference, pack_frames
+from yolov7.kernels.runtime import FLOATS
 
 CASES = sorted((reference_folder() / "letterbox").glob("*.npz"))
 SIZE = (40, 50)
@@ -60,7 +61,7 @@ def large_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("dtype", kernel.DTYPES.values(), ids=kernel.DTYPES)
+@pytest.mark.parametrize("dtype", FLOATS.values(), ids=FLOATS)
 @pytest.mark.usefixtures("large_blocks")
 def test_kernel_equals_opencv(dtype: torch.dtype, kernel_device: torch.device) -> None:
     frames = make_frames()
