@@ -75,10 +75,10 @@ INTERPRET = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0") == "1"
 """Whether this process runs kernels in Triton's interpreter (read when kernels are decorated)."""
 
 PRECISIONS = {
-    "fp32": torch.float32,
     "fp16": torch.float16,
     "bf16": torch.bfloat16,
     "fp8": torch.float8_e4m3fn,
+    "fp32": torch.float32,
 }
 """Types of feature maps and weights, by the names that options, configs and tables give them."""
 FLOATS = {name: dtype for name, dtype in PRECISIONS.items() if dtype.itemsize > 1}

@@ -122,7 +122,7 @@ class Entry:
 
 
 def user_configs() -> Path:
-    """Where the tuner writes: in the folder that `yolov7.cache` names, under YOLOV7_CACHE if set."""
+    """Where the tuner writes: the folder that `yolov7.cache` names, under YOLOV7_CACHE if set."""
     user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "yolov7-triton"
     return Path(os.environ.get("YOLOV7_CACHE") or user) / "configs"
 

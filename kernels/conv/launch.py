@@ -183,9 +183,10 @@ class StemLaunch:
         return config if config and self.takes(config) else default_stem_config(self.call)
 
     def prepare(
-        self, config: ConvConfig | None = None, workspace: Workspace | None = None
+        self,
+        config: ConvConfig | None = None,
+        workspace: Workspace | None = None,  # noqa: ARG002 - `Launch`'s; no stem's sum is split
     ) -> Callable[[], None]:
-        """As in `Launch`; the sum is never split, so the workspace stays as it is."""
         self.call.check()
         if not runs_kernels(self.call.out.device):
             return partial(_run_reference, self)

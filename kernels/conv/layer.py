@@ -161,9 +161,8 @@ class ConvCall:
             if tensor.device != x.device:
                 raise ValueError(f"{name} is on {tensor.device}, the input on {x.device}")
             if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
-                raise ValueError(
-                    f"{name} with strides {tensor.stride()} has no contiguous channels"
-                )
+                strides = tensor.stride()
+                raise ValueError(f"{name} with strides {strides} has no contiguous channels")
         self._check_types()
         if not self.weight.is_contiguous():
             raise ValueError(f"weight with strides {self.weight.stride()} is not contiguous")

@@ -1,4 +1,4 @@
-"""What the convolution kernels share: the geometry, their start, the product, what follows the sum."""
+"""What the convolution kernels share: geometry, the start, the product, what follows."""
 
 from typing import NamedTuple
 

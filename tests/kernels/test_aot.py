@@ -34,7 +34,7 @@ STEMS = {  # of the whole family
 
 
 def compile_conv(
-    target: str, *calls: ConvCall, config: ConvConfig | None = None, **changes: int
+    target: str, *calls: ConvCall, config: ConvConfig | None = None, **changes: Any
 ) -> Row:
     """The convolution kernel of one launch, with changes to its config, by default its own."""
     with recording(aot.capability_of(target)) as specs:

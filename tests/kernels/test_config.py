@@ -11,6 +11,7 @@ import torch
 import triton
 
 from yolov7.cache import cache_folder
+from yolov7.kernels import runtime
 from yolov7.kernels.conv import ConvConfig, ConvLaunch, config
 from yolov7.kernels.conv.cases import Record, layer_of, meta_call
 from yolov7.kernels.conv.config import Entry, find_config, read_entries, user_configs, write_entries
@@ -48,7 +49,7 @@ def test_nearest_size_within_a_factor_of_two(own_configs: Path) -> None:
 
         def found(*size: int, kind: str = "3x3s1-fp16") -> int | None:
             tuned = find_config((kind, size), CUDA)
-            return tuned and tuned.block_m
+            return None if tuned is None else tuned.block_m
 
         assert found(160, 64) == 64
         assert found(180, 64) == 128
@@ -109,8 +110,7 @@ def test_unusable_entry_is_one_warning_and_the_default(
     with recording((9, 0), GPU):
         default = launch().configs()[0]
         with pytest.warns(UserWarning, match=message) as caught:
-            for _ in range(3):
-                assert launch().chosen() == default
+            assert launch().chosen() == default == launch().chosen()
         assert find_config(other, CUDA) == CONFIG  # the rest of the file is used
     assert len(caught) == 1
     assert "yolov7 tune" in str(caught[0].message)
@@ -153,12 +153,11 @@ def test_damaged_file_is_one_warning(own_configs: Path) -> None:
 
 @pytest.mark.usefixtures("own_configs")
 def test_untuned_device_is_one_line_with_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(config.runtime, "device_folder", lambda _: "NVIDIA_L4")
+    monkeypatch.setattr(runtime, "device_folder", lambda _: "NVIDIA_L4")
     with pytest.warns(UserWarning, match="NVIDIA_L4.*: yolov7 tune$") as caught:
-        for _ in range(3):
-            assert find_config(launch().key, CUDA) is None
+        assert {find_config(launch().key, CUDA) for _ in range(3)} == {None}
     assert len(caught) == 1
-    monkeypatch.setattr(config.runtime, "device_folder", lambda _: "NVIDIA_A10")
+    monkeypatch.setattr(runtime, "device_folder", lambda _: "NVIDIA_A10")
     with pytest.warns(UserWarning, match="NVIDIA_A10"):
         find_config(launch().key, CUDA)
 

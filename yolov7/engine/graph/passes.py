@@ -84,9 +84,7 @@ def _task_kind(op: Op, reads_image: bool) -> TaskKind:
         case "maxpool" | "upsample" | "add" as kind:
             return kind
         case kind:
-            raise ValueError(
-                f"the engine has no kernel for the operation {kind} ({op.output.name})"
-            )
+            raise ValueError(f"the engine has no kernel for {kind} ({op.output.name})")
 
 
 def _is_image(value: Value, stands_for: dict[Value, Value]) -> bool:
