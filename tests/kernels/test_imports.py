@@ -111,8 +111,8 @@ EVERYTHING = """
     assert batched_nms(rows, segment_counts=counts).counts.shape == (1,)
 
     from yolov7.kernels.reparam import reparam
-    norm = torch.ones(4, 8)
-    reparam(torch.randn(8, 8, 3, 3), torch.randn(8, 8, 1, 1), norm, norm, norm)
+    norm = torch.ones(4, 8, dtype=torch.float64)
+    reparam(torch.randn(8, 8, 3, 3), norm, torch.randn(8, 8, 1, 1), norm, norm)
 
     from yolov7.kernels.bn_silu import batch_norm_act
     y = torch.randn(2, 4, 3, 3, requires_grad=True)

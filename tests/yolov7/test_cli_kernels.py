@@ -1,6 +1,7 @@
 """`yolov7 aot` and `yolov7 tune`."""
 
 import json
+import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -98,7 +99,7 @@ def test_tune_gives_each_batch_a_plan_and_prints_what_it_finds(
             yield launch, Entry(*launch.key, ConvConfig(block_m=1, block_n=1, block_k=1), 2.5, 9)
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(tune.signal, "signal", Mock())
+    monkeypatch.setattr(signal, "signal", Mock())
     monkeypatch.setattr(tune, "workload", workload)
     monkeypatch.setattr(tune, "tune_device", tune_device)
     words = ["tune", "--batch", "1", "8", "--precision", "fp8", "--minutes", "2"]
