@@ -17,6 +17,7 @@ import functools
 import inspect
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -107,13 +108,13 @@ def triton_op(
     Args:
         name: the operation's name.
         triton_body: allocates, chooses the config and launches; its annotations are the schema.
-        reference: the same result in plain PyTorch, for every device but CUDA.
+        reference: the same result in plain PyTorch, for other devices, and without Triton.
         fake: allocates the outputs only (``torch.compile``, export).
         mutates_args: names of the tensors that the operation writes.
     """
     schema = torch.library.infer_schema(triton_body, mutates_args=tuple(mutates_args))
     _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl(name, _on_device_of_tensors(triton_body), "CUDA")
+    _library.impl(name, _on_cuda(triton_body, reference), "CUDA")
     _library.impl(name, triton_body if INTERPRET else reference, "CompositeExplicitAutograd")
     torch.library.register_fake(f"yolov7::{name}", fake, lib=_library)
     op: OpOverload = getattr(torch.ops.yolov7, name).default
@@ -123,29 +124,35 @@ def triton_op(
 def runs_kernels(device: torch.device) -> bool:
     """Whether kernels run on a device, or are recorded for it; else their references do.
 
-    Raises:
-        RuntimeError: it is a CUDA device, and there is no Triton.
+    A GPU without Triton is said once.
     """
     if device.type == "cuda" and not HAS_TRITON:
-        raise RuntimeError("kernels on CUDA need Triton: pip install triton")
-    return INTERPRET or device.type in ("cuda", "meta")
+        _warn_of_references()
+    return INTERPRET or (HAS_TRITON and device.type in ("cuda", "meta"))
 
 
-def _on_device_of_tensors(body: Callable[..., Any]) -> Callable[..., Any]:
-    """The body with its first tensor's device made the current one.
+@functools.cache
+def _warn_of_references() -> None:
+    text = "there is no Triton: plain PyTorch stands in for the kernels, slowly; pip install triton"
+    warnings.warn(text, stacklevel=2)
+
+
+def _on_cuda(triton_body: Callable[..., Any], reference: Callable[..., Any]) -> Callable[..., Any]:
+    """What runs on CUDA, with the first tensor's device made the current one.
 
     Triton launches on the current device, and PyTorch sets none for operations: on another GPU
     than the current one a kernel would run where its pointers mean nothing.
     """
 
-    @functools.wraps(body)
-    def guarded(*args: Any, **kwargs: Any) -> Any:
+    @functools.wraps(triton_body)
+    def body(*args: Any, **kwargs: Any) -> Any:
         device = next(_tensors((*args, *kwargs.values()))).device
-        runs_kernels(device)
+        if not runs_kernels(device):
+            return reference(*args, **kwargs)
         with torch.cuda.device(device):
-            return body(*args, **kwargs)
+            return triton_body(*args, **kwargs)
 
-    return guarded
+    return body
 
 
 def _tensors(arguments: Iterable[Any]) -> Iterator[Tensor]:

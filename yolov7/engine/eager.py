@@ -100,7 +100,7 @@ class Network:
         self.one_shape = self.engine == "compile"
         self.names, self.stride, self.imgsz = model.names, model.stride, model.imgsz
         anchors = model.head.anchors.to(self.device, torch.float32)
-        model = model.fuse().requires_grad_(False).to(self.device, self.dtype)
+        model = model.to(self.device).fuse().requires_grad_(False).to(self.dtype)
         model.head.anchors = anchors  # 459 pixels would be 460 in bf16
         parameters = sum(parameter.numel() for parameter in model.parameters())
         self.title = f"{model.variant.name}, {parameters / 1e6:.1f} M parameters"
