@@ -21,6 +21,7 @@ dense form writes 8.6 MB more, 2 us; the candidate form some 500 rows of 340 byt
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -51,10 +52,10 @@ def decode_reference(
     anchors: Tensor,
     layouts: list[int],
     strides: list[int],
-    exact: bool,  # noqa: ARG001 - the operation's schema; this is exact
-    conf: float | None,
+    *options: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Level by level in plain PyTorch; arguments as in the operation."""
+    """Level by level in plain PyTorch, exact always; arguments as in the operation."""
+    _, conf = options
     rows, counts = [], []
     for i, layout in enumerate(_layouts(layouts)):
         x = layout.image_view(features[i]).float()
@@ -86,21 +87,87 @@ def _compact(level: Tensor, conf: float) -> tuple[Tensor, Tensor]:
     return segments, keep.sum(2, dtype=torch.int32)
 
 
+class Level(NamedTuple):
+    """Where a level's pixels lie, and where its rows go."""
+
+    height: int
+    width: int
+    pitch: int
+    row_pitch: int
+    c_in: int
+    x_stride: int
+    stride: int  # pixels of the image per pixel
+    first: int  # the row, or the segment, that its first one becomes
+
+
+class Anchor(NamedTuple):
+    """One anchor of a level and the weights of its outputs."""
+
+    weight_ptr: Any  # [anchors * outputs, c_in]
+    bias_ptr: Any  # [anchors * outputs] fp32
+    scale_ptr: Any  # [anchors * outputs] fp32 or None
+    size_ptr: Any  # [2] fp32, width and height
+    index: Any
+
+
+@triton.jit
+def _sigmoids(
+    # Tensors
+    x_ptrs,  # [BLOCK_M] rows of the map
+    anchor,
+    # Shapes
+    channel,  # [BLOCK_N]
+    mask_m,
+    mask_n,
+    level,
+    outputs,
+    # Constexprs
+    PRECISION: tl.constexpr,
+    PROMOTE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """What the head's convolution gives, through the sigmoid: [BLOCK_M, BLOCK_N]."""
+    offs_n = anchor.index * outputs + channel
+    weight_ptrs = anchor.weight_ptr + offs_n[None, :] * level.c_in
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start_k in range(0, level.c_in, BLOCK_K):
+        offs_k = start_k + tl.arange(0, BLOCK_K)
+        mask_k = offs_k < level.c_in
+        a_mask, b_mask = mask_m[:, None] & mask_k[None, :], mask_k[:, None] & mask_n[None, :]
+        a = tl.load(x_ptrs[:, None] + offs_k[None, :], mask=a_mask, other=0.0)
+        b = tl.load(weight_ptrs + offs_k[:, None], mask=b_mask, other=0.0)
+        if PROMOTE:  # the interpreter has no bf16
+            a, b = a.to(tl.float32), b.to(tl.float32)
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+    if anchor.scale_ptr is not None:
+        acc *= tl.load(anchor.scale_ptr + offs_n, mask=mask_n, other=0.0)[None, :]
+    acc += tl.load(anchor.bias_ptr + offs_n, mask=mask_n, other=0.0)[None, :]
+    return 1.0 / (1.0 + tl.exp(-acc))
+
+
+@triton.jit
+def _boxes(s, channel, column, row, anchor_w, anchor_h, level):
+    """Sigmoids as centre and size in pixels where the channel is one of those, else themselves."""
+    grid = tl.where((channel == 0)[None, :], column[:, None], row[:, None])
+    centre = (2.0 * s - 0.5 + grid.to(tl.float32)) * level.stride
+    size = 4.0 * s * s * tl.where(channel == 2, anchor_w, anchor_h)[None, :]
+    value = tl.where((channel < 4)[None, :], size, s)
+    return tl.where((channel < 2)[None, :], centre, value)
+
+
 @triton.jit
 def _decode_tile(
     # Tensors
     x_ptr,  # [rows of the map, c_in]
-    weight_ptr,  # [anchors * outputs, c_in]
-    bias_ptr,  # [anchors * outputs] fp32
-    scale_ptr,  # [anchors * outputs] fp32 or None
-    anchor_ptr,  # [2] fp32
+    anchor,  # Anchor
     rows_ptr,  # [B, total, outputs] fp32
     counts_ptr,  # [B, segments] int32 or None
     # Shapes
     tile,
     image,
-    anchor,
-    shape,
+    level,  # Level
     total,
     segments,
     outputs,
@@ -113,44 +180,29 @@ def _decode_tile(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    height, width, pitch, row_pitch, c_in, x_stride, stride, first = shape
+    """BLOCK_M pixels of a level with one anchor: a segment of the candidate form."""
+    pixels = level.height * level.width
     pixel = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    mask_m = pixel < height * width
-    column, row = pixel % width, pixel // width
-    x_rows = (image * row_pitch + row) * pitch + column  # image is int64
-    x_ptrs = x_ptr + x_rows[:, None] * x_stride
-    place = first + anchor * height * width + pixel
-    anchor_w, anchor_h = tl.load(anchor_ptr), tl.load(anchor_ptr + 1)
+    mask_m = pixel < pixels
+    column, row = pixel % level.width, pixel // level.width
+    x_rows = (image * level.row_pitch + row) * level.pitch + column  # image is int64
+    x_ptrs = x_ptr + x_rows * level.x_stride
+    place = level.first + anchor.index * pixels + pixel
+    anchor_w, anchor_h = tl.load(anchor.size_ptr), tl.load(anchor.size_ptr + 1)
     for start_n in range(0, outputs, BLOCK_N):
         channel = start_n + tl.arange(0, BLOCK_N)
         mask_n = channel < outputs
-        offs_n = anchor * outputs + channel
-        weight_ptrs = weight_ptr + offs_n[None, :] * c_in
-        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for start_k in range(0, c_in, BLOCK_K):
-            offs_k = start_k + tl.arange(0, BLOCK_K)
-            mask_k = offs_k < c_in
-            a_mask, b_mask = mask_m[:, None] & mask_k[None, :], mask_k[:, None] & mask_n[None, :]
-            a = tl.load(x_ptrs + offs_k[None, :], mask=a_mask, other=0.0)
-            b = tl.load(weight_ptrs + offs_k[:, None], mask=b_mask, other=0.0)
-            if PROMOTE:  # the interpreter has no bf16
-                a, b = a.to(tl.float32), b.to(tl.float32)
-            acc = tl.dot(a, b, acc, input_precision=PRECISION)
-        if scale_ptr is not None:
-            acc *= tl.load(scale_ptr + offs_n, mask=mask_n, other=0.0)[None, :]
-        acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0)[None, :]
-        s = 1.0 / (1.0 + tl.exp(-acc))
-        grid = tl.where((channel == 0)[None, :], column[:, None], row[:, None])
-        centre = (2.0 * s - 0.5 + grid.to(tl.float32)) * stride
-        size = 4.0 * s * s * tl.where(channel == 2, anchor_w, anchor_h)[None, :]
-        value = tl.where((channel < 4)[None, :], size, s)
-        value = tl.where((channel < 2)[None, :], centre, value)
+        s = _sigmoids(
+            x_ptrs, anchor, channel, mask_m, mask_n, level, outputs,
+            PRECISION, PROMOTE, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+        value = _boxes(s, channel, column, row, anchor_w, anchor_h, level)
         if counts_ptr is not None and start_n == 0:
-            # Survivors move to the start of their segment, in order.
+            # Survivors move to the start of their segment, in order; the others are not stored.
             objectness = tl.sum(tl.where((channel == 4)[None, :], s, 0.0), axis=1)
             mask_m &= objectness > conf
             rank = tl.cumsum(mask_m.to(tl.int32), axis=0)
-            segment = first + anchor * tl.cdiv(height * width, BLOCK_M) + tile
+            segment = level.first + anchor.index * tl.cdiv(pixels, BLOCK_M) + tile
             place = segment * BLOCK_M + rank - 1
             # Not a sum: reducing to a scalar here fails to compile for sm_100 (Triton 3.6, 3.7).
             last = tl.arange(0, BLOCK_M) == BLOCK_M - 1
@@ -171,8 +223,8 @@ def _decode_kernel(
     anchors_ptr,  # [LEVELS, anchors, 2] fp32
     rows_ptr,  # [B, total, outputs] fp32
     counts_ptr,  # [B, segments] int32 or None
-    # Shapes: per level height, width, pitch, row pitch, channels, row stride, pixels, first place
-    shapes,
+    # Shapes
+    levels,  # a Level each
     anchors,
     total,
     segments,
@@ -189,15 +241,16 @@ def _decode_kernel(
 ):
     """One segment of pixels, one anchor, one image a program; the levels one after the other."""
     tile = tl.program_id(0)
-    anchor = tl.program_id(1)
+    index = tl.program_id(1)
     image = tl.program_id(2).to(tl.int64)
-    for level in tl.static_range(LEVELS):
-        tiles = tl.cdiv(shapes[level][0] * shapes[level][1], BLOCK_M)
+    for i in tl.static_range(LEVELS):
+        tiles = tl.cdiv(levels[i].height * levels[i].width, BLOCK_M)
         if (tile >= 0) & (tile < tiles):
+            size_ptr = anchors_ptr + (i * anchors + index) * 2
+            anchor = Anchor(weight_ptrs[i], bias_ptrs[i], scale_ptrs[i], size_ptr, index)
             _decode_tile(
-                x_ptrs[level], weight_ptrs[level], bias_ptrs[level], scale_ptrs[level],
-                anchors_ptr + (level * anchors + anchor) * 2, rows_ptr, counts_ptr,
-                tile, image, anchor, shapes[level], total, segments, outputs, conf,
+                x_ptrs[i], anchor, rows_ptr, counts_ptr,
+                tile, image, levels[i], total, segments, outputs, conf,
                 PRECISION, PROMOTE, BLOCK_M, BLOCK_N, BLOCK_K,
             )  # fmt: skip
         tile -= tiles
@@ -230,10 +283,10 @@ def launch_decode(
     The arguments up to `conf` are those of `decode`, `rows` and `counts` what it returns (counts
     are not written in the dense form); `config` has BLOCK_N, BLOCK_K, num_warps, num_stages.
     """
-    count, first, shapes = anchors.shape[1], 0, []
+    count, first, levels = anchors.shape[1], 0, []
     for x, layout, stride in zip(features, layouts, strides, strict=True):
         sides = (layout.h, layout.w, layout.pitch, layout.row_pitch)
-        shapes.append((*sides, x.shape[1], x.stride(0), stride, first))
+        levels.append(Level(*sides, x.shape[1], x.stride(0), stride, first))
         first += count * layout.h * layout.w if conf is None else _segments(layout, count)
     tiles = sum(-(-layout.h * layout.w // SEGMENT) for layout in layouts)
     args = {
@@ -244,7 +297,7 @@ def launch_decode(
         "anchors_ptr": anchors,
         "rows_ptr": rows,
         "counts_ptr": None if conf is None else counts,
-        "shapes": tuple(shapes),
+        "levels": tuple(levels),
         "anchors": count,
         "total": rows.shape[1],
         "segments": counts.shape[1],
@@ -286,16 +339,9 @@ def _decode_triton(
 
 
 def _decode_fake(
-    features: list[Tensor],
-    weights: list[Tensor],
-    biases: list[Tensor],  # noqa: ARG001 - the operation's schema
-    scales: list[Tensor],  # noqa: ARG001 - the operation's schema
-    anchors: Tensor,
-    layouts: list[int],
-    strides: list[int],  # noqa: ARG001 - the operation's schema
-    exact: bool,  # noqa: ARG001 - the operation's schema
-    conf: float | None,
+    features: list[Tensor], weights: list[Tensor], *arguments: Any
 ) -> tuple[Tensor, Tensor]:
+    _, _, anchors, layouts, _, _, conf = arguments
     count = anchors.shape[1]
     if conf is None:
         segments, rows = 0, sum(count * at.h * at.w for at in _layouts(layouts))

@@ -38,29 +38,14 @@ def _fits_tma(call: ConvCall) -> bool:
 def default_config(calls: Sequence[ConvCall]) -> ConvConfig:
     """A config from counted tiles, for devices and sizes that nobody tuned.
 
-    The largest tile that keeps three quarters of the processors busy, since what limits a large
-    layer is the traffic from the L2 cache, (1 / BLOCK_M + 1 / BLOCK_N) per operation; where none
-    does, tiles of 64 x 64 and the sum split over the idle processors. No choice spills registers
-    on sm_80, 89, 90 or 100; that is held by the ahead-of-time tests.
+    No choice spills registers on sm_80, 89, 90 or 100; that is held by the ahead-of-time tests.
     """
     device = calls[0].x.device
     units = processors(device)
     roomy = capability(device) >= (9, 0)
     hopper = roomy and capability(device) < (10, 0)
     tma = roomy and fits_tma(calls)
-    sizes = _TMA_TILES if tma else _GATHER_TILES
-    width = max(16, triton.next_power_of_2(max(c.layer.out_channels for c in calls)))
-    fitting = [(m, n) for m, n in sizes if n <= width] or [(64, width)]
-    exact, plain = calls[0].exact, all(map(_plain_store, calls))
-    item = max(c.out.element_size() for c in calls)
-    if exact:
-        fitting = [(64, min(32, width))]  # multiplied one by one: operands live in registers
-    elif not plain or long_fp8_sum(calls) or not hopper:  # larger ones spill
-        cramped = item == 4 or (len(calls) > 1 and not roomy)
-        largest = 64 * 64 if cramped else 128 * 128
-        fitting = [(m, n) for m, n in fitting if m * n <= largest]
-    filled = (tile for tile in fitting if _busy(tiles(calls, *tile), units) >= 0.75)
-    block_m, block_n = next(filled, fitting[-1])
+    block_m, block_n = _default_tile(calls, tma)
     block_k = _block_k(calls, tma)
     count = tiles(calls, block_m, block_n)
     steps = max(c.layer.taps * -(-c.layer.in_channels // block_k) for c in calls)
@@ -73,13 +58,13 @@ def default_config(calls: Sequence[ConvCall]) -> ConvConfig:
             block_n=block_n,
             block_k=block_k,
             split_k=split,
-            num_stages=2 if exact else 4 if roomy else 3,
+            num_stages=2 if calls[0].exact else 4 if roomy else 3,
             # Left alone, ptxas aims lower and spills a register or two of small tiles.
             maxnreg=168 if block_m * block_n <= 64 * 64 else 0,
             launch_pdl=roomy,
         )
     added = any(c.residual is not None for c in calls)
-    staged = block_m * block_n * item * (2 if added else 1)
+    staged = block_m * block_n * max(c.out.element_size() for c in calls) * (2 if added else 1)
     stage = (block_m + block_n) * block_k * calls[0].x.element_size()
     large = block_m * block_n >= (128 * 128 if hopper else 128 * 64)
     occupancy = 1 if large else 2
@@ -93,10 +78,33 @@ def default_config(calls: Sequence[ConvCall]) -> ConvConfig:
         split_k=split,
         num_warps=8 if large else 4,
         num_stages=min(4, (_SHARED_BYTES - staged) // stage),
-        flatten=hopper and several and plain,
+        flatten=hopper and several and all(map(_plain_store, calls)),
         occupancy=occupancy,
         launch_pdl=True,
     )
+
+
+def _default_tile(calls: Sequence[ConvCall], tma: bool) -> tuple[int, int]:
+    """(block_m, block_n): the largest tile that keeps three quarters of the processors busy.
+
+    What limits a large layer is the traffic from the L2 cache, (1 / block_m + 1 / block_n) per
+    operation. Where no tile keeps them busy it is the smallest, and the sum may be split.
+    """
+    device = calls[0].x.device
+    roomy = capability(device) >= (9, 0)
+    hopper = roomy and capability(device) < (10, 0)
+    width = max(16, triton.next_power_of_2(max(c.layer.out_channels for c in calls)))
+    if calls[0].exact:  # multiplied one by one: operands live in registers
+        return 64, min(32, width)
+    sizes = _TMA_TILES if tma else _GATHER_TILES
+    fitting = [(m, n) for m, n in sizes if n <= width] or [(64, width)]
+    if not all(map(_plain_store, calls)) or long_fp8_sum(calls) or not hopper:  # larger ones spill
+        wide = max(c.out.element_size() for c in calls) == 4
+        largest = 64 * 64 if wide or (len(calls) > 1 and not roomy) else 128 * 128
+        fitting = [(m, n) for m, n in fitting if m * n <= largest]
+    units = processors(device)
+    filled = (tile for tile in fitting if _busy(tiles(calls, *tile), units) >= 0.75)
+    return next(filled, fitting[-1])
 
 
 _TMA_TILES = ((128, 256), (256, 128), (128, 128), (256, 64), (128, 64), (64, 64))

@@ -25,14 +25,20 @@ a batch. At conf 0.001, multi-label, half of all rows are read whole, twice: 2 x
 import functools
 import struct
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from yolov7.kernels.nms.greedy import nms_greedy_kernel
 from yolov7.kernels.nms.reference import CLASS_OFFSET, nms_reference
-from yolov7.kernels.nms.select import nms_histogram_kernel, nms_scatter_kernel, nms_select_kernel
+from yolov7.kernels.nms.select import (
+    Scan,
+    Sizes,
+    nms_histogram_kernel,
+    nms_scatter_kernel,
+    nms_select_kernel,
+)
 from yolov7.kernels.runtime import Config, launch, processors, triton, triton_op
 
 __all__ = ["Detections", "batched_nms", "compile_cases", "nms_reference"]
@@ -87,26 +93,28 @@ def _launch_nms(
     capacity = work["keys"].shape[1]
     warps = {"num_warps": config["num_warps"]}
     scan = {
-        "prediction_ptr": prediction,
-        "counts_ptr": segment_counts,
-        "classes_ptr": classes,
-        "N": rows,
-        "K": 0 if classes is None else classes.shape[0],
-        "segment": 1 if segment_counts is None else rows // max(segment_counts.shape[1], 1),
-        "conf": conf,
-        "conf_bits": conf_bits,
-        "shift": 32 + bin_bits,
-        "NC": nc,
-        "MULTI_LABEL": multi_label,
-        "HAS_COUNTS": segment_counts is not None,
-        "HAS_CLASSES": classes is not None,
-        "LOG_BINS": config["LOG_BINS"],
-        "SPLITS": work["histogram"].shape[1],
-        "BLOCK_R": min(max(config["ELEMENTS"] // block_c, 1), 256),
-        "BLOCK_C": block_c,
-        "BLOCK_K": 1 if classes is None else triton.next_power_of_2(max(classes.shape[0], 1)),
+        "scan": Scan(
+            prediction,
+            segment_counts,
+            classes,
+            N=rows,
+            K=0 if classes is None else classes.shape[0],
+            segment=1 if segment_counts is None else rows // max(segment_counts.shape[1], 1),
+            conf=conf,
+            conf_bits=conf_bits,
+            shift=32 + bin_bits,
+        ),
+        "SIZES": Sizes(
+            nc,
+            multi_label,
+            config["LOG_BINS"],
+            SPLITS=work["histogram"].shape[1],
+            BLOCK_R=min(max(config["ELEMENTS"] // block_c, 1), 256),
+            BLOCK_C=block_c,
+            BLOCK_K=1 if classes is None else triton.next_power_of_2(max(classes.shape[0], 1)),
+        ),
     }
-    grid = (scan["SPLITS"], batch)
+    grid = (work["histogram"].shape[1], batch)
     launch(nms_histogram_kernel, grid, {**scan, "histogram_ptr": work["histogram"]}, warps)
     choice = {"cursor_ptr": work["cursor"], "limits_ptr": work["limits"], "capacity": capacity}
     select = {
@@ -194,17 +202,8 @@ def _nms_triton(
     return result
 
 
-def _nms_fake(
-    prediction: Tensor,
-    segment_counts: Tensor | None,  # noqa: ARG001 - the operation's schema
-    classes: Tensor | None,  # noqa: ARG001 - the operation's schema
-    conf: float,  # noqa: ARG001 - the operation's schema
-    iou: float,  # noqa: ARG001 - the operation's schema
-    multi_label: bool,  # noqa: ARG001 - the operation's schema
-    agnostic: bool,  # noqa: ARG001 - the operation's schema
-    max_det: int,
-    max_candidates: int,  # noqa: ARG001 - the operation's schema
-) -> tuple[Tensor, Tensor, Tensor]:
+def _nms_fake(prediction: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *_, max_det, _ = arguments
     return _empty_result(prediction, max_det)
 
 
