@@ -33,7 +33,7 @@ bench-compare: $(VENV)/.dev  ## is this tree faster or slower than BASE, a git r
 	$(BIN)/python -m bench.compare $(BASE)
 
 baselines: $(VENV)/.dev  ## rewrite the tables that compiled kernels are compared with
-	for batch in 1 32; do $(BIN)/python -m yolov7.kernels.aot --variant yolov7 --batch $$batch \
+	for batch in 1 32; do $(BIN)/yolov7 aot --variant yolov7 --batch $$batch \
 	  --json bench/baselines/aot-sm_90-yolov7-batch$$batch.json || exit 1; done
 
 $(VENV)/.runtime: pyproject.toml constraints.txt

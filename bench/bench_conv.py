@@ -10,16 +10,8 @@ from torch import Tensor
 from bench.comparison import Comparison, bodies
 from bench.race import Agree, Run, Work, captured, close
 from yolov7.info import conv_layers
-from yolov7.kernels.conv import ConvCall
-from yolov7.kernels.conv.cases import (
-    Record,
-    bound,
-    chosen_config,
-    layer_key,
-    layer_of,
-    meta_call,
-)
-from yolov7.kernels.tune import random_call
+from yolov7.kernels.conv import ConvCall, ConvLaunch
+from yolov7.kernels.conv.cases import Record, layer_key, layer_of, meta_call
 from yolov7.model import create_model
 
 BATCHES = (1, 32)
@@ -54,12 +46,12 @@ def prepared(
         sides = (min(record.height, 6), min(record.width, 6))
         channels = (min(record.in_channels, 32), min(record.out_channels, 16))
         batch, record = 1, Record(*channels, record.kernel, record.stride, *sides)
-    return random_call(meta_call(layer_of(record, batch), dtype), device)
+    return meta_call(layer_of(record, batch), dtype).random(device)
 
 
 def launched(call: ConvCall) -> Run:
     """Our kernel with the config that is looked up, into the call's own output."""
-    launch = bound([call], chosen_config([call]))
+    launch = ConvLaunch([call]).prepare()
 
     def run() -> Tensor:
         launch()

@@ -13,7 +13,7 @@ from torch import Tensor
 from bench.comparison import Comparison, bodies
 from bench.race import Run, Work, captured, close
 from yolov7.engine.frames import to_input
-from yolov7.kernels.letterbox import letterbox, pack_frames
+from yolov7.kernels.letterbox import letterbox
 from yolov7.letterbox import GREY, Geometry, letterbox_geometry
 from yolov7.letterbox import letterbox as letterbox_cpu
 
@@ -54,7 +54,9 @@ def bench_letterbox(batch: int, compete: Comparison, device: torch.device, smoke
         if device.type == "cpu":
             return {"ours": partial(on_cpu, frames, size), "eager": plain}
         top, _, left, _ = geometry.border
-        pixels, table = pack_frames(tensors, [(top, left, *geometry.size)] * batch, (size, size))
+        pixels, box = torch.cat([frame.flatten() for frame in tensors]), (top, left, *geometry.size)
+        rows = [[3 * height * width * i, height, width, *box] for i in range(batch)]
+        table = torch.tensor(rows, device=device)
         out = torch.empty(batch, 3, size, size, dtype=dtype, device=device)
         return {"ours": captured(partial(letterbox, pixels, table, out), device), "eager": plain}
 

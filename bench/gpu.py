@@ -33,6 +33,7 @@ from bench.ceilings import Ceilings
 from bench.layers import read
 from bench.plots import save_pictures
 from bench.results import ROOT, Report, environment, read_rows
+from yolov7.kernels.conv.config import user_configs
 
 SHARES = {"tests": 3.0, "tune": 4.0, "bench": 5.0, "train": 1.5}
 POLL_SECONDS = 1.0
@@ -49,7 +50,7 @@ SUITES = (
     (("engine", "conv"), 1.0),
 )
 TRAINING = ("loader", "bn_silu", "train")  # the last of which compiles for minutes
-CONFIGS = ROOT / "kernels" / "configs"
+CONFIGS = user_configs()
 
 
 @dataclass
@@ -174,7 +175,7 @@ def run_tuning(run: Run, until: float) -> None:
 
         def attempt(precision: str = precision, end: float = end) -> int:
             minutes = f"{max(end - time.monotonic(), 0.0) / 60:.2f}"
-            command = ["yolov7.kernels.tune", "--precision", precision, "--minutes", minutes]
+            command = ["yolov7", "tune", "--precision", precision, "--minutes", minutes]
             return run.process(f"tuning {precision}", command, until)
 
         go_on(attempt, lambda: [file.read_bytes() for file in sorted(CONFIGS.rglob("*.json"))])

@@ -27,14 +27,9 @@ from yolov7.benchmark import measure
 from yolov7.engine.choose import Runtime
 from yolov7.engine.graph.planned import PlannedNetwork, described
 from yolov7.kernels import runtime
-from yolov7.kernels.conv.cases import DTYPES, Calls, call_name
-from yolov7.kernels.tune import (
-    check_config,
-    members,
-    random_calls,
-    references,
-    shipped_configs,
-)
+from yolov7.kernels.conv import Launch
+from yolov7.kernels.runtime import PRECISIONS
+from yolov7.kernels.tune import check_config, shipped_configs
 from yolov7.model import YOLOv7, create_model
 from yolov7.variants import VARIANTS
 
@@ -60,31 +55,33 @@ def family(*, small: bool) -> Iterator[YOLOv7]:
 def check_jobs(device: torch.device, *, small: bool) -> Iterator[Job]:
     """A job for each launch, type and batch; YOLOv7 in fp16 comes first."""
     models = list(family(small=small))
-    precisions = [name for name in DTYPES if name != "fp8" or runtime.capability(device) >= (8, 9)]
+    precisions = [
+        name for name in PRECISIONS if name != "fp8" or runtime.capability(device) >= (8, 9)
+    ]
     batches = (1, 2) if small else BATCHES
     seen: set[str] = set()
     for precision, batch, model in itertools.product(precisions, batches, models):
         size = 64 if small else model.imgsz
-        for launch in described(model, batch, size, size, DTYPES[precision]):
-            name = f"{call_name(launch)} {members(launch)[0].layer.activation} in {precision}"
+        for launch in described(model, batch, size, size, PRECISIONS[precision]):
+            name = f"{launch.name} {launch.calls[0].layer.activation} in {precision}"
             if name not in seen:
                 seen.add(name)
                 yield name, partial(check, launch, device)
 
 
-def check(launch: Calls, device: torch.device) -> Entry:
+def check(layers: Launch, device: torch.device) -> Entry:
     """How many configs were compared, and which are wrong, why.
 
     Raises:
         torch.AcceleratorError: A config took the device down; its note says which.
     """
-    calls = random_calls(launch, device)
-    expected = references(calls)
+    launch = layers.random(device)
+    expected = launch.reference()
     found: dict[str, str | None] = {}
-    for origin, config in shipped_configs(calls).items():
-        name = f"{origin} {dict(config)}"
+    for origin, config in shipped_configs(launch).items():
+        name = f"{origin} {config}"
         try:
-            found[name] = check_config(calls, expected, config)
+            found[name] = check_config(launch, expected, config)
         except torch.AcceleratorError as error:
             error.add_note(name)
             raise

@@ -1,41 +1,33 @@
 """Compile every kernel for a GPU that is not there, and say what the compiler made of it.
 
-``python -m yolov7.kernels.aot --target sm_90 --variant yolov7 --batch 1`` compiles what a model
-launches, with the default and every shipped config, and prints one row for each kernel: registers,
-shared and local memory, matrix instructions and where their first operand comes from, loads
-through tensor descriptors, instructions. It exits with 1 when a row passes a limit: local memory
-(spilled registers), more shared memory than the device has (the compiler does not check that), a
-convolution without matrix instructions, a descriptor convolution whose operands are not both in
-shared memory on Hopper.
+`compile_all` compiles what a model launches, with the default and every shipped config, and gives
+one row for each kernel: registers, shared and local memory, matrix instructions and where their
+first operand comes from, loads through tensor descriptors, instructions. `passed_limits` names what
+must not be: local memory (spilled registers), more shared memory than the device has (the compiler
+does not check that), a convolution without matrix instructions, a descriptor convolution whose
+operands are not both in shared memory on Hopper.
 
 Kernel files take part by a function ``compile_cases`` (see `CompileSpec`); its parameters are
-filled by name from `workload`. The numbers are exact and the same on every machine, so comparing
-them with a stored table (`worse`) is a regression check that needs no GPU.
+filled by name from what the caller knows of the model. The numbers are exact and the same on every
+machine, so comparing them with a stored table (`worse`) is a regression check that needs no GPU.
 """
 
-import argparse
-import importlib
 import inspect
 import json
 import pkgutil
 import re
 import subprocess
-import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import torch
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-
-from yolov7.kernels import runtime
-from yolov7.kernels.conv.cases import DTYPES
-from yolov7.kernels.runtime import CompileSpec, recording
+from yolov7 import kernels
+from yolov7.kernels.conv import config
+from yolov7.kernels.runtime import CompileSpec, recording, triton
 
 SHARED_LIMITS = {"sm_80": 166_912, "sm_89": 101_376, "sm_90": 232_448, "sm_100": 232_448}
 """Bytes of shared memory a program may use, by target."""
@@ -87,6 +79,9 @@ def capability_of(target: str) -> tuple[int, int]:
 def compile_spec(spec: CompileSpec, target: str, shape: str = "") -> Row:
     """Compile one specialisation for a target such as ``sm_90`` and read the machine code."""
     major, minor = capability_of(target)
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
     source = ASTSource(spec.fn, spec.signature, spec.constexprs, spec.attrs)
     options = {"enable_fp_fusion": True, **spec.options}
     compiled = triton.compile(
@@ -179,42 +174,14 @@ def worse(rows: Sequence[Row], baseline: Sequence[Row]) -> list[str]:
     return sorted(found)
 
 
-def workload(variant: str | None, batch: int, precision: str) -> dict[str, Any]:
-    """What ``compile_cases`` of any kernel may ask for by name.
-
-    Args:
-        variant: a model's name, whose plan says what is launched; None for samples.
-        batch: images.
-        precision: fp16, bf16, fp8 or fp32.
-    """
-    known: dict[str, Any] = {"batch": batch, "precision": precision}
-    if variant is None:
-        return known
-    # The command line may look up the arrow: nothing else in this package knows the models.
-    network = importlib.import_module("yolov7.engine.graph.planned")
-    model_module = importlib.import_module("yolov7.model")
-    with torch.device("meta"):
-        model = model_module.create_model(variant, form="deploy").fuse()
-    size = model.imgsz
-    strides = model.head.strides
-    return {
-        **known,
-        "calls": network.described(model, batch, size, size, DTYPES[precision]),
-        "size": size,
-        "rows": 3 * sum((size // int(stride)) ** 2 for stride in strides),
-        "nc": 80,
-    }
-
-
 def kernel_cases(
     known: Mapping[str, Any], only: Sequence[str] = ()
 ) -> Iterator[tuple[str, Callable[[], object]]]:
     """The cases of every kernel file of this package, (shape, launch on meta tensors)."""
-    package = importlib.import_module("yolov7.kernels")
-    for info in pkgutil.iter_modules(package.__path__):
-        if info.name in ("aot", "tune") or (only and info.name not in only):
+    for info in pkgutil.iter_modules(kernels.__path__):
+        if only and info.name not in only:
             continue
-        module = importlib.import_module(f"yolov7.kernels.{info.name}")
+        module = import_module(f"{kernels.__name__}.{info.name}")
         cases = getattr(module, "compile_cases", None)
         if cases is not None:
             wanted = inspect.signature(cases).parameters
@@ -244,11 +211,11 @@ def compile_all(
 
 
 def shipped_devices(capability: tuple[int, int]) -> list[str]:
-    """Folders of ``configs`` that were tuned on a device of this capability."""
+    """Folders of packaged configs that were tuned on a device of this capability."""
     return sorted(
         {
             path.parent.name
-            for path in runtime.CONFIGS.glob("*/conv.json")
+            for path in config.PACKAGED.glob("*/conv.json")
             if json.loads(path.read_text())["capability"] == list(capability)
         }
     )
@@ -267,46 +234,3 @@ def load_table(path: Path) -> tuple[str, list[Row]]:
     """(Triton's version, rows) of a stored table."""
     data = json.loads(path.read_text())
     return data["triton"], [Row(**row) for row in data["rows"]]
-
-
-def _print_row(row: Row) -> None:
-    operand = f" {row.mma_operand}" if row.mma_operand else ""
-    mma = f"{row.mma_count} {row.mma}{operand}" if row.mma else "-"
-    print(
-        f"{row.kernel:22} {row.shape:48} {row.registers:4} {row.shared_bytes:7} "
-        f"{row.local_bytes:5} {mma:18} {row.tma_loads:3} {row.instructions:6}  {row.config}"
-    )
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Compile, print the table, return 1 when a limit is passed."""
-    parser = argparse.ArgumentParser(prog="python -m yolov7.kernels.aot", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--target", default="sm_90", choices=SHARED_LIMITS)
-    parser.add_argument("--variant", help="a model such as yolov7; default: a sample of layers")
-    parser.add_argument("--batch", type=int, default=1, help="images (default %(default)s)")
-    parser.add_argument("--precision", default="fp16", choices=("fp16", "bf16", "fp8", "fp32"))
-    parser.add_argument("--only", nargs="+", default=(), help="kernel files, such as conv nms")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows")
-    options = parser.parse_args(arguments)
-    if options.precision == "fp8" and options.target == "sm_80":
-        parser.error("sm_80 has no fp8; use sm_89 or later")
-    print(
-        f"{'kernel':22} {'shape':48} {'regs':>4} {'shared':>7} {'local':>5} {'matrix':18} "
-        f"{'tma':>3} {'instr':>6}  config"
-    )
-    rows, over = [], []
-    known = workload(options.variant, options.batch, options.precision)
-    for row in compile_all(options.target, known, only=options.only):
-        _print_row(row)
-        rows.append(row)
-        over += [f"{row.kernel} {row.shape}: {limit}" for limit in passed_limits(row)]
-    if options.json:
-        options.json.write_text(json.dumps(table(rows), indent=1) + "\n")
-    for line in over:
-        print(f"over the limit: {line}", file=sys.stderr)
-    return 1 if over else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

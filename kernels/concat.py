@@ -13,13 +13,11 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from yolov7.kernels.conv.layer import overlap
 from yolov7.kernels.layout import PitchedLayout
-from yolov7.kernels.runtime import Config, launch, triton_op
+from yolov7.kernels.runtime import PRECISIONS, Config, launch, tl, triton, triton_op
 
 MAX_PARTS = 8
 
@@ -124,8 +122,7 @@ def compile_cases(
 ) -> Iterator[tuple[str, Callable[[], object]]]:
     """Launches to compile ahead of time, see `yolov7.kernels.runtime.CompileSpec`."""
     layout = PitchedLayout.of(batch, 80, 80)
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
-    out = layout.empty(512, dtype=dtype.get(precision, torch.float16), device="meta")
+    out = layout.empty(512, dtype=PRECISIONS[precision], device="meta")
     for count in (1, 2, 4):
         parts = [torch.empty_like(out[:, : 512 // count]) for _ in range(count)]
         shape = f"{batch}x512x80x80 {precision}"

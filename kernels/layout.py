@@ -3,7 +3,17 @@
 A feature map of ``n`` images, ``h x w`` pixels and ``c`` channels is a matrix ``[rows, c]``,
 channels contiguous. Pixel ``(image, y, x)`` is the row ``(image * row_pitch + y) * pitch + x``
 with ``pitch >= w + 1`` and ``row_pitch >= h + 1``: after every line of pixels comes at least one
-zero pixel, after every image at least one line of zeros. So a 3x3 convolution of stride 1 is nine
+zero pixel, after every image at least one line of zeros. Two images of 2 x 4 pixels, pitch 5, row
+pitch 3, each pixel with the number of its row; those in brackets are border, and zero:
+
+     0   1   2   3  [4]     the 3 x 3 pixels around row 6 are the rows 0, 1, 2, 5, 6, 7, 10, 11, 12:
+     5   6   7   8  [9]     in each line as many rows apart, wherever the middle is. Right of row 8
+   [10  11  12  13  14]     lies 9, which is zero, and below it 13; left of row 5 lies 4, the zero
+    15  16  17  18 [19]     at the end of the line before. So a tap never needs to know where an
+    20  21  22  23 [24]     image begins or ends.
+   [25  26  27  28  29]
+
+So a 3x3 convolution of stride 1 is nine
 shifted matrix products: tap ``(r, s)`` of output row ``m`` reads the row
 ``m + (r - 1) * pitch + (s - 1)``, and what lies left of, right of, above or below an image is
 zero (rows before the first and after the last are zero-filled by whoever loads them). 1x1

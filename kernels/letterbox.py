@@ -23,63 +23,17 @@ at batch 16.
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from typing import Any, NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from yolov7.kernels.layout import PitchedLayout
-from yolov7.kernels.runtime import Config, launch, triton_op
+from yolov7.kernels.runtime import FLOATS, Config, launch, tl, triton, triton_op
 
 GREY = 114
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+"""Of what lies around a frame, all three channels."""
 CONFIG: Config = {"BLOCK_Y": 4, "BLOCK_X": 64, "num_warps": 4}
-
-
-def pack_frames(
-    frames: Sequence[Tensor],
-    boxes: Sequence[tuple[int, int, int, int]],
-    size: tuple[int, int],
-    device: torch.device | str | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Lay frames behind one another for `letterbox`.
-
-    Args:
-        frames: [h, w, 3] uint8 each, BGR.
-        boxes: (top, left, height, width) of each scaled frame in the output, in pixels.
-        size: (height, width) of the output.
-        device: where to put them; the frames' own by default.
-
-    Returns:
-        The bytes [n] uint8 and the table [B, 7] int64: offset, height, width; the box.
-
-    Raises:
-        ValueError: a frame is no [h, w, 3] uint8, or a box does not lie in the output.
-    """
-    if len(frames) != len(boxes):
-        raise ValueError(f"{len(frames)} frames, but {len(boxes)} boxes")
-    table, offset = [], 0
-    for frame, box in zip(frames, boxes, strict=True):
-        if (
-            frame.ndim != 3
-            or frame.shape[2] != 3
-            or frame.dtype != torch.uint8
-            or not frame.numel()
-        ):
-            raise ValueError(f"a frame is {frame.dtype} {list(frame.shape)}, not uint8 [h, w, 3]")
-        top, left, height, width = box
-        inside = min(top, left) >= 0 and top + height <= size[0] and left + width <= size[1]
-        if min(height, width) < 1 or not inside:
-            raise ValueError(f"box {box} (top, left, height, width) does not lie in {size}")
-        table.append([offset, frame.shape[0], frame.shape[1], *box])
-        offset += frame.numel()
-    if not frames:
-        return torch.empty(0, dtype=torch.uint8, device=device), torch.empty(
-            (0, 7), dtype=torch.int64, device=device
-        )
-    pixels = torch.cat([frame.reshape(-1) for frame in frames]).to(device)
-    return pixels, torch.tensor(table, dtype=torch.int64).to(pixels.device)
 
 
 def letterbox_reference(
@@ -141,6 +95,40 @@ def _axis(place, new, old, CLAMP: tl.constexpr):
     return low, high, _weight(1.0 - part), _weight(part)
 
 
+class Frame(NamedTuple):
+    """A row of the table: where a frame lies, how large it is, which box it fills."""
+
+    offset: Any
+    height: Any
+    width: Any
+    top: Any
+    left: Any
+    box_height: Any
+    box_width: Any
+
+
+@triton.jit
+def _read_frame(table_ptr):
+    return Frame(
+        tl.load(table_ptr),
+        tl.load(table_ptr + 1),
+        tl.load(table_ptr + 2),
+        tl.load(table_ptr + 3),
+        tl.load(table_ptr + 4),
+        tl.load(table_ptr + 5),
+        tl.load(table_ptr + 6),
+    )
+
+
+@triton.jit
+def _read_line(pixels_ptr, line, bytes_0, bytes_1, a0, a1, in_box, size):
+    """The horizontal sum of one line, [BLOCK_Y, BLOCK_X]."""
+    # The table is not the host's to check: never read past the frames.
+    p0 = tl.load(pixels_ptr + line + bytes_0, mask=in_box & (line + bytes_0 < size), other=0)
+    p1 = tl.load(pixels_ptr + line + bytes_1, mask=in_box & (line + bytes_1 < size), other=0)
+    return p0.to(tl.int32) * a0[None, :] + p1.to(tl.int32) * a1[None, :]
+
+
 @triton.jit
 def _letterbox_kernel(
     # Tensors
@@ -159,52 +147,37 @@ def _letterbox_kernel(
     stride_x,
     stride_c,
     # Constexprs
+    GREY: tl.constexpr,
     BLOCK_Y: tl.constexpr,
     BLOCK_X: tl.constexpr,
 ):
     """Fill one block of lines x columns of one image."""
-    pid_x, pid_y = tl.program_id(0), tl.program_id(1)
     image = tl.program_id(2).to(tl.int64)
-    table_ptr += image * 7
-    offset = tl.load(table_ptr)
-    old_h, old_w = tl.load(table_ptr + 1), tl.load(table_ptr + 2)
-    top, left = tl.load(table_ptr + 3), tl.load(table_ptr + 4)
-    new_h, new_w = tl.load(table_ptr + 5), tl.load(table_ptr + 6)
+    frame = _read_frame(table_ptr + image * 7)
 
-    offs_y = pid_y * BLOCK_Y + tl.arange(0, BLOCK_Y)
-    offs_x = pid_x * BLOCK_X + tl.arange(0, BLOCK_X)
-    y0, y1, b0, b1 = _axis(offs_y - top.to(tl.int32), new_h, old_h, CLAMP=False)
-    x0, x1, a0, a1 = _axis(offs_x - left.to(tl.int32), new_w, old_w, CLAMP=True)
-    in_y = (offs_y >= top) & (offs_y < top + new_h)
-    in_x = (offs_x >= left) & (offs_x < left + new_w)
+    # Each pixel is made of two by two of the frame's, lies around it, or in the output's border.
+    offs_y = tl.program_id(1) * BLOCK_Y + tl.arange(0, BLOCK_Y)
+    offs_x = tl.program_id(0) * BLOCK_X + tl.arange(0, BLOCK_X)
+    top, left = frame.top.to(tl.int32), frame.left.to(tl.int32)
+    y0, y1, b0, b1 = _axis(offs_y - top, frame.box_height, frame.height, CLAMP=False)
+    x0, x1, a0, a1 = _axis(offs_x - left, frame.box_width, frame.width, CLAMP=True)
+    in_y = (offs_y >= frame.top) & (offs_y < frame.top + frame.box_height)
+    in_x = (offs_x >= frame.left) & (offs_x < frame.left + frame.box_width)
     in_box = in_y[:, None] & in_x[None, :]
     in_image = (offs_y < height)[:, None] & (offs_x < width)[None, :]
 
-    line_0 = offset + (y0.to(tl.int64) * old_w * 3)[:, None]
-    line_1 = offset + (y1.to(tl.int64) * old_w * 3)[:, None]
+    line_0 = frame.offset + (y0.to(tl.int64) * frame.width * 3)[:, None]
+    line_1 = frame.offset + (y1.to(tl.int64) * frame.width * 3)[:, None]
     out_ptrs = out_ptr + image * stride_n
     out_ptrs += offs_y.to(tl.int64)[:, None] * stride_y + offs_x[None, :] * stride_x
     mask = (offs_y < lines)[:, None] & (offs_x < columns)[None, :]
     for channel in tl.static_range(3):
         bytes_0, bytes_1 = (x0 * 3 + channel)[None, :], (x1 * 3 + channel)[None, :]
-        # The table is not the host's to check: never read past the frames.
-        p00 = tl.load(
-            pixels_ptr + line_0 + bytes_0, mask=in_box & (line_0 + bytes_0 < size), other=0
-        )
-        p01 = tl.load(
-            pixels_ptr + line_0 + bytes_1, mask=in_box & (line_0 + bytes_1 < size), other=0
-        )
-        p10 = tl.load(
-            pixels_ptr + line_1 + bytes_0, mask=in_box & (line_1 + bytes_0 < size), other=0
-        )
-        p11 = tl.load(
-            pixels_ptr + line_1 + bytes_1, mask=in_box & (line_1 + bytes_1 < size), other=0
-        )
-        sum_0 = p00.to(tl.int32) * a0[None, :] + p01.to(tl.int32) * a1[None, :]
-        sum_1 = p10.to(tl.int32) * a0[None, :] + p11.to(tl.int32) * a1[None, :]
+        sum_0 = _read_line(pixels_ptr, line_0, bytes_0, bytes_1, a0, a1, in_box, size)
+        sum_1 = _read_line(pixels_ptr, line_1, bytes_0, bytes_1, a0, a1, in_box, size)
         upper, lower = b0[:, None] * (sum_0 >> 4), b1[:, None] * (sum_1 >> 4)
         value = ((upper >> 16) + (lower >> 16) + 2) >> 2
-        value = tl.div_rn(tl.where(in_box, value, 114).to(tl.float32), 255.0)
+        value = tl.div_rn(tl.where(in_box, value, GREY).to(tl.float32), 255.0)
         value = tl.where(in_image, value, 0.0).to(out_ptr.dtype.element_ty)
         tl.store(out_ptrs + (2 - channel) * stride_c, value, mask=mask)
 
@@ -236,6 +209,7 @@ def launch_letterbox(
         "stride_y": stride_y,
         "stride_x": stride_x,
         "stride_c": stride_c,
+        "GREY": GREY,
     }
     launch(_letterbox_kernel, grid, args, {**config, "enable_fp_fusion": False})
 
@@ -259,7 +233,7 @@ def letterbox(
     Args:
         pixels: [n] uint8, the frames, each [h, w, 3] BGR without gaps.
         table: [B, 7] int64 on the same device, a row per frame: offset in `pixels`, height, width;
-            top, left, height and width of the scaled frame in the output (`pack_frames` makes it).
+            top, left, height and width of the scaled frame in the output.
         out: [B, 3, H, W] fp32, fp16 or bf16 of any strides, or with `layout` a pitched map
             [rows, 3]; all of it is written, RGB in 0..1.
         layout: where the map's pixels lie.
@@ -274,8 +248,8 @@ def letterbox(
         raise ValueError(f"pixels must be uint8 [n], got {pixels.dtype} {list(pixels.shape)}")
     if table.ndim != 2 or table.shape[1] != 7 or table.dtype != torch.int64:
         raise ValueError(f"table must be int64 [B, 7], got {table.dtype} {list(table.shape)}")
-    if out.dtype not in DTYPES.values():
-        raise ValueError(f"out is {out.dtype}, none of {', '.join(DTYPES)}")
+    if out.dtype not in FLOATS.values():
+        raise ValueError(f"out is {out.dtype}, none of {', '.join(FLOATS)}")
     if not pixels.device == table.device == out.device:
         raise ValueError(f"devices differ: {pixels.device}, {table.device}, {out.device}")
     batch, shape = table.shape[0], list(out.shape)
@@ -302,7 +276,7 @@ def compile_cases(
     pixels = torch.empty(batch * 1080 * 1920 * 3, dtype=torch.uint8, device="meta")
     table = torch.empty((batch, 7), dtype=torch.int64, device="meta")
     layout = PitchedLayout.of(batch, size, size)
-    dtype = DTYPES.get(precision, torch.float16)
+    dtype = FLOATS.get(precision, torch.float16)
     image = torch.empty((batch, 3, size, size), dtype=dtype, device="meta")
     matrix = layout.empty(3, dtype=dtype, device="meta")
     planes = [3 * size * size, size, 1, size * size]

@@ -21,21 +21,42 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from yolov7.kernels.conv.layer import overlap
 from yolov7.kernels.layout import PitchedLayout
-from yolov7.kernels.runtime import Config, launch, triton_op
+from yolov7.kernels.runtime import FLOATS, Config, launch, tl, triton, triton_op
 
 SPP_SIZES = (1, 5, 9, 13)
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @triton.jit
 def _larger(a, b):
     return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _row_maxima(
+    line_ptr, x, offs_c, mask_c, w, x_stride, BLOCK_X: tl.constexpr, BLOCK_C: tl.constexpr
+):
+    """Of each pixel of a line itself and the maxima over 5, 9 and 13: [BLOCK_X, BLOCK_C] each."""
+    row_5 = tl.full([BLOCK_X, BLOCK_C], float("-inf"), tl.float32)
+    row_9 = row_5
+    row_13 = row_5
+    centre = row_5
+    for shift in tl.static_range(-6, 7):
+        at = x + shift
+        x_ptrs = line_ptr + at[:, None] * x_stride + offs_c[None, :]
+        mask = ((at >= 0) & (at < w))[:, None] & mask_c
+        value = tl.load(x_ptrs, mask=mask, other=float("-inf")).to(tl.float32)
+        row_13 = _larger(row_13, value)
+        if shift >= -4 and shift <= 4:
+            row_9 = _larger(row_9, value)
+        if shift >= -2 and shift <= 2:
+            row_5 = _larger(row_5, value)
+        if shift == 0:
+            centre = value
+    return centre, row_5, row_9, row_13
 
 
 @triton.jit
@@ -74,28 +95,17 @@ def _spp_kernel(
     itself = max_5
     for line in range(tl.maximum(pid_y * BLOCK_Y - 6, 0), tl.minimum((pid_y + 1) * BLOCK_Y + 6, h)):
         line_ptr = x_ptr + (image * row_pitch + line) * pitch * x_stride
-        row_5 = tl.full([BLOCK_X, BLOCK_C], float("-inf"), tl.float32)
-        row_9 = row_5
-        row_13 = row_5
-        centre = row_5
-        for shift in tl.static_range(-6, 7):
-            at = x + shift
-            x_ptrs = line_ptr + at[:, None] * x_stride + offs_c[None, :]
-            mask = ((at >= 0) & (at < w))[:, None] & mask_c
-            value = tl.load(x_ptrs, mask=mask, other=float("-inf")).to(tl.float32)
-            row_13 = _larger(row_13, value)
-            if shift >= -4 and shift <= 4:
-                row_9 = _larger(row_9, value)
-            if shift >= -2 and shift <= 2:
-                row_5 = _larger(row_5, value)
-            if shift == 0:
-                centre = value
+        centre, row_5, row_9, row_13 = _row_maxima(
+            line_ptr, x, offs_c, mask_c, w, x_stride, BLOCK_X, BLOCK_C
+        )
+        # It counts for the lines whose windows reach it.
         away = tl.abs(y - line)[:, None, None]
         max_13 = tl.where(away <= 6, _larger(max_13, row_13[None, :, :]), max_13)
         max_9 = tl.where(away <= 4, _larger(max_9, row_9[None, :, :]), max_9)
         max_5 = tl.where(away <= 2, _larger(max_5, row_5[None, :, :]), max_5)
         itself = tl.where(away == 0, centre[None, :, :], itself)
 
+    # Every pixel of the block is written, zeros in the border.
     inside = (y < h)[:, None, None] & (x < w)[None, :, None]
     row = (image * row_pitch + y)[:, None, None] * pitch + x[None, :, None]
     mask = (y < row_pitch)[:, None, None] & (x < pitch)[None, :, None] & mask_c[None, :, :]
@@ -253,8 +263,8 @@ _resize_op = triton_op(
 
 def _check(x: Tensor, source: PitchedLayout, outs: Sequence[Tensor], to: PitchedLayout) -> None:
     source.check(x, "input")
-    if x.dtype not in DTYPES.values():
-        raise ValueError(f"input {x.dtype} is none of {', '.join(DTYPES)}")
+    if x.dtype not in FLOATS.values():
+        raise ValueError(f"input {x.dtype} is none of {', '.join(FLOATS)}")
     for i, out in enumerate(outs):
         to.check(out, f"output {i}")
         if out.shape[1] != x.shape[1] or (out.dtype, out.device) != (x.dtype, x.device):
@@ -319,7 +329,7 @@ def compile_cases(
 ) -> Iterator[tuple[str, Callable[[], object]]]:
     """Launches to compile ahead of time, see `yolov7.kernels.runtime.CompileSpec`."""
     small, large = PitchedLayout.of(batch, 20, 20), PitchedLayout.of(batch, 40, 40)
-    dtype = DTYPES.get(precision, torch.float16)
+    dtype = FLOATS.get(precision, torch.float16)
     a = small.empty(2048, dtype=dtype, device="meta")
     b = large.empty(512, dtype=dtype, device="meta")
     x, *outs = a.split(512, 1)

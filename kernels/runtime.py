@@ -1,6 +1,6 @@
-"""What every kernel file shares: registering an operation, choosing a config, launching.
+"""What every kernel file shares: Triton itself, registering an operation, launching.
 
-An operation has one name and three bodies: on CUDA the Triton kernel, on a CPU the plain PyTorch
+An operation has one name and three bodies: on CUDA the Triton kernel, elsewhere the plain PyTorch
 reference, on a CPU under ``TRITON_INTERPRET=1`` the Triton kernel in the interpreter
 (`triton_op`). Its launcher gets an explicit config, allocates nothing, and starts its kernel
 through `launch`. That is also how a kernel is compiled for a GPU that is not there: inside
@@ -8,36 +8,91 @@ through `launch`. That is also how a kernel is compiled for a GPU that is not th
 tensors of ``device="meta"`` yields exactly the specialisation that the GPU would be given. Each
 kernel file offers ``compile_cases`` for `yolov7.kernels.aot`; see `CompileSpec`.
 
-The convolutions' configs live in ``configs/DEVICE/conv.json``, written by the tuner and looked up
-by `find_config`; every other operation has a rule of its own.
+Triton has no wheels for every machine. Kernel files take `triton` and `tl` from here: where Triton
+is missing these are stand-ins under which a kernel can be defined and never run, and the references
+are what there is.
 """
 
 import functools
 import inspect
-import json
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._library.custom_ops import CustomOpDef
-from triton.tools.tensor_descriptor import TensorDescriptor
+from torch._ops import OpOverload
 
-HAS_TRITON = True
-INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
+__all__ = [
+    "DTYPE_NAMES",
+    "FLOATS",
+    "HAS_TRITON",
+    "INTERPRET",
+    "PRECISIONS",
+    "CompileSpec",
+    "Config",
+    "TensorDescriptor",
+    "capability",
+    "device_folder",
+    "is_recording",
+    "launch",
+    "processors",
+    "recording",
+    "runs_kernels",
+    "tl",
+    "triton",
+    "triton_op",
+]
+
+
+class _Missing:
+    """Stands for `triton` and whatever is taken from it; as a decorator it changes nothing."""
+
+    def __getattr__(self, _: str) -> "_Missing":
+        return self
+
+    def __call__(self, argument: Any) -> Any:
+        return argument
+
+
+try:
+    import triton
+    import triton.language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor
+except ImportError:
+    HAS_TRITON = False
+    triton = tl = _Missing()
+
+    class TensorDescriptor:  # type: ignore[no-redef]  # of which there are none then
+        """Stands for Triton's."""
+else:
+    HAS_TRITON = True
+
+INTERPRET = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0") == "1"
 """Whether this process runs kernels in Triton's interpreter (read when kernels are decorated)."""
 
-CONFIGS = Path(__file__).parent / "configs"
+PRECISIONS = {
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+    "fp8": torch.float8_e4m3fn,
+    "fp32": torch.float32,
+}
+"""Types of feature maps and weights, by the names that options, configs and tables give them."""
+FLOATS = {name: dtype for name, dtype in PRECISIONS.items() if dtype.itemsize > 1}
+"""Those that PyTorch computes in."""
+DTYPE_NAMES = {dtype: name for name, dtype in PRECISIONS.items()}
 
 Config = Mapping[str, int]
 """Constexprs of a kernel (``BLOCK_M`` ...) and compile options (``num_warps`` ...), by name."""
 
 COMPILE_OPTIONS = ("num_warps", "num_stages", "maxnreg", "launch_pdl", "enable_fp_fusion")
+
+# Not `torch.library.custom_op`: its wrapper imports torch._dynamo at the first call, two seconds.
+_library = torch.library.Library("yolov7", "FRAGMENT")
 
 
 def triton_op(
@@ -47,40 +102,57 @@ def triton_op(
     fake: Callable[..., Any],
     *,
     mutates_args: Sequence[str] = (),
-) -> CustomOpDef:
+) -> OpOverload:
     """Register ``torch.ops.yolov7.NAME`` with its bodies and return it.
 
     Args:
         name: the operation's name.
         triton_body: allocates, chooses the config and launches; its annotations are the schema.
-        reference: the same result in plain PyTorch, for the CPU.
+        reference: the same result in plain PyTorch, for other devices, and without Triton.
         fake: allocates the outputs only (``torch.compile``, export).
         mutates_args: names of the tensors that the operation writes.
     """
-    op = torch.library.custom_op(
-        f"yolov7::{name}",
-        _on_device_of_tensors(triton_body),
-        mutates_args=tuple(mutates_args),
-        device_types="cuda",
-    )
-    op.register_kernel("cpu")(triton_body if INTERPRET else reference)
-    op.register_fake(fake)
+    schema = torch.library.infer_schema(triton_body, mutates_args=tuple(mutates_args))
+    _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(name, _on_cuda(triton_body, reference), "CUDA")
+    _library.impl(name, triton_body if INTERPRET else reference, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"yolov7::{name}", fake, lib=_library)
+    op: OpOverload = getattr(torch.ops.yolov7, name).default
     return op
 
 
-def _on_device_of_tensors(body: Callable[..., Any]) -> Callable[..., Any]:
-    """The body with its first tensor's device made the current one.
+def runs_kernels(device: torch.device) -> bool:
+    """Whether kernels run on a device, or are recorded for it; else their references do.
 
-    Triton launches on the current device, and PyTorch sets none for custom operations: on another
-    GPU than the current one a kernel would run where its pointers mean nothing.
+    A GPU without Triton is said once.
+    """
+    if device.type == "cuda" and not HAS_TRITON:
+        _warn_of_references()
+    return INTERPRET or (HAS_TRITON and device.type in ("cuda", "meta"))
+
+
+@functools.cache
+def _warn_of_references() -> None:
+    text = "there is no Triton: plain PyTorch stands in for the kernels, slowly; pip install triton"
+    warnings.warn(text, stacklevel=2)
+
+
+def _on_cuda(triton_body: Callable[..., Any], reference: Callable[..., Any]) -> Callable[..., Any]:
+    """What runs on CUDA, with the first tensor's device made the current one.
+
+    Triton launches on the current device, and PyTorch sets none for operations: on another GPU
+    than the current one a kernel would run where its pointers mean nothing.
     """
 
-    @functools.wraps(body)
-    def guarded(*args: Any, **kwargs: Any) -> Any:
-        with torch.cuda.device(next(_tensors((*args, *kwargs.values()))).device):
-            return body(*args, **kwargs)
+    @functools.wraps(triton_body)
+    def body(*args: Any, **kwargs: Any) -> Any:
+        device = next(_tensors((*args, *kwargs.values()))).device
+        if not runs_kernels(device):
+            return reference(*args, **kwargs)
+        with torch.cuda.device(device):
+            return triton_body(*args, **kwargs)
 
-    return guarded
+    return body
 
 
 def _tensors(arguments: Iterable[Any]) -> Iterator[Tensor]:
@@ -132,7 +204,7 @@ def recording(
 
     Args:
         capability: the GPU's compute capability, (9, 0) for instance.
-        device: folder of ``configs`` whose shipped configs are used; None for the defaults.
+        device: folder of configs whose tuned ones are used; None for the defaults.
     """
     global _recorder
     previous, _recorder = _recorder, _Recorder(capability, device, [])
@@ -140,6 +212,11 @@ def recording(
         yield _recorder.specs
     finally:
         _recorder = previous
+
+
+def is_recording() -> bool:
+    """Whether this is inside `recording`."""
+    return _recorder is not None
 
 
 def capability(device: torch.device) -> tuple[int, int]:
@@ -157,47 +234,12 @@ def processors(device: torch.device) -> int:
 
 
 def device_folder(device: torch.device) -> str | None:
-    """Name of the folder of ``configs`` for ``device``, None without a GPU."""
+    """Name of the folder of tuned configs for ``device``, None without a GPU."""
     if _recorder is not None:
         return _recorder.device
     if device.type != "cuda":
         return None
     return torch.cuda.get_device_name(device).replace(" ", "_")
-
-
-@functools.cache
-def _config_entries(folder: str) -> tuple[dict[str, Any], ...]:
-    path = CONFIGS / folder / "conv.json"
-    return tuple(json.loads(path.read_text())["entries"]) if path.exists() else ()
-
-
-def find_config(kind: str, size: Sequence[int], default: Config, device: torch.device) -> Config:
-    """The tuned config of the nearest size within a factor of two, or ``default``.
-
-    Args:
-        kind: what must match exactly: ``3x3s1-fp16`` for instance.
-        size: positive numbers, each compared by its ratio.
-        default: the conservative config where nothing similar was tuned.
-        device: where the operation will run, whose ``conv.json`` is
-            ``{"entries": [{"kind": ..., "size": [...], "config": {...}, ...}]}``.
-    """
-    folder = device_folder(device)
-
-    def ratios(entry: Mapping[str, Any]) -> list[float]:
-        pairs = zip(entry["size"], size, strict=True)
-        return [abs(math.log2(max(a, 1) / max(b, 1))) for a, b in pairs]
-
-    # What decides a config is the number of tiles for each processor, and the default counts them:
-    # one tuned for 32 images leaves most processors idle at one image.
-    near = [
-        entry
-        for entry in (_config_entries(folder) if folder else ())
-        if entry["kind"] == kind and max(ratios(entry)) <= 1
-    ]
-    if not near:
-        return default
-    config: Config = min(near, key=lambda entry: sum(r * r for r in ratios(entry)))["config"]
-    return config
 
 
 def launch(kernel: Any, grid: tuple[int, ...], args: Mapping[str, Any], config: Config) -> None:
@@ -243,7 +285,8 @@ def _specialise(kernel: Any, args: Mapping[str, Any], config: Config) -> Compile
 
     def note(value: Any, path: tuple[int, ...], constexpr: bool) -> Any:
         if isinstance(value, tuple) and not constexpr:
-            return tuple(note(item, (*path, i), constexpr) for i, item in enumerate(value))
+            items = (note(item, (*path, i), constexpr) for i, item in enumerate(value))
+            return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
         kind, aligned = _argument_type(value)
         if constexpr or kind == "constexpr":
             constexprs[path] = value

@@ -10,8 +10,8 @@ import torch
 from yolov7.checkpoint import load_model
 from yolov7.dataset import Dataset, load_data
 from yolov7.engine.choose import resolve_precision
-from yolov7.engine.eager import DTYPES
 from yolov7.errors import UserError
+from yolov7.kernels.runtime import FLOATS
 from yolov7.model import YOLOv7, create_model
 from yolov7.train.assigner import Anchors
 from yolov7.train.autoanchor import MIN_SIDE, better_anchors, box_sizes, possible_recall
@@ -226,7 +226,7 @@ def training_dtype(precision: str, device: torch.device) -> torch.dtype:
     """What the network computes in; "auto" is bf16 on CUDA and fp32 on a CPU."""
     if precision == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return DTYPES[resolve_precision(precision, device)]
+    return FLOATS[resolve_precision(precision, device)]
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from yolov7.kernels.reparam import reparam
+
 Activation = Literal["silu", "leaky_relu"]
 
 BN_EPS = 1e-3
@@ -29,13 +31,13 @@ def _conv(inputs: int, out: int, kernel: int, stride: int, bias: bool = False) -
     return nn.Conv2d(inputs, out, kernel, stride, padding=kernel // 2, bias=bias)
 
 
-def _folded(weight: Tensor, bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    """Weight and bias of the bias-free convolution `weight` with `bn` (evaluation) behind it."""
+def _norm(bn: nn.Module) -> Tensor:
+    """A batch norm in evaluation as `reparam` takes it: scale, shift, mean, variance + eps."""
+    assert isinstance(bn, nn.BatchNorm2d)
     assert bn.running_mean is not None
     assert bn.running_var is not None
-    scale = bn.weight.double() / torch.sqrt(bn.running_var.double() + bn.eps)
-    bias = bn.bias.double() - bn.running_mean.double() * scale
-    return (weight.double() * scale[:, None, None, None]).to(weight.dtype), bias.to(weight.dtype)
+    shift, variance = bn.bias.double(), bn.running_var.double() + bn.eps
+    return torch.stack([bn.weight.double(), shift, bn.running_mean.double(), variance])
 
 
 class Conv(nn.Module):
@@ -57,7 +59,7 @@ class Conv(nn.Module):
     def fuse(self) -> None:
         """Fold the batch norm into the convolution, in place; again: nothing happens."""
         if isinstance(self.bn, nn.BatchNorm2d):
-            weight, bias = _folded(self.conv.weight, self.bn)
+            weight, bias = reparam(self.conv.weight, _norm(self.bn))
             self.conv.weight.copy_(weight)
             self.conv.bias = nn.Parameter(bias)
             self.bn = nn.Identity()
@@ -94,14 +96,15 @@ class RepConv(nn.Module):
             return
         dense, dense_bn = self.dense
         pointwise, pointwise_bn = self.pointwise
-        weight, bias = _folded(dense.weight, dense_bn)  # type: ignore[arg-type]  # Sequential's items
-        weight_1x1, bias_1x1 = _folded(pointwise.weight, pointwise_bn)  # type: ignore[arg-type]
-        weight, bias = weight + F.pad(weight_1x1, [1, 1, 1, 1]), bias + bias_1x1
-        if self.identity is not None:
-            one = torch.zeros_like(weight)
-            torch.diagonal(one[:, :, 1, 1]).fill_(1)
-            weight_id, bias_id = _folded(one, self.identity)
-            weight, bias = weight + weight_id, bias + bias_id
+        assert isinstance(dense, nn.Conv2d)
+        assert isinstance(pointwise, nn.Conv2d)
+        weight, bias = reparam(
+            dense.weight,
+            _norm(dense_bn),
+            pointwise.weight,
+            _norm(pointwise_bn),
+            None if self.identity is None else _norm(self.identity),
+        )
         conv = _conv(weight.shape[1], weight.shape[0], 3, 1, bias=True)
         conv.weight, conv.bias = nn.Parameter(weight), nn.Parameter(bias)
         self.conv = conv

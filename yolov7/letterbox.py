@@ -6,9 +6,9 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-Image = NDArray[np.uint8]  # HWC, BGR
+from yolov7.kernels.letterbox import GREY as GREY  # for all who letterbox on the CPU
 
-GREY = 114
+Image = NDArray[np.uint8]  # HWC, BGR
 
 
 @dataclass(frozen=True)

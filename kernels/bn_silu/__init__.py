@@ -25,7 +25,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import triton
 from torch import Tensor
 
 from yolov7.kernels.bn_silu.kernels import (
@@ -42,17 +41,12 @@ from yolov7.kernels.bn_silu.reference import (
     stats_reference,
     sums_reference,
 )
-from yolov7.kernels.runtime import Config, launch, processors, triton_op
+from yolov7.kernels.runtime import FLOATS, Config, launch, processors, triton, triton_op
 
 __all__ = ["batch_norm_act", "compile_cases"]
 
 ACTIVATIONS = ("silu", "leaky_relu")
-DTYPES = {
-    "fp32": torch.float32,
-    "fp16": torch.float16,
-    "bf16": torch.bfloat16,
-    "fp64": torch.float64,  # plain PyTorch only
-}
+DTYPES = {**FLOATS, "fp64": torch.float64}  # the last in plain PyTorch only
 MAX_PARTS = 256
 
 

@@ -4,8 +4,7 @@ Programs own BLOCK_M rows x BLOCK_C channels, or for sums `rows` rows of BLOCK_C
 that those leave are merged, or added, in a fixed order.
 """
 
-import triton
-import triton.language as tl
+from yolov7.kernels.runtime import tl, triton
 
 
 @triton.jit

@@ -1,23 +1,17 @@
-"""Which convolutions to compile ahead of time; see `yolov7.kernels.aot`."""
+"""Layers without content: which convolutions to compile ahead of time, see `yolov7.kernels.aot`."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from yolov7.kernels.conv.launcher import choose_config, config_kind, launch_conv, workspace_elements
-from yolov7.kernels.conv.layer import DTYPE_NAMES, ConvCall, ConvLayer
-from yolov7.kernels.conv.stem import Stem, StemCall, launch_stem, stem_config, stem_kind
+from yolov7.kernels.conv.launch import ConvLaunch, Launch, StemLaunch
+from yolov7.kernels.conv.layer import Activation, ConvCall, ConvLayer
+from yolov7.kernels.conv.stem import Stem, StemCall
 from yolov7.kernels.layout import PitchedLayout
-from yolov7.kernels.runtime import Config
-
-DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
-
-Calls = Sequence[ConvCall] | StemCall
-"""What one launch computes."""
+from yolov7.kernels.runtime import PRECISIONS
 
 
 @dataclass(frozen=True)
@@ -31,7 +25,7 @@ class Record:
     height: int
     """Of the input, pixels."""
     width: int
-    activation: str = "silu"
+    activation: Activation = "silu"
 
 
 SAMPLES = (
@@ -105,59 +99,42 @@ def stem_call(record: Any, batch: int, dtype: torch.dtype) -> StemCall:
     )
 
 
-def sample_calls(batch: int, dtype: torch.dtype) -> Iterator[Calls]:
+def sample_launches(batch: int, dtype: torch.dtype) -> Iterator[Launch]:
     """A layer of every kind, every option of the kernels, and groups."""
+
+    def launch(*layers: ConvLayer, residual: bool = False) -> ConvLaunch:
+        return ConvLaunch([meta_call(layer, dtype, residual=residual) for layer in layers])
+
     for record in SAMPLES:
         if record.in_channels in (3, 12):
-            yield stem_call(record, batch, dtype)
+            yield StemLaunch(stem_call(record, batch, dtype))
         else:
-            yield [meta_call(layer_of(record, batch), dtype)]
+            yield launch(layer_of(record, batch))
     wide = Record(256, 128, 1, 1, 80, 80)
-    yield [meta_call(layer_of(wide, batch, pool=True), dtype)]
-    yield [meta_call(layer_of(wide, batch, upsample=True), dtype)]
-    yield [meta_call(layer_of(wide, batch), dtype, residual=True)]
+    yield launch(layer_of(wide, batch, pool=True))
+    yield launch(layer_of(wide, batch, upsample=True))
+    yield launch(layer_of(wide, batch), residual=True)
     sizes = ((128, 80), (256, 40), (512, 20))
-    yield [meta_call(layer_of(Record(c, 2 * c, 3, 1, s, s), batch), dtype) for c, s in sizes]
+    yield launch(*(layer_of(Record(c, 2 * c, 3, 1, s, s), batch) for c, s in sizes))
     strided = layer_of(Record(256, 256, 3, 2, 80, 80), batch)
     pooled = layer_of(Record(512, 256, 1, 1, 80, 80), batch, pool=True)
-    yield [meta_call(layer, dtype) for layer in (strided, pooled)]
+    yield launch(strided, pooled)
 
 
 def compile_cases(
-    batch: int = 1, calls: Iterable[Calls] | None = None, precision: str = "fp16"
+    batch: int = 1, launches: Iterable[Launch] | None = None, precision: str = "fp16"
 ) -> Iterator[tuple[str, Callable[[], object]]]:
     """Launches to compile ahead of time, see `yolov7.kernels.runtime.CompileSpec`.
 
     Args:
         batch: images.
-        calls: a model's launches, equal ones once; by default samples of every kind.
+        launches: a model's launches, equal ones once; by default samples of every kind.
         precision: fp16, bf16, fp8 or fp32, of the samples.
     """
-    calls = sample_calls(batch, DTYPES[precision]) if calls is None else calls
-    for name, launch in {call_name(c): c for c in calls}.items():
-        yield name, lambda launch=launch: bound(launch, chosen_config(launch))()  # type: ignore[misc]
-
-
-def call_name(calls: Calls) -> str:
-    """One readable line: ``1x64x80x80 -> 128, 3x3 s1 fp16``."""
-    if isinstance(calls, StemCall):
-        return f"{calls.describe()} {stem_kind(calls).rpartition('-')[2]}"
-    marks = (" sum" if c.residual is not None else "" for c in calls)
-    layers = (c.layer.describe() + mark for c, mark in zip(calls, marks, strict=True))
-    return f"{'; '.join(layers)} {config_kind(calls).rpartition('-')[2]}"
-
-
-def chosen_config(calls: Calls) -> Config:
-    """The config that is looked up for a launch."""
-    return stem_config(calls) if isinstance(calls, StemCall) else choose_config(calls)
-
-
-def bound(calls: Calls, config: Config) -> Callable[[], None]:
-    """A launch with a config and a workspace of its own."""
-    if isinstance(calls, StemCall):
-        return partial(launch_stem, calls, config)
-    elements = workspace_elements(calls, config)
-    return partial(launch_conv, calls, config, torch.empty(elements, device=calls[0].x.device))
+    if launches is None:
+        launches = sample_launches(batch, PRECISIONS[precision])
+    for name, launch in {launch.name: launch for launch in launches}.items():
+        yield name, lambda launch=launch: launch.prepare()()  # type: ignore[misc]
 
 
 def layer_key(record: Any) -> Record:

@@ -13,31 +13,37 @@ Expected time on an H200: as for `yolov7.kernels.conv.tma`, from the same counte
 operations, at 60 to 75 % of its speed, since A passes through registers.
 """
 
-import triton
-import triton.language as tl
-
-from yolov7.kernels.conv.parts import begin, finish, multiply, store_partial, store_rows
+from yolov7.kernels.conv.parts import (
+    begin,
+    finish,
+    layer_tiles,
+    multiply,
+    next_step,
+    split_steps,
+    store_partial,
+    store_rows,
+    tap_shift,
+)
+from yolov7.kernels.runtime import tl, triton
 
 
 @triton.jit
 def _source_rows(
     offs_m,  # [BLOCK_M] rows of the computed map
-    shape,
+    shape,  # Geometry
     REDUCTION: tl.constexpr,
 ):
     """The row of the source under the centre of each computed row; past the end in the border."""
-    rows, h, w, pitch, row_pitch = shape[0]
-    source_rows, source_pitch, source_row_pitch = shape[2]
-    x = offs_m % pitch
-    line = offs_m // pitch
-    y = line % row_pitch
+    x = offs_m % shape.pitch
+    line = offs_m // shape.pitch
+    y = line % shape.row_pitch
     if REDUCTION == 1:
         row = offs_m
     else:
-        source_line = line // row_pitch * source_row_pitch + y * REDUCTION
-        row = source_line * source_pitch + x * REDUCTION
-    inside = (x < w) & (y < h) & (offs_m < rows)
-    return tl.where(inside, row, 2 * source_rows)  # outside with every tap
+        source_line = line // shape.row_pitch * shape.source_row_pitch + y * REDUCTION
+        row = source_line * shape.source_pitch + x * REDUCTION
+    inside = (x < shape.w) & (y < shape.h) & (offs_m < shape.rows)
+    return tl.where(inside, row, 2 * shape.source_rows)  # outside with every tap
 
 
 @triton.jit
@@ -45,18 +51,80 @@ def _load_a(
     x_ptr,  # [source_rows, c_in]
     row,  # [BLOCK_M] of the source, perhaps outside
     offs_k,  # [BLOCK_K]
-    c_in,
-    x_stride,
-    source_rows,
-    source_pitch,
+    shape,  # Geometry
     EVEN_K: tl.constexpr,
 ):
     """Rows of the map; those outside read the border row at the end of the first line."""
-    row = tl.where((row >= 0) & (row < source_rows), row, source_pitch - 1).to(tl.int64)
-    x_ptrs = x_ptr + row[:, None] * x_stride + offs_k[None, :]
+    held = (row >= 0) & (row < shape.source_rows)
+    row = tl.where(held, row, shape.source_pitch - 1).to(tl.int64)
+    x_ptrs = x_ptr + row[:, None] * shape.x_stride + offs_k[None, :]
     if EVEN_K:
         return tl.load(x_ptrs)
-    return tl.load(x_ptrs, mask=(offs_k < c_in)[None, :], other=0.0)
+    return tl.load(x_ptrs, mask=(offs_k < shape.c_in)[None, :], other=0.0)
+
+
+@triton.jit
+def _load_pooled(
+    x_ptr,  # [source_rows, c_in]
+    row,  # [BLOCK_M] of the source, perhaps outside
+    offs_k,  # [BLOCK_K]
+    shape,  # Geometry
+    EVEN_K: tl.constexpr,
+):
+    """The maximum of the 2x2 pixels that begin at each row."""
+    a = _load_a(x_ptr, row, offs_k, shape, EVEN_K)
+    for corner in tl.static_range(1, 4):
+        at = row + corner // 2 * shape.source_pitch + corner % 2
+        other = _load_a(x_ptr, at, offs_k, shape, EVEN_K)
+        if a.dtype == tl.float16:
+            a = tl.maximum(a, other)
+        else:
+            a = tl.maximum(a.to(tl.float32), other.to(tl.float32)).to(a.dtype)
+    return a
+
+
+@triton.jit
+def _gather_sum(
+    # Tensors
+    x_ptr,  # [source_rows, c_in]
+    weight_ptr,  # [n_out, KERNEL * KERNEL * c_in]
+    # Shapes
+    offs_m,  # [BLOCK_M]
+    offs_n,  # [BLOCK_N]
+    split,
+    shape,  # Geometry
+    # Constexprs
+    KERNEL: tl.constexpr,
+    REDUCTION: tl.constexpr,
+    PRECISION: tl.constexpr,
+    PROMOTE: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """One split's sum over taps and channels for a tile."""
+    row = _source_rows(offs_m, shape, REDUCTION)
+    first, steps, tap, k = split_steps(shape.c_in, split, KERNEL, SPLIT_K, BLOCK_K)
+    POOLED: tl.constexpr = KERNEL < REDUCTION  # a 1x1 that reduces is one behind a max-pool
+    STAGES: tl.constexpr = 2 if POOLED else None  # its four loads a step fill the shared memory
+    weight_rows = tl.minimum(offs_n, shape.n_out - 1).to(tl.int64) * (KERNEL * KERNEL * shape.c_in)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for _ in tl.range(first, steps, num_stages=STAGES):
+        offs_k = k + tl.arange(0, BLOCK_K)
+        if POOLED:
+            a = _load_pooled(x_ptr, row, offs_k, shape, EVEN_K)
+        else:
+            a = _load_a(x_ptr, row + tap_shift(tap, shape, KERNEL), offs_k, shape, EVEN_K)
+        weight_ptrs = weight_ptr + weight_rows[None, :] + tap * shape.c_in + offs_k[:, None]
+        if EVEN_K:
+            b = tl.load(weight_ptrs)
+        else:
+            b = tl.load(weight_ptrs, mask=(offs_k < shape.c_in)[:, None], other=0.0)
+        acc = multiply(a, b, acc, PRECISION, PROMOTE)
+        tap, k = next_step(tap, k, shape.c_in, KERNEL, BLOCK_K)
+    return acc
 
 
 @triton.jit
@@ -71,7 +139,7 @@ def _gather_tile(
     partial_ptr,  # [SPLIT_K, rows, n_out] fp32 or None
     # Shapes
     tile,
-    shape,
+    shape,  # Geometry
     # Scalars
     scales,
     # Constexprs
@@ -87,59 +155,17 @@ def _gather_tile(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    rows = shape[0][0]
-    c_in, n_out = shape[1]
-    source_rows, source_pitch, _ = shape[2]
-    x_stride = shape[4][0]
-    tiles_n = tl.cdiv(n_out, BLOCK_N)
-    tiles_m = tl.cdiv(rows, BLOCK_M)
+    """One tile of one layer, or one split's share of it."""
+    # The tiles of a split follow one another, along the channels first.
+    tiles_n = tl.cdiv(shape.n_out, BLOCK_N)
+    tiles_m = tl.cdiv(shape.rows, BLOCK_M)
     split = tile // (tiles_m * tiles_n)
     offs_m = tile // tiles_n % tiles_m * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = tile % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    row = _source_rows(offs_m, shape, REDUCTION)
-
-    blocks_k = tl.cdiv(c_in, BLOCK_K)
-    steps = KERNEL * KERNEL * blocks_k
-    first = 0
-    if SPLIT_K > 1:
-        per_split = tl.cdiv(steps, SPLIT_K)
-        first = split * per_split
-        steps = tl.minimum(first + per_split, steps)
-    tap = 0
-    k = 0
-    if SPLIT_K > 1:
-        tap = first // blocks_k
-        k = first % blocks_k * BLOCK_K
-    POOLED: tl.constexpr = KERNEL < REDUCTION  # a 1x1 that reduces is one behind a max-pool
-    STAGES: tl.constexpr = 2 if POOLED else None  # its four loads a step fill the shared memory
-    weight_rows = tl.minimum(offs_n, n_out - 1).to(tl.int64) * (KERNEL * KERNEL * c_in)
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for _ in tl.range(first, steps, num_stages=STAGES):
-        offs_k = k + tl.arange(0, BLOCK_K)
-        shift = (tap // KERNEL - KERNEL // 2) * source_pitch + tap % KERNEL - KERNEL // 2
-        a = _load_a(x_ptr, row + shift, offs_k, c_in, x_stride, source_rows, source_pitch, EVEN_K)
-        if POOLED:
-            for corner in tl.static_range(1, 4):
-                at = row + corner // 2 * source_pitch + corner % 2
-                other = _load_a(
-                    x_ptr, at, offs_k, c_in, x_stride, source_rows, source_pitch, EVEN_K
-                )
-                if a.dtype == tl.float16:
-                    a = tl.maximum(a, other)
-                else:
-                    a = tl.maximum(a.to(tl.float32), other.to(tl.float32)).to(a.dtype)
-        weight_ptrs = weight_ptr + weight_rows[None, :] + tap * c_in + offs_k[:, None]
-        if EVEN_K:
-            b = tl.load(weight_ptrs)
-        else:
-            b = tl.load(weight_ptrs, mask=(offs_k < c_in)[:, None], other=0.0)
-        acc = multiply(a, b, acc, PRECISION, PROMOTE)
-        k += BLOCK_K
-        if KERNEL > 1:
-            last = k >= c_in
-            tap = tl.where(last, tap + 1, tap)
-            k = tl.where(last, 0, k)
-
+    acc = _gather_sum(
+        x_ptr, weight_ptr, offs_m, offs_n, split, shape,
+        KERNEL, REDUCTION, PRECISION, PROMOTE, EVEN_K, SPLIT_K, BLOCK_M, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
     if SPLIT_K > 1:
         store_partial(partial_ptr, acc, split, offs_m, offs_n, shape)
     else:
@@ -159,9 +185,9 @@ def conv_gather_kernel(
     residual_ptrs,
     out_ptrs,
     partial_ptrs,
-    # Shapes, one tuple per layer
+    # Shapes, a Geometry per layer
     shapes,
-    # Scalars, one tuple per layer
+    # Scalars, Scales per layer
     scales,
     # Constexprs
     KERNELS: tl.constexpr,  # one per layer
@@ -185,7 +211,7 @@ def conv_gather_kernel(
     begin(PDL)
     tile = tl.program_id(0)
     for g in tl.static_range(len(KERNELS)):
-        tiles = tl.cdiv(shapes[g][0][0], BLOCK_M) * tl.cdiv(shapes[g][1][1], BLOCK_N) * SPLIT_K
+        tiles = layer_tiles(shapes[g], SPLIT_K, BLOCK_M, BLOCK_N)
         if (tile >= 0) & (tile < tiles):
             _gather_tile(
                 x_ptrs[g], weight_ptrs[g], scale_ptrs[g], bias_ptrs[g], residual_ptrs[g],

@@ -1,22 +1,18 @@
 """What a fused convolution computes: its geometry, its weights, its plain PyTorch reference."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from yolov7.kernels.layout import PitchedLayout
+from yolov7.kernels.runtime import DTYPE_NAMES
 
-ACTIVATIONS = ("silu", "leaky_relu", "none")
+Activation = Literal["silu", "leaky_relu", "none"]
+ACTIVATIONS: tuple[Activation, ...] = get_args(Activation)
 FP8_MAX = 448.0
-DTYPE_NAMES = {
-    torch.float16: "fp16",
-    torch.bfloat16: "bf16",
-    torch.float8_e4m3fn: "fp8",
-    torch.float32: "fp32",
-}
-DTYPES = tuple(DTYPE_NAMES)
 
 
 @dataclass(frozen=True)
@@ -36,7 +32,7 @@ class ConvLayer:
     kernel: int = 1
     """1, or 3 with a padding of 1."""
     stride: int = 1
-    activation: str = "silu"
+    activation: Activation = "silu"
     """silu, leaky_relu (slope 0.1) or none."""
     pool: bool = False
     """Take the maximum of 2x2 pixels of the input first (1x1 only)."""
@@ -143,8 +139,109 @@ class ConvCall:
         """Whether products are those of fp32, which no matrix instruction computes."""
         return self.layer.exact and self.x.dtype == torch.float32
 
+    def check(self) -> None:
+        """Raise ``ValueError`` unless the tensors fit the layer and each other."""
+        layer, x, out = self.layer, self.x, self.out
+        n = layer.out_channels
+        layer.source.check(x, "input")
+        layer.target.check(out, "output")
+        expected = {
+            "input": (x, (layer.source.rows, layer.in_channels)),
+            "weight": (self.weight, (n, layer.taps * layer.in_channels)),
+            "bias": (self.bias, (n,)),
+            "output": (out, (layer.target.rows, n)),
+            "scale": (self.scale, (n,)),
+            "residual": (self.residual, (layer.target.rows, n)),
+        }
+        for name, (tensor, shape) in expected.items():
+            if tensor is None:
+                continue
+            if tuple(tensor.shape) != shape:
+                raise ValueError(f"{name} {tuple(tensor.shape)} is not {shape}: {layer.describe()}")
+            if tensor.device != x.device:
+                raise ValueError(f"{name} is on {tensor.device}, the input on {x.device}")
+            if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
+                strides = tensor.stride()
+                raise ValueError(f"{name} with strides {strides} has no contiguous channels")
+        self._check_types()
+        if not self.weight.is_contiguous():
+            raise ValueError(f"weight with strides {self.weight.stride()} is not contiguous")
+        if self.residual is not None and layer.upsample:
+            raise ValueError("a residual and an upsample exclude each other")
+        if overlap(x, out):
+            raise ValueError("input and output are overlapping slices of one buffer")
 
-def epilogue_activation(activation: str, out_dtype: torch.dtype) -> str:
+    def _check_types(self) -> None:
+        dtypes = tuple(DTYPE_NAMES)
+        if self.x.dtype not in dtypes or self.x.dtype != self.weight.dtype:
+            raise ValueError(
+                f"input {self.x.dtype} and weight {self.weight.dtype} are not one of {dtypes}"
+            )
+        if self.out.dtype not in dtypes:
+            raise ValueError(f"output {self.out.dtype} is none of {dtypes}")
+        if self.residual is not None and self.residual.dtype not in dtypes:
+            raise ValueError(f"residual {self.residual.dtype} is none of {dtypes}")
+        if self.bias.dtype != torch.float32:
+            raise ValueError(f"bias {self.bias.dtype} is not torch.float32")
+        if self.scale is not None and self.scale.dtype != torch.float32:
+            raise ValueError(f"scale {self.scale.dtype} is not torch.float32")
+
+    def reference(self) -> Tensor:
+        """The output map ``[target.rows, out_channels]`` in fp32, in plain PyTorch, zero border."""
+        layer = self.layer
+        x = layer.source.to_nchw(self.x).float()
+        k = layer.kernel
+        weight = self.weight.float().view(layer.out_channels, k, k, layer.in_channels)
+        if layer.pool:
+            x = F.max_pool2d(x, 2)
+        y = exact_conv2d(x, weight.permute(0, 3, 1, 2), layer.stride, k // 2)
+        if self.scale is not None:
+            y = y * self.scale[:, None, None]
+        y = activate(y + self.bias.float()[:, None, None], layer.activation)
+        if self.residual is not None:
+            residual = layer.compute.to_nchw(self.residual).float()
+            y = y + residual * layer.residual_scale
+        if layer.upsample:
+            y = F.interpolate(y, scale_factor=2.0, mode="nearest")
+        return layer.target.from_nchw(y)
+
+    def random(self, device: torch.device) -> "ConvCall":
+        """The call with memory of its own and random content, outputs O(1)."""
+        weight = torch.randn(self.weight.shape, device=device) * self.layer.length**-0.5
+        scale, residual = self.scale, self.residual
+        if scale is not None:
+            weight, largest = weight / weight.abs().max() * FP8_MAX, weight.abs().max()
+            scale = own_memory(scale, device).fill_(float(largest) / FP8_MAX)
+        if residual is not None:
+            residual = _random_map(self.layer.target, residual, device)
+        return replace(
+            self,
+            x=_random_map(self.layer.source, self.x, device),
+            weight=weight.to(self.weight.dtype),
+            bias=own_memory(self.bias, device).normal_(),
+            out=own_memory(self.out, device),
+            scale=scale,
+            residual=residual,
+        )
+
+
+def own_memory(tensor: Tensor, device: torch.device) -> Tensor:
+    """Uninitialised memory of the same shape, strides and alignment."""
+    offset = tensor.storage_offset() % 16
+    pairs = zip(tensor.shape, tensor.stride(), strict=True)
+    elements = offset + 1 + sum((n - 1) * stride for n, stride in pairs)
+    memory = torch.empty(elements, dtype=tensor.dtype, device=device)
+    return memory.as_strided(tensor.shape, tensor.stride(), offset)
+
+
+def _random_map(layout: PitchedLayout, tensor: Tensor, device: torch.device) -> Tensor:
+    matrix = own_memory(tensor, device).zero_()
+    pixels = layout.image_view(matrix)
+    pixels.copy_(torch.randn(pixels.shape, device=device))
+    return matrix
+
+
+def epilogue_activation(activation: Activation, out_dtype: torch.dtype) -> str:
     """The activation as the kernels take it: SiLU is approximate unless the output is fp32."""
     fast = activation == "silu" and out_dtype != torch.float32
     return "fast_silu" if fast else activation
@@ -171,7 +268,7 @@ def quantise_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     return quantised.to(torch.float8_e4m3fn), scale
 
 
-def activate(x: Tensor, activation: str) -> Tensor:
+def activate(x: Tensor, activation: Activation) -> Tensor:
     """SiLU, LeakyReLU of slope 0.1, or nothing."""
     if activation == "silu":
         return F.silu(x)
@@ -183,57 +280,6 @@ def to_dtype(x: Tensor, dtype: torch.dtype, scale: float) -> Tensor:
     if dtype == torch.float8_e4m3fn:
         x = (x / scale).clamp(-FP8_MAX, FP8_MAX)
     return x.to(dtype)
-
-
-def check_call(call: ConvCall) -> None:
-    """Raise ``ValueError`` unless the tensors fit the layer and each other.
-
-    Args:
-        call: the layer and its tensors.
-    """
-    layer, x, out = call.layer, call.x, call.out
-    n = layer.out_channels
-    layer.source.check(x, "input")
-    layer.target.check(out, "output")
-    expected = {
-        "input": (x, (layer.source.rows, layer.in_channels)),
-        "weight": (call.weight, (n, layer.taps * layer.in_channels)),
-        "bias": (call.bias, (n,)),
-        "output": (out, (layer.target.rows, n)),
-        "scale": (call.scale, (n,)),
-        "residual": (call.residual, (layer.target.rows, n)),
-    }
-    for name, (tensor, shape) in expected.items():
-        if tensor is None:
-            continue
-        if tuple(tensor.shape) != shape:
-            raise ValueError(f"{name} {tuple(tensor.shape)} is not {shape}: {layer.describe()}")
-        if tensor.device != x.device:
-            raise ValueError(f"{name} is on {tensor.device}, the input on {x.device}")
-        if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
-            raise ValueError(f"{name} with strides {tensor.stride()} has no contiguous channels")
-    _check_types(call)
-    if not call.weight.is_contiguous():
-        raise ValueError(f"weight with strides {call.weight.stride()} is not contiguous")
-    if call.residual is not None and layer.upsample:
-        raise ValueError("a residual and an upsample exclude each other")
-    if overlap(x, out):
-        raise ValueError("input and output are overlapping slices of one buffer")
-
-
-def _check_types(call: ConvCall) -> None:
-    if call.x.dtype not in DTYPES or call.x.dtype != call.weight.dtype:
-        raise ValueError(
-            f"input {call.x.dtype} and weight {call.weight.dtype} are not one of {DTYPES}"
-        )
-    if call.out.dtype not in DTYPES:
-        raise ValueError(f"output {call.out.dtype} is none of {DTYPES}")
-    if call.residual is not None and call.residual.dtype not in DTYPES:
-        raise ValueError(f"residual {call.residual.dtype} is none of {DTYPES}")
-    if call.bias.dtype != torch.float32:
-        raise ValueError(f"bias {call.bias.dtype} is not torch.float32")
-    if call.scale is not None and call.scale.dtype != torch.float32:
-        raise ValueError(f"scale {call.scale.dtype} is not torch.float32")
 
 
 def overlap(a: Tensor, b: Tensor) -> bool:
@@ -263,23 +309,3 @@ def exact_conv2d(x: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor
     """PyTorch's convolution in true fp32: cuDNN's own choice is TF32."""
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         return F.conv2d(x, weight, stride=stride, padding=padding)
-
-
-def conv_reference(call: ConvCall) -> Tensor:
-    """The output map ``[target.rows, out_channels]`` in fp32, in plain PyTorch, zero border."""
-    layer = call.layer
-    x = layer.source.to_nchw(call.x).float()
-    k = layer.kernel
-    weight = call.weight.float().view(layer.out_channels, k, k, layer.in_channels)
-    if layer.pool:
-        x = F.max_pool2d(x, 2)
-    y = exact_conv2d(x, weight.permute(0, 3, 1, 2), layer.stride, k // 2)
-    if call.scale is not None:
-        y = y * call.scale[:, None, None]
-    y = activate(y + call.bias.float()[:, None, None], layer.activation)
-    if call.residual is not None:
-        residual = layer.compute.to_nchw(call.residual).float()
-        y = y + residual * layer.residual_scale
-    if layer.upsample:
-        y = F.interpolate(y, scale_factor=2.0, mode="nearest")
-    return layer.target.from_nchw(y)

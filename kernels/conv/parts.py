@@ -1,18 +1,40 @@
-"""What the convolution kernels share: their start, the product, and what follows the sum.
+"""What the convolution kernels share: geometry, the start, the product, what follows."""
 
-The geometry of a layer reaches every kernel as one tuple of tuples of integers, ``shape``:
-``(rows, h, w, pitch, row_pitch)`` of the computed map, ``(c_in, n_out)``,
-``(rows, pitch, row_pitch)`` of the source, ``(pitch, row_pitch)`` of the target, and
-``(x, residual, out)``, the strides of rows; ``scales`` is ``(residual_scale, out_scale)``.
-"""
+from typing import NamedTuple
 
-import triton
-import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
-
-from yolov7.kernels.runtime import INTERPRET
+from yolov7.kernels.runtime import INTERPRET, tl, triton
 
 INTERPRETED = tl.constexpr(INTERPRET)
+
+
+class Geometry(NamedTuple):
+    """Sizes of a layer as the kernels take them; see `yolov7.kernels.layout` for the maps.
+
+    The computed map is the target, or the source before an upsample: `rows` of it are computed.
+    """
+
+    rows: int
+    h: int
+    w: int
+    pitch: int
+    row_pitch: int
+    c_in: int
+    n_out: int
+    source_rows: int
+    source_pitch: int
+    source_row_pitch: int
+    target_pitch: int
+    target_row_pitch: int
+    x_stride: int  # from one row of the matrix to the next
+    residual_stride: int
+    out_stride: int
+
+
+class Scales(NamedTuple):
+    """What one unit of an fp8 residual and of an fp8 output stands for."""
+
+    residual: float
+    out: float
 
 
 @triton.jit
@@ -23,8 +45,52 @@ def begin(PDL: tl.constexpr):
     the gap between kernels is as long as a layer.
     """
     if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def layer_tiles(shape, SPLIT_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Tiles of one layer, each split's apart."""
+    return tl.cdiv(shape.rows, BLOCK_M) * tl.cdiv(shape.n_out, BLOCK_N) * SPLIT_K
+
+
+@triton.jit
+def split_steps(c_in, split, KERNEL: tl.constexpr, SPLIT_K: tl.constexpr, BLOCK_K: tl.constexpr):
+    """A split's first step and the one after its last, and the first one's tap and channel.
+
+    A step is a tap and a block of channels, the taps one after the other. Without a split nothing
+    is computed from it, or the Hopper kernel's loops do not flatten.
+    """
+    blocks_k = tl.cdiv(c_in, BLOCK_K)
+    steps = KERNEL * KERNEL * blocks_k
+    first = 0
+    tap = 0
+    k = 0
+    if SPLIT_K > 1:
+        per_split = tl.cdiv(steps, SPLIT_K)
+        first = split * per_split
+        steps = tl.minimum(first + per_split, steps)
+        tap = first // blocks_k
+        k = first % blocks_k * BLOCK_K
+    return first, steps, tap, k
+
+
+@triton.jit
+def tap_shift(tap, shape, KERNEL: tl.constexpr):
+    """Rows from the pixel under the kernel's centre to the one under a tap."""
+    return (tap // KERNEL - KERNEL // 2) * shape.source_pitch + tap % KERNEL - KERNEL // 2
+
+
+@triton.jit
+def next_step(tap, k, c_in, KERNEL: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Tap and channel of the step after this one, carried along: a division costs a product."""
+    k += BLOCK_K
+    if KERNEL > 1:
+        last = k >= c_in
+        tap = tl.where(last, tap + 1, tap)
+        k = tl.where(last, 0, k)
+    return tap, k
 
 
 @triton.jit
@@ -69,15 +135,14 @@ def finish(
     # Shapes
     offs_m,  # [BLOCK_M]
     offs_n,  # [BLOCK_N]
-    shape,
+    shape,  # Geometry
     # Scalars
-    scales,
+    scales,  # Scales
     # Constexprs
     ACTIVATION: tl.constexpr,
 ):
     """``act(acc * scale + bias) + residual``, zero in the border."""
-    rows, h, w, pitch, row_pitch = shape[0]
-    mask_n = offs_n < shape[1][1]
+    mask_n = offs_n < shape.n_out
     if scale_ptr is not None:
         acc *= tl.load(scale_ptr + offs_n, mask=mask_n, other=0.0)[None, :]
     acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0)[None, :]
@@ -88,11 +153,14 @@ def finish(
     elif ACTIVATION == "leaky_relu":
         acc = tl.where(acc > 0, acc, 0.1 * acc)
     if residual_ptr is not None:
-        residual_ptrs = residual_ptr + offs_m.to(tl.int64)[:, None] * shape[4][1] + offs_n[None, :]
-        mask = (offs_m < rows)[:, None] & mask_n[None, :]
+        residual_ptrs = residual_ptr + offs_m.to(tl.int64)[:, None] * shape.residual_stride
+        residual_ptrs += offs_n[None, :]
+        mask = (offs_m < shape.rows)[:, None] & mask_n[None, :]
         residual = tl.load(residual_ptrs, mask=mask, other=0.0).to(tl.float32)
-        acc += residual * scales[0]
-    inside = (offs_m % pitch < w) & (offs_m // pitch % row_pitch < h)
+        acc += residual * scales.residual
+    x = offs_m % shape.pitch
+    y = offs_m // shape.pitch % shape.row_pitch
+    inside = (x < shape.w) & (y < shape.h)
     return tl.where(inside[:, None], acc, 0.0)
 
 
@@ -100,7 +168,7 @@ def finish(
 def cast_output(acc, scales, DTYPE: tl.constexpr):
     """The accumulator in the output's type; fp8 is in units of its scale and saturates."""
     if DTYPE.is_fp8():
-        acc = tl.clamp(acc / scales[1], -448.0, 448.0)
+        acc = tl.clamp(acc / scales.out, -448.0, 448.0)
     return acc.to(DTYPE)
 
 
@@ -110,26 +178,24 @@ def store_rows(
     acc,  # [BLOCK_M, BLOCK_N] fp32, zero in the border
     offs_m,  # [BLOCK_M]
     offs_n,  # [BLOCK_N]
-    shape,
+    shape,  # Geometry
     scales,
     UPSAMPLE: tl.constexpr,
 ):
     """Store a tile by pointers, once, or to the 2x2 pixels that upsampling makes of each."""
-    rows, _, _, pitch, row_pitch = shape[0]
-    target_pitch, target_row_pitch = shape[3]
     values = cast_output(acc, scales, out_ptr.dtype.element_ty)
-    mask = (offs_m < rows)[:, None] & (offs_n < shape[1][1])[None, :]
+    mask = (offs_m < shape.rows)[:, None] & (offs_n < shape.n_out)[None, :]
     if UPSAMPLE:
-        line = offs_m // pitch
+        line = offs_m // shape.pitch
         for corner in tl.static_range(4):
-            y = line % row_pitch * 2 + corner // 2
-            x = offs_m % pitch * 2 + corner % 2
-            row = (line // row_pitch * target_row_pitch + y) * target_pitch + x
-            held = (y < target_row_pitch) & (x < target_pitch)
-            out_ptrs = out_ptr + row.to(tl.int64)[:, None] * shape[4][2] + offs_n[None, :]
+            y = line % shape.row_pitch * 2 + corner // 2
+            x = offs_m % shape.pitch * 2 + corner % 2
+            row = (line // shape.row_pitch * shape.target_row_pitch + y) * shape.target_pitch + x
+            held = (y < shape.target_row_pitch) & (x < shape.target_pitch)
+            out_ptrs = out_ptr + row.to(tl.int64)[:, None] * shape.out_stride + offs_n[None, :]
             tl.store(out_ptrs, values, mask=mask & held[:, None])
     else:
-        out_ptrs = out_ptr + offs_m.to(tl.int64)[:, None] * shape[4][2] + offs_n[None, :]
+        out_ptrs = out_ptr + offs_m.to(tl.int64)[:, None] * shape.out_stride + offs_n[None, :]
         tl.store(out_ptrs, values, mask=mask)
 
 
@@ -140,14 +206,12 @@ def store_partial(
     split,
     offs_m,  # [BLOCK_M]
     offs_n,  # [BLOCK_N]
-    shape,
+    shape,  # Geometry
 ):
     """Store one split's share of the sum."""
-    rows = shape[0][0]
-    n_out = shape[1][1]
-    row = split.to(tl.int64) * rows + offs_m
-    mask = (offs_m < rows)[:, None] & (offs_n < n_out)[None, :]
-    tl.store(partial_ptr + row[:, None] * n_out + offs_n[None, :], acc, mask=mask)
+    row = split.to(tl.int64) * shape.rows + offs_m
+    mask = (offs_m < shape.rows)[:, None] & (offs_n < shape.n_out)[None, :]
+    tl.store(partial_ptr + row[:, None] * shape.n_out + offs_n[None, :], acc, mask=mask)
 
 
 @triton.jit
@@ -159,9 +223,9 @@ def _reduce_tile(
     residual_ptr,  # [rows, n_out] or None
     out_ptr,  # [target rows, n_out]
     # Shapes
-    shape,
+    shape,  # Geometry
     # Scalars
-    scales,
+    scales,  # Scales
     # Constexprs
     ACTIVATION: tl.constexpr,
     UPSAMPLE: tl.constexpr,
@@ -169,15 +233,15 @@ def _reduce_tile(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    rows = shape[0][0]
-    n_out = shape[1][1]
+    """One tile of one layer: the sum of the splits' shares, finished."""
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask = (offs_m < rows)[:, None] & (offs_n < n_out)[None, :]
+    mask = (offs_m < shape.rows)[:, None] & (offs_n < shape.n_out)[None, :]
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for split in tl.static_range(SPLIT_K):
-        row = offs_m.to(tl.int64) + split * rows
-        acc += tl.load(partial_ptr + row[:, None] * n_out + offs_n[None, :], mask=mask, other=0.0)
+        row = offs_m.to(tl.int64) + split * shape.rows
+        partial_ptrs = partial_ptr + row[:, None] * shape.n_out + offs_n[None, :]
+        acc += tl.load(partial_ptrs, mask=mask, other=0.0)
     acc = finish(acc, scale_ptr, bias_ptr, residual_ptr, offs_m, offs_n, shape, scales, ACTIVATION)
     store_rows(out_ptr, acc, offs_m, offs_n, shape, scales, UPSAMPLE)
 
@@ -190,9 +254,9 @@ def conv_reduce_kernel(
     bias_ptrs,
     residual_ptrs,
     out_ptrs,
-    # Shapes, one tuple per layer
+    # Shapes, a Geometry per layer
     shapes,
-    # Scalars, one tuple per layer
+    # Scalars, Scales per layer
     scales,
     # Constexprs
     GROUPS: tl.constexpr,

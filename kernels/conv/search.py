@@ -1,41 +1,140 @@
-"""Configs of the convolutions that are worth trying; see `yolov7.kernels.tune`."""
+"""Configs of a launch: the default one, from counted tiles, and those that are worth trying."""
 
 import itertools
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
-import triton
+import torch
 
-from yolov7.kernels.conv.cases import Calls
-from yolov7.kernels.conv.launcher import default_config, fits_tma
+from yolov7.kernels.conv.config import ConvConfig
+from yolov7.kernels.conv.launcher import long_fp8_sum, tiles
 from yolov7.kernels.conv.layer import ConvCall
-from yolov7.kernels.conv.stem import StemCall, default_stem_config
-from yolov7.kernels.runtime import Config
+from yolov7.kernels.conv.stem import StemCall
+from yolov7.kernels.runtime import capability, processors, triton
 
 TILES = (
     *((64, 32), (64, 64), (64, 128)),
     *((128, 32), (128, 64), (128, 128), (128, 256)),
     *((256, 64), (256, 128)),
 )
-"""(BLOCK_M, BLOCK_N) of the search space."""
+"""(block_m, block_n) of the search space."""
 
 
-def ordered_configs(calls: Calls, capability: tuple[int, int]) -> list[Config]:
-    """The search space of a launch, the default config before everything else."""
-    if isinstance(calls, StemCall):
-        default = default_stem_config(calls)
-        space = stem_search_space(default)
-    else:
-        default, space = default_config(calls), search_space(calls, capability)
-    return [default, *(config for config in space if config != default)]
+def fits_tma(calls: Sequence[ConvCall]) -> bool:
+    """Whether tensor descriptors can read and write these maps (16-byte bases, strides)."""
+    return not calls[0].exact and all(map(_fits_tma, calls))
 
 
-def stem_search_space(default: Config) -> Iterator[Config]:
-    """Rows and terms of the sum that a program takes at once."""
-    for block_m, block_k, warps in itertools.product((32, 64, 128), (16, 32, 64), (4, 8)):
-        yield {**default, "BLOCK_M": block_m, "BLOCK_K": block_k, "num_warps": warps}
+def _fits_tma(call: ConvCall) -> bool:
+    layer = call.layer
+    tensors = [call.x, call.weight] if layer.upsample else [call.x, call.weight, call.out]
+    return (
+        layer.reduction == 1
+        and all(t.stride(0) * t.element_size() % 16 == 0 for t in tensors)
+        and all(t.storage_offset() * t.element_size() % 16 == 0 for t in tensors)
+    )
 
 
-def search_space(calls: Sequence[ConvCall], capability: tuple[int, int]) -> Iterator[Config]:
+def default_config(calls: Sequence[ConvCall]) -> ConvConfig:
+    """A config from counted tiles, for devices and sizes that nobody tuned.
+
+    No choice spills registers on sm_80, 89, 90 or 100; that is held by the ahead-of-time tests.
+    """
+    device = calls[0].x.device
+    units = processors(device)
+    roomy = capability(device) >= (9, 0)
+    hopper = roomy and capability(device) < (10, 0)
+    tma = roomy and fits_tma(calls)
+    block_m, block_n = _default_tile(calls, tma)
+    block_k = _block_k(calls, tma)
+    count = tiles(calls, block_m, block_n)
+    steps = max(c.layer.taps * -(-c.layer.in_channels // block_k) for c in calls)
+    # A second launch pays where it takes at least a dozen steps away from each program.
+    split = max(1, min(2 * units // count, steps // 12, 8)) if 0 < count < units else 1
+    split = 1 << (split.bit_length() - 1)
+    if not tma:
+        return ConvConfig(
+            block_m=block_m,
+            block_n=block_n,
+            block_k=block_k,
+            split_k=split,
+            num_stages=2 if calls[0].exact else 4 if roomy else 3,
+            # Left alone, ptxas aims lower and spills a register or two of small tiles.
+            maxnreg=168 if block_m * block_n <= 64 * 64 else 0,
+            launch_pdl=roomy,
+        )
+    added = any(c.residual is not None for c in calls)
+    staged = block_m * block_n * max(c.out.element_size() for c in calls) * (2 if added else 1)
+    stage = (block_m + block_n) * block_k * calls[0].x.element_size()
+    large = block_m * block_n >= (128 * 128 if hopper else 128 * 64)
+    occupancy = 1 if large else 2
+    # Overlapping one tile's store with the next one's loads takes registers and a second tile.
+    several = count * split > units * occupancy
+    return ConvConfig(
+        tma=True,
+        block_m=block_m,
+        block_n=block_n,
+        block_k=block_k,
+        split_k=split,
+        num_warps=8 if large else 4,
+        num_stages=min(4, (_SHARED_BYTES - staged) // stage),
+        flatten=hopper and several and all(map(_plain_store, calls)),
+        occupancy=occupancy,
+        launch_pdl=True,
+    )
+
+
+def _default_tile(calls: Sequence[ConvCall], tma: bool) -> tuple[int, int]:
+    """(block_m, block_n): the largest tile that keeps three quarters of the processors busy.
+
+    What limits a large layer is the traffic from the L2 cache, (1 / block_m + 1 / block_n) per
+    operation. Where no tile keeps them busy it is the smallest, and the sum may be split.
+    """
+    device = calls[0].x.device
+    roomy = capability(device) >= (9, 0)
+    hopper = roomy and capability(device) < (10, 0)
+    width = max(16, triton.next_power_of_2(max(c.layer.out_channels for c in calls)))
+    if calls[0].exact:  # multiplied one by one: operands live in registers
+        return 64, min(32, width)
+    sizes = _TMA_TILES if tma else _GATHER_TILES
+    fitting = [(m, n) for m, n in sizes if n <= width] or [(64, width)]
+    if not all(map(_plain_store, calls)) or long_fp8_sum(calls) or not hopper:  # larger ones spill
+        wide = max(c.out.element_size() for c in calls) == 4
+        largest = 64 * 64 if wide or (len(calls) > 1 and not roomy) else 128 * 128
+        fitting = [(m, n) for m, n in fitting if m * n <= largest]
+    units = processors(device)
+    filled = (tile for tile in fitting if _busy(tiles(calls, *tile), units) >= 0.75)
+    return next(filled, fitting[-1])
+
+
+_TMA_TILES = ((128, 256), (256, 128), (128, 128), (256, 64), (128, 64), (64, 64))
+_GATHER_TILES = ((64, 128), (64, 64))
+_SHARED_BYTES = 224 * 1024  # of Hopper's 227 KiB; the rest holds barriers
+
+
+def _plain_store(call: ConvCall) -> bool:
+    """Whether the tile leaves through the small epilogue: 16 bits or less, nothing to add."""
+    plain = call.residual is None and not call.layer.upsample
+    return plain and call.out.dtype != torch.float32
+
+
+def _block_k(calls: Sequence[ConvCall], tma: bool) -> int:
+    """128 bytes along the sum, the widest swizzle, or 64 where shared memory is scarce."""
+    size = calls[0].x.element_size()
+    if calls[0].exact:
+        return 16
+    roomy = tma or capability(calls[0].x.device) >= (9, 0)
+    smallest = 32 if size == 1 else 16
+    widest = triton.next_power_of_2(max(c.layer.in_channels for c in calls))
+    return max(smallest, min((128 if roomy else 64) // size, widest))
+
+
+def _busy(tiles: int, units: int) -> float:
+    """Share of the processors' time that this many equal tiles fill."""
+    return tiles / (-(-tiles // units) * units) if tiles else 0.0
+
+
+def search_space(calls: Sequence[ConvCall]) -> Iterator[ConvConfig]:
     """Configs worth trying: some 20 to 100, and machine code is shared by most launches.
 
     Tiles no wider than the layers; the deepest pipeline that fits shared memory and one less; the
@@ -44,15 +143,15 @@ def search_space(calls: Sequence[ConvCall], capability: tuple[int, int]) -> Iter
     """
     size, item = calls[0].x.element_size(), max(c.out.element_size() for c in calls)
     layers = [call.layer for call in calls]
-    hopper = capability >= (9, 0)
+    hopper = capability(calls[0].x.device) >= (9, 0)
     tma = hopper and fits_tma(calls)
     limit = (227 if hopper else 99) * 1024
     width = max(16, triton.next_power_of_2(max(x.out_channels for x in layers)))
     channels = triton.next_power_of_2(max(x.in_channels for x in layers))
     block_k = max(32 if size == 1 else 16, min(128 // size, channels))
     steps = max(x.taps * -(-x.in_channels // block_k) for x in layers)
-    tiles = dict.fromkeys((m, min(n, width)) for m, n in TILES)
-    for block_m, block_n in tiles:
+    loops = ((True, 1), (False, 2)) if tma else ((False, 1),)
+    for block_m, block_n in dict.fromkeys((m, min(n, width)) for m, n in TILES):
         stage = (block_m + block_n) * block_k * size
         staged = block_m * block_n * item if tma else 0
         deepest = min(5, (limit - staged) // stage)
@@ -60,18 +159,37 @@ def search_space(calls: Sequence[ConvCall], capability: tuple[int, int]) -> Iter
         if any(x.pool for x in layers):  # its loop has two stages, and loads four times the rows
             pooled = (4 * block_m + 2 * block_n) * block_k * size
             depths = [] if pooled > limit else depths if len(layers) > 1 else depths[:1]
-        count = sum(-(-x.compute.rows // block_m) * -(-x.out_channels // block_n) for x in layers)
+        count = tiles(calls, block_m, block_n)
         splits = [s for s in (1, 2, 4, 8) if s == 1 or (steps >= 6 * s and count * s <= 528)]
-        loops = ({"FLATTEN": 1, "OCCUPANCY": 1}, {"FLATTEN": 0, "OCCUPANCY": 2}) if tma else ({},)
-        for stages, split, loop in itertools.product(depths, splits, loops):
-            config = {
-                "TMA": int(tma),
-                "BLOCK_M": block_m,
-                "BLOCK_N": block_n,
-                "BLOCK_K": block_k,
-                "SPLIT_K": split,
-                "num_warps": 8 if block_m * block_n >= 128 * 128 else 4,
-                "num_stages": stages,
-                **loop,
-            }
-            yield config | ({"launch_pdl": 1} if hopper else {})
+        for stages, split, (flatten, occupancy) in itertools.product(depths, splits, loops):
+            yield ConvConfig(
+                tma=tma,
+                block_m=block_m,
+                block_n=block_n,
+                block_k=block_k,
+                split_k=split,
+                num_warps=8 if block_m * block_n >= 128 * 128 else 4,
+                num_stages=stages,
+                flatten=flatten,
+                occupancy=occupancy,
+                launch_pdl=hopper,
+            )
+
+
+def default_stem_config(call: StemCall) -> ConvConfig:
+    """A config of the first convolution, for devices and sizes that nobody tuned."""
+    block_n = max(16, triton.next_power_of_2(call.out.shape[1]))
+    return ConvConfig(
+        block_m=64,
+        block_n=min(block_n, 32) if call.exact else block_n,  # exact operands live in registers
+        block_k=32,
+        num_stages=1,
+        launch_pdl=capability(call.out.device) >= (9, 0),
+    )
+
+
+def stem_search_space(call: StemCall) -> Iterator[ConvConfig]:
+    """Rows and terms of the sum that a program of the first convolution takes at once."""
+    default = default_stem_config(call)
+    for block_m, block_k, warps in itertools.product((32, 64, 128), (16, 32, 64), (4, 8)):
+        yield replace(default, block_m=block_m, block_k=block_k, num_warps=warps)

@@ -13,25 +13,23 @@ Expected time on an H200: bound by memory. 640x640 -> 32 channels in fp16 reads 
 14.5 us. The gather issues 11 million (44 million) 2-byte loads, most of them from L1.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
+from yolov7.kernels.conv.config import ConvConfig
 from yolov7.kernels.conv.layer import (
     ACTIVATIONS,
-    DTYPE_NAMES,
-    DTYPES,
+    Activation,
     activate,
     epilogue_activation,
     exact_conv2d,
-    to_dtype,
+    own_memory,
 )
-from yolov7.kernels.conv.parts import begin, finish, multiply, store_rows
+from yolov7.kernels.conv.parts import Geometry, Scales, begin, finish, multiply, store_rows
 from yolov7.kernels.layout import PitchedLayout
-from yolov7.kernels.runtime import Config, capability, find_config, launch, triton_op
+from yolov7.kernels.runtime import DTYPE_NAMES, FLOATS, launch, tl, triton
 
 
 @dataclass(frozen=True)
@@ -46,7 +44,7 @@ class Stem:
     """Where the output's pixels lie."""
     kernel: int = 3
     stride: int = 1
-    activation: str = "silu"
+    activation: Activation = "silu"
     """silu, leaky_relu (slope 0.1) or none."""
     exact: bool = False
     """Multiply fp32 exactly instead of as TF32."""
@@ -90,7 +88,7 @@ class StemCall:
         return f"{shape} -> {self.out.shape[1]}, {k}x{k} s{self.layer.stride} stem"
 
     def check(self) -> None:
-        """Raise ``ValueError`` unless the tensors fit; see `conv_stem`."""
+        """Raise ``ValueError`` unless the tensors fit the layer and each other."""
         k, t, stride = self.layer.kernel, self.layer.target, self.layer.stride
         images, weight, bias, out = self.images, self.weight, self.bias, self.out
         t.check(out, "output")
@@ -100,6 +98,9 @@ class StemCall:
                 f"images {tuple(images.shape)} do not give {t.n} x {t.h} x {t.w} pixels by a "
                 f"{k}x{k} convolution of stride {stride}"
             )
+        for name, tensor in (("images", images), ("weight", weight), ("bias", bias)):
+            if tensor.device != out.device:
+                raise ValueError(f"{name} is on {tensor.device}, the output on {out.device}")
         n_out = out.shape[1]
         if tuple(weight.shape) != (n_out, k * k * images.shape[1]) or not weight.is_contiguous():
             raise ValueError(
@@ -108,8 +109,25 @@ class StemCall:
             )
         if tuple(bias.shape) != (n_out,) or bias.dtype != torch.float32:
             raise ValueError(f"bias {bias.dtype} {tuple(bias.shape)} is not fp32 ({n_out},)")
-        if weight.dtype not in DTYPES or weight.dtype.itemsize == 1 or out.dtype not in DTYPES:
+        if weight.dtype not in FLOATS.values() or out.dtype not in DTYPE_NAMES:
             raise ValueError(f"weight {weight.dtype}, output {out.dtype}: no such stem")
+
+    def reference(self) -> Tensor:
+        """The output map ``[target.rows, out]`` in fp32, in plain PyTorch, zero border."""
+        stem, k, channels = self.layer, self.layer.kernel, self.images.shape[1]
+        weight = self.weight.float().view(-1, k, k, channels).permute(0, 3, 1, 2)
+        y = exact_conv2d(self.images.float(), weight, stem.stride, (k - 1) // 2)
+        return stem.target.from_nchw(activate(y + self.bias[:, None, None], stem.activation))
+
+    def random(self, device: torch.device) -> "StemCall":
+        """The call with memory of its own and random content, outputs O(1)."""
+        return replace(
+            self,
+            images=own_memory(self.images, device).uniform_(),
+            weight=own_memory(self.weight, device).normal_(std=self.weight.shape[1] ** -0.5),
+            bias=own_memory(self.bias, device).normal_(),
+            out=own_memory(self.out, device),
+        )
 
 
 def space_to_depth_weight(weight: Tensor) -> Tensor:
@@ -127,14 +145,6 @@ def space_to_depth_weight(weight: Tensor) -> Tensor:
     return parts.permute(0, 3, 4, 2, 5, 1).reshape(out, channels, 6, 6)
 
 
-def stem_reference(call: StemCall) -> Tensor:
-    """The output map ``[target.rows, out]`` in fp32, in plain PyTorch, zero border."""
-    stem, k, channels = call.layer, call.layer.kernel, call.images.shape[1]
-    weight = call.weight.float().view(-1, k, k, channels).permute(0, 3, 1, 2)
-    y = exact_conv2d(call.images.float(), weight, stem.stride, (k - 1) // 2)
-    return stem.target.from_nchw(activate(y + call.bias[:, None, None], stem.activation))
-
-
 @triton.jit
 def conv_stem_kernel(
     # Tensors
@@ -145,14 +155,15 @@ def conv_stem_kernel(
     # Shapes
     image_h,
     image_w,
-    shape,
+    images,
+    shape,  # Geometry
     # Strides
     stride_n,
     stride_c,
     stride_h,
     stride_w,
     # Scalars
-    scales,
+    scales,  # Scales
     # Constexprs
     CHANNELS: tl.constexpr,
     KERNEL: tl.constexpr,
@@ -166,19 +177,18 @@ def conv_stem_kernel(
 ):
     """One block of rows and channels of the output map."""
     begin(PDL)
-    _, h, w, pitch, row_pitch = shape[0]
-    n_out = shape[1][1]
     length: tl.constexpr = KERNEL * KERNEL * CHANNELS
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    line = offs_m // pitch
-    x = offs_m % pitch
-    y = line % row_pitch
-    inside = (x < w) & (y < h)
+    line = offs_m // shape.pitch
+    x = offs_m % shape.pitch
+    y = line % shape.row_pitch
+    inside = (x < shape.w) & (y < shape.h)
     top = y * STRIDE - (KERNEL - 1) // 2
     left = x * STRIDE - (KERNEL - 1) // 2
     # Rows past the last image are border (y < h fails there or nothing is stored).
-    image_ptrs = image_ptr + tl.minimum(line // row_pitch, shape[2][0] - 1).to(tl.int64) * stride_n
+    image = tl.minimum(line // shape.row_pitch, images - 1)
+    image_ptrs = image_ptr + image.to(tl.int64) * stride_n
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for k in tl.static_range(0, length, BLOCK_K):
         offs_k = k + tl.arange(0, BLOCK_K)
@@ -191,49 +201,39 @@ def conv_stem_kernel(
         mask = held & inside[:, None] & mask_k[None, :]
         a = tl.load(image_ptrs[:, None] + offsets, mask=mask, other=0.0)
         weight_ptrs = weight_ptr + offs_n[None, :] * length + offs_k[:, None]
-        mask_b = (offs_n < n_out)[None, :] & mask_k[:, None]
+        mask_b = (offs_n < shape.n_out)[None, :] & mask_k[:, None]
         b = tl.load(weight_ptrs, mask=mask_b, other=0.0)
         acc = multiply(a.to(b.dtype), b, acc, PRECISION, False)
     acc = finish(acc, None, bias_ptr, None, offs_m, offs_n, shape, scales, ACTIVATION)
     store_rows(out_ptr, acc, offs_m, offs_n, shape, scales, False)
 
 
-def stem_kind(call: StemCall) -> str:
-    """What configs of the JSON file are for: ``stem3x3s1-fp16``."""
-    stem = call.layer
-    precision = "exact" if call.exact else DTYPE_NAMES[call.out.dtype]
-    return f"stem{stem.kernel}x{stem.kernel}s{stem.stride}-{precision}"
-
-
-def stem_size(call: StemCall) -> tuple[int, int]:
-    """(rows, output channels): the size that configs are looked up by."""
-    return call.layer.target.rows, call.out.shape[1]
-
-
-def default_stem_config(call: StemCall) -> Config:
-    """A config for devices and sizes that nobody tuned."""
-    config = {"BLOCK_M": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 1}
-    return config | ({"launch_pdl": 1} if capability(call.out.device) >= (9, 0) else {})
-
-
-def stem_config(call: StemCall) -> Config:
-    """The tuned config of the nearest stem on this device, or the default one."""
-    default = default_stem_config(call)
-    return find_config(stem_kind(call), stem_size(call), default, call.out.device)
-
-
-def launch_stem(call: StemCall, config: Config) -> None:
-    """Run the first convolution.
+def launch_stem(call: StemCall, config: ConvConfig) -> None:
+    """Run the first convolution; nothing is checked.
 
     Args:
-        call: sizes, options and tensors; ``call.check`` is the caller's affair, once.
-        config: ``BLOCK_M``, ``BLOCK_K``, ``num_warps``, ``num_stages``, ``launch_pdl``.
+        call: sizes, options and tensors.
+        config: how.
     """
     stem, images, out = call.layer, call.images, call.out
     t, n_out = stem.target, out.shape[1]
-    block_n = max(16, triton.next_power_of_2(n_out))
-    if call.exact:  # multiplied one by one: operands live in registers
-        block_n = min(block_n, 32)
+    shape = Geometry(
+        t.rows,
+        t.h,
+        t.w,
+        t.pitch,
+        t.row_pitch,
+        images.shape[1],
+        n_out,
+        source_rows=0,  # the source is no pitched map
+        source_pitch=0,
+        source_row_pitch=0,
+        target_pitch=t.pitch,
+        target_row_pitch=t.row_pitch,
+        x_stride=0,
+        residual_stride=0,
+        out_stride=out.stride(0),
+    )
     args = {
         "image_ptr": images,
         "weight_ptr": call.weight,
@@ -241,97 +241,20 @@ def launch_stem(call: StemCall, config: Config) -> None:
         "out_ptr": out,
         "image_h": images.shape[2],
         "image_w": images.shape[3],
-        "shape": (
-            (t.rows, t.h, t.w, t.pitch, t.row_pitch),
-            (images.shape[1], n_out),
-            (t.n, 0, 0),
-            (0, 0),
-            (0, 0, out.stride(0)),
-        ),
+        "images": t.n,
+        "shape": shape,
         "stride_n": images.stride(0),
         "stride_c": images.stride(1),
         "stride_h": images.stride(2),
         "stride_w": images.stride(3),
-        "scales": (1.0, float(stem.out_scale)),
+        "scales": Scales(1.0, float(stem.out_scale)),
         "CHANNELS": images.shape[1],
         "KERNEL": stem.kernel,
         "STRIDE": stem.stride,
         "ACTIVATION": epilogue_activation(stem.activation, out.dtype),
         "PRECISION": "ieee" if stem.exact else "tf32",
-        "PDL": bool(config.get("launch_pdl", 0)),
-        "BLOCK_N": block_n,
+        "PDL": config.launch_pdl,
+        "BLOCK_N": config.block_n,
     }
-    grid = (triton.cdiv(t.rows, config["BLOCK_M"]), triton.cdiv(n_out, block_n))
-    launch(conv_stem_kernel, grid, args, config)
-
-
-def _stem_triton(
-    images: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    out: Tensor,
-    target: list[int],
-    kernel: int,
-    stride: int,
-    activation: str,
-    exact: bool,
-    out_scale: float,
-) -> None:
-    stem = Stem(PitchedLayout(*target), kernel, stride, activation, exact, out_scale)
-    call = StemCall(stem, images, weight, bias, out)
-    call.check()
-    launch_stem(call, stem_config(call))
-
-
-def _stem_reference(
-    images: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    out: Tensor,
-    target: list[int],
-    kernel: int,
-    stride: int,
-    activation: str,
-    exact: bool,
-    out_scale: float,
-) -> None:
-    stem = Stem(PitchedLayout(*target), kernel, stride, activation, exact, out_scale)
-    call = StemCall(stem, images, weight, bias, out)
-    call.check()
-    out.copy_(to_dtype(stem_reference(call), out.dtype, out_scale))
-
-
-_stem_op = triton_op(
-    "conv_stem", _stem_triton, _stem_reference, lambda *_: None, mutates_args=["out"]
-)
-
-
-def conv_stem(
-    images: Tensor, weight: Tensor, bias: Tensor, stem: Stem, *, out: Tensor | None = None
-) -> Tensor:
-    """The first convolution with bias and activation, from images to a pitched map.
-
-    Args:
-        images: ``[n, c, h, w]`` fp16, bf16 or fp32, any strides.
-        weight: ``[out, kernel * kernel * c]`` fp16, bf16 or fp32, from `pack_weight` (of
-            `space_to_depth_weight` in the P6 variants); images are cast to its type.
-        bias: ``[out]`` fp32.
-        stem: sizes and options.
-        out: ``[target.rows, out]`` to write, a channel slice or whole; by default new, of the
-            weight's type.
-
-    Returns:
-        ``out``, its border zero.
-
-    Raises:
-        ValueError: shapes or types do not fit.
-    """
-    if weight.ndim != 2:
-        raise ValueError(f"weight {tuple(weight.shape)} is not a packed matrix")
-    if out is None:
-        out = stem.target.empty(weight.shape[0], dtype=weight.dtype, device=images.device)
-    _stem_op(
-        images, weight, bias, out, stem.target.sizes, stem.kernel, stem.stride, stem.activation,
-        stem.exact, stem.out_scale,
-    )  # fmt: skip
-    return out
+    grid = (triton.cdiv(t.rows, config.block_m), triton.cdiv(n_out, config.block_n))
+    launch(conv_stem_kernel, grid, args, config.options("BLOCK_M", "BLOCK_K"))

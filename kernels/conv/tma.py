@@ -13,17 +13,19 @@ two bounds gives 151 us per image: 94 in 3x3 layers, bound by arithmetic (64x80x
 (256x80x80 -> 128: 4.9 MB, 1.1 us). What the border adds: 1 to 10 % (see `layout`).
 """
 
-import triton
-import triton.language as tl
-
 from yolov7.kernels.conv.parts import (
     begin,
     cast_output,
     finish,
+    layer_tiles,
     multiply,
+    next_step,
+    split_steps,
     store_partial,
     store_rows,
+    tap_shift,
 )
+from yolov7.kernels.runtime import tl, triton
 
 
 @triton.jit
@@ -35,8 +37,7 @@ def _tma_sum(
     row,
     column,
     split,
-    c_in,
-    source_pitch,
+    shape,  # Geometry
     # Constexprs
     KERNEL: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -47,29 +48,13 @@ def _tma_sum(
     BLOCK_K: tl.constexpr,
 ):
     """One split's sum over taps and channels for the tile at ``row``, ``column``."""
-    blocks_k = tl.cdiv(c_in, BLOCK_K)
-    steps = KERNEL * KERNEL * blocks_k
-    first = 0
-    if SPLIT_K > 1:  # kept apart, or the loops do not flatten
-        per_split = tl.cdiv(steps, SPLIT_K)
-        first = split * per_split
-        steps = tl.minimum(first + per_split, steps)
-    tap = 0
-    k = 0
-    if SPLIT_K > 1:
-        tap = first // blocks_k
-        k = first % blocks_k * BLOCK_K
+    first, steps, tap, k = split_steps(shape.c_in, split, KERNEL, SPLIT_K, BLOCK_K)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for _ in tl.range(first, steps):
-        shift = (tap // KERNEL - KERNEL // 2) * source_pitch + tap % KERNEL - KERNEL // 2
-        a = x_desc.load([row + shift, k])
-        b = weight_desc.load([column, tap * c_in + k])
+        a = x_desc.load([row + tap_shift(tap, shape, KERNEL), k])
+        b = weight_desc.load([column, tap * shape.c_in + k])
         acc = multiply(a, b.T, acc, PRECISION, PROMOTE)
-        k += BLOCK_K
-        if KERNEL > 1:
-            last = k >= c_in
-            tap = tl.where(last, tap + 1, tap)
-            k = tl.where(last, 0, k)
+        tap, k = next_step(tap, k, shape.c_in, KERNEL, BLOCK_K)
     return acc
 
 
@@ -85,7 +70,7 @@ def _tma_layer(
     partial_ptr,  # [SPLIT_K, rows, n_out] fp32 or None
     # Shapes
     first_tile,
-    shape,
+    shape,  # Geometry
     # Scalars
     scales,
     # Constexprs
@@ -101,17 +86,15 @@ def _tma_layer(
     BLOCK_K: tl.constexpr,
 ):
     """Every ``num_programs``-th tile of one layer, from ``first_tile`` on."""
-    rows = shape[0][0]
-    c_in, n_out = shape[1]
-    tiles_n = tl.cdiv(n_out, BLOCK_N)
-    tiles_m = tl.cdiv(rows, BLOCK_M)
+    tiles_n = tl.cdiv(shape.n_out, BLOCK_N)
+    tiles_m = tl.cdiv(shape.rows, BLOCK_M)
     tiles = tiles_m * tiles_n * SPLIT_K
     for tile in tl.range(first_tile, tiles, tl.num_programs(0), flatten=FLATTEN):
         split = tile // (tiles_m * tiles_n)
         row = tile // tiles_n % tiles_m * BLOCK_M
         column = tile % tiles_n * BLOCK_N
         acc = _tma_sum(
-            x_desc, weight_desc, row, column, split, c_in, shape[2][1],
+            x_desc, weight_desc, row, column, split, shape,
             KERNEL, PRECISION, PROMOTE, SPLIT_K, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
         offs_m = row + tl.arange(0, BLOCK_M)
@@ -145,9 +128,9 @@ def conv_tma_kernel(
     bias_ptrs,
     residual_ptrs,
     partial_ptrs,
-    # Shapes, one tuple per layer
+    # Shapes, a Geometry per layer
     shapes,
-    # Scalars, one tuple per layer
+    # Scalars, Scales per layer
     scales,
     # Constexprs
     GROUPS: tl.constexpr,
@@ -178,5 +161,5 @@ def conv_tma_kernel(
             BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
         # The next layer's first tile goes to the program after the one of this layer's last.
-        tiles = tl.cdiv(shapes[g][0][0], BLOCK_M) * tl.cdiv(shapes[g][1][1], BLOCK_N) * SPLIT_K
+        tiles = layer_tiles(shapes[g], SPLIT_K, BLOCK_M, BLOCK_N)
         first_tile = (first_tile + programs - tiles % programs) % programs

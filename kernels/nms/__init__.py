@@ -25,16 +25,21 @@ a batch. At conf 0.001, multi-label, half of all rows are read whole, twice: 2 x
 import functools
 import struct
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from yolov7.kernels.nms.greedy import nms_greedy_kernel
 from yolov7.kernels.nms.reference import CLASS_OFFSET, nms_reference
-from yolov7.kernels.nms.select import nms_histogram_kernel, nms_scatter_kernel, nms_select_kernel
-from yolov7.kernels.runtime import Config, launch, processors, triton_op
+from yolov7.kernels.nms.select import (
+    Scan,
+    Sizes,
+    nms_histogram_kernel,
+    nms_scatter_kernel,
+    nms_select_kernel,
+)
+from yolov7.kernels.runtime import Config, launch, processors, triton, triton_op
 
 __all__ = ["Detections", "batched_nms", "compile_cases", "nms_reference"]
 
@@ -64,6 +69,44 @@ class Detections(NamedTuple):
     overflow: Tensor
 
 
+def _scan(
+    prediction: Tensor,
+    segment_counts: Tensor | None,
+    classes: Tensor | None,
+    conf: float,
+    config: Config,
+) -> Scan:
+    rows = prediction.shape[1]
+    conf_bits, one_bits = struct.unpack("<2i", struct.pack("<2f", conf + 0.0, 1.0))  # no -0.0
+    bin_bits = max((one_bits - conf_bits).bit_length() - config["LOG_BINS"], 0)
+    return Scan(
+        prediction,
+        segment_counts,
+        classes,
+        N=rows,
+        K=0 if classes is None else classes.shape[0],
+        segment=1 if segment_counts is None else rows // max(segment_counts.shape[1], 1),
+        conf=conf,
+        conf_bits=conf_bits,
+        shift=32 + bin_bits,
+    )
+
+
+def _sizes(
+    nc: int, classes: Tensor | None, multi_label: bool, splits: int, config: Config
+) -> Sizes:
+    block_c = triton.next_power_of_2(nc)
+    return Sizes(
+        nc,
+        multi_label,
+        config["LOG_BINS"],
+        splits,
+        BLOCK_R=min(max(config["ELEMENTS"] // block_c, 1), 256),
+        BLOCK_C=block_c,
+        BLOCK_K=1 if classes is None else triton.next_power_of_2(max(classes.shape[0], 1)),
+    )
+
+
 def _launch_nms(
     # Tensors
     prediction: Tensor,
@@ -79,35 +122,16 @@ def _launch_nms(
     max_candidates: int,
     config: Config,
 ) -> None:
-    batch, rows, width = prediction.shape
     boxes, counts, overflow = result
-    nc = width - 5
-    block_c = triton.next_power_of_2(nc)
-    conf_bits, one_bits = struct.unpack("<2i", struct.pack("<2f", conf + 0.0, 1.0))  # no -0.0
-    bin_bits = max((one_bits - conf_bits).bit_length() - config["LOG_BINS"], 0)
-    capacity = work["keys"].shape[1]
+    batch, rows, width = prediction.shape
+    nc, capacity = width - 5, work["keys"].shape[1]
+    splits = work["histogram"].shape[1]
     warps = {"num_warps": config["num_warps"]}
     scan = {
-        "prediction_ptr": prediction,
-        "counts_ptr": segment_counts,
-        "classes_ptr": classes,
-        "N": rows,
-        "K": 0 if classes is None else classes.shape[0],
-        "segment": 1 if segment_counts is None else rows // max(segment_counts.shape[1], 1),
-        "conf": conf,
-        "conf_bits": conf_bits,
-        "shift": 32 + bin_bits,
-        "NC": nc,
-        "MULTI_LABEL": multi_label,
-        "HAS_COUNTS": segment_counts is not None,
-        "HAS_CLASSES": classes is not None,
-        "LOG_BINS": config["LOG_BINS"],
-        "SPLITS": work["histogram"].shape[1],
-        "BLOCK_R": min(max(config["ELEMENTS"] // block_c, 1), 256),
-        "BLOCK_C": block_c,
-        "BLOCK_K": 1 if classes is None else triton.next_power_of_2(max(classes.shape[0], 1)),
+        "scan": _scan(prediction, segment_counts, classes, conf, config),
+        "SIZES": _sizes(nc, classes, multi_label, splits, config),
     }
-    grid = (scan["SPLITS"], batch)
+    grid = (splits, batch)
     launch(nms_histogram_kernel, grid, {**scan, "histogram_ptr": work["histogram"]}, warps)
     choice = {"cursor_ptr": work["cursor"], "limits_ptr": work["limits"], "capacity": capacity}
     select = {
@@ -195,17 +219,8 @@ def _nms_triton(
     return result
 
 
-def _nms_fake(
-    prediction: Tensor,
-    segment_counts: Tensor | None,  # noqa: ARG001 - the operation's schema
-    classes: Tensor | None,  # noqa: ARG001 - the operation's schema
-    conf: float,  # noqa: ARG001 - the operation's schema
-    iou: float,  # noqa: ARG001 - the operation's schema
-    multi_label: bool,  # noqa: ARG001 - the operation's schema
-    agnostic: bool,  # noqa: ARG001 - the operation's schema
-    max_det: int,
-    max_candidates: int,  # noqa: ARG001 - the operation's schema
-) -> tuple[Tensor, Tensor, Tensor]:
+def _nms_fake(prediction: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *_, max_det, _ = arguments
     return _empty_result(prediction, max_det)
 
 

@@ -7,27 +7,18 @@ of keys. A group is compared with the boxes kept so far and with itself; the wal
 box that completes `max_det`.
 """
 
-import triton
-import triton.language as tl
-
-from yolov7.kernels.nms.select import corners
+from yolov7.kernels.nms.select import Corners, corners
+from yolov7.kernels.runtime import tl, triton
 
 
 @triton.jit
-def _exceeds(
-    # Boxes a: [BLOCK_A] fp32 each
-    a_x1, a_y1, a_x2, a_y2,
-    # Boxes b: [BLOCK_B] fp32 each
-    b_x1, b_y1, b_x2, b_y2,
-    # Scalars
-    iou,
-):  # fmt: skip
-    """Whether the IoU of a and b exceeds `iou`, [BLOCK_A, BLOCK_B]; rounded as PyTorch rounds."""
-    width = tl.minimum(a_x2[:, None], b_x2[None, :]) - tl.maximum(a_x1[:, None], b_x1[None, :])
-    height = tl.minimum(a_y2[:, None], b_y2[None, :]) - tl.maximum(a_y1[:, None], b_y1[None, :])
+def _exceeds(a, b, iou):
+    """Whether the IoU of boxes a and b exceeds `iou`, [len(a), len(b)]; rounded as PyTorch does."""
+    width = tl.minimum(a.x2[:, None], b.x2[None, :]) - tl.maximum(a.x1[:, None], b.x1[None, :])
+    height = tl.minimum(a.y2[:, None], b.y2[None, :]) - tl.maximum(a.y1[:, None], b.y1[None, :])
     shared = tl.maximum(width, 0.0) * tl.maximum(height, 0.0)
-    area_a = (a_x2 - a_x1) * (a_y2 - a_y1)
-    area_b = (b_x2 - b_x1) * (b_y2 - b_y1)
+    area_a = (a.x2 - a.x1) * (a.y2 - a.y1)
+    area_b = (b.x2 - b.x1) * (b.y2 - b.y1)
     union = area_a[:, None] + area_b[None, :] - shared
     return tl.div_rn(shared, tl.where(union == 0.0, 1.0, union)) > iou  # 0 / 0 exceeds nothing
 
@@ -111,6 +102,52 @@ def _survivors(overlaps, alive):
 
 
 @triton.jit
+def _next_end(ends, start, taken, BLOCK: tl.constexpr):
+    """Where the slots from `start` on end that are walked next.
+
+    They are as many whole bins as fit into a group, or one bin that is larger than a group.
+    """
+    whole = tl.max(tl.where(ends <= start + BLOCK, ends, 0), axis=0)
+    single = tl.min(tl.where(ends > start, ends, taken), axis=0)
+    return tl.maximum(whole, single)
+
+
+@triton.jit
+def _boxes_of_keys(prediction_ptr, image, keys, valid, N, NC: tl.constexpr):
+    """The boxes of candidates and their classes, [BLOCK]."""
+    index = 0x7FFFFFFF - (keys & 0x7FFFFFFF).to(tl.int32)
+    row_ptrs = prediction_ptr + (image * N + index // NC) * (5 + NC)
+    return corners(row_ptrs, valid), index % NC
+
+
+@triton.jit
+def _clear_of_kept(box, kept_ptr, kept, iou, BLOCK: tl.constexpr):
+    """Which boxes [BLOCK] have no IoU above `iou` with one of those that were kept before."""
+    offs = tl.arange(0, BLOCK)
+    clear = offs >= 0
+    for first in range(0, kept, BLOCK):
+        mask = first + offs < kept
+        kept_ptrs = kept_ptr + (first + offs) * 4
+        other = Corners(
+            tl.load(kept_ptrs + 0, mask=mask, other=0.0),
+            tl.load(kept_ptrs + 1, mask=mask, other=0.0),
+            tl.load(kept_ptrs + 2, mask=mask, other=0.0),
+            tl.load(kept_ptrs + 3, mask=mask, other=0.0),
+        )
+        overlaps = _exceeds(box, other, iou) & mask[None, :]
+        clear &= tl.max(overlaps.to(tl.int32), axis=1) == 0
+    return clear
+
+
+@triton.jit
+def _store_corners(ptrs, box, mask):
+    tl.store(ptrs + 0, box.x1, mask=mask)
+    tl.store(ptrs + 1, box.y1, mask=mask)
+    tl.store(ptrs + 2, box.x2, mask=mask)
+    tl.store(ptrs + 3, box.y2, mask=mask)
+
+
+@triton.jit
 def nms_greedy_kernel(
     # Tensors
     prediction_ptr,  # [B, N, 5 + NC]
@@ -142,7 +179,6 @@ def nms_greedy_kernel(
     group_ptr += image * BLOCK
     kept_ptr += image * max_det * 4
     boxes_ptr += image * max_det * 6
-    offs = tl.arange(0, BLOCK)
     taken = tl.load(limits_ptr + image * 2 + 1).to(tl.int32)
     ends = tl.minimum(tl.load(cursor_ptr + image * BINS + tl.arange(0, BINS)), taken)
 
@@ -153,12 +189,10 @@ def nms_greedy_kernel(
     walked = tl.full([], 0, tl.int32)
     kept = tl.full([], 0, tl.int32)
     while (kept < max_det) & (walked < tl.minimum(taken, max_candidates)):
+        # `keys` are the best that are left, at most BLOCK of them, in any order.
         if left == 0:
-            # As many whole bins as fit, or one that is larger than a group.
             start = end
-            whole = tl.max(tl.where(ends <= start + BLOCK, ends, 0), axis=0)
-            single = tl.min(tl.where(ends > start, ends, taken), axis=0)
-            end = tl.maximum(whole, single)
+            end = _next_end(ends, start, taken, BLOCK)
             left = end - start
             high = tl.full([], 0x7FFFFFFFFFFFFFFF, tl.int64)
         low = tl.full([], 0, tl.int64)
@@ -170,47 +204,33 @@ def nms_greedy_kernel(
         size = tl.sum(valid.to(tl.int32), axis=0)
         left -= size
 
-        index = 0x7FFFFFFF - (keys & 0x7FFFFFFF).to(tl.int32)
-        label = index % NC
-        row_ptrs = prediction_ptr + (image * N + index // NC) * (5 + NC)
-        x1, y1, x2, y2 = corners(row_ptrs, valid)
+        # `apart` are their boxes, those of other classes out of reach.
+        box, label = _boxes_of_keys(prediction_ptr, image, keys, valid, N, NC)
         shift = label.to(tl.float32) * class_offset
-        o_x1, o_y1, o_x2, o_y2 = x1 + shift, y1 + shift, x2 + shift, y2 + shift
+        apart = Corners(box.x1 + shift, box.y1 + shift, box.x2 + shift, box.y2 + shift)
 
+        # `alive` are among the first max_candidates and clear of all that is kept; those of them
+        # that are clear of each other, the better one first, are kept.
         better = (keys[None, :] > keys[:, None]) & valid[None, :]
         rank = tl.sum(better.to(tl.int32), axis=1)
         alive = valid & (walked + rank < max_candidates)
-        for first in range(0, kept, BLOCK):
-            mask = first + offs < kept
-            kept_ptrs = kept_ptr + (first + offs) * 4
-            k_x1 = tl.load(kept_ptrs + 0, mask=mask, other=0.0)
-            k_y1 = tl.load(kept_ptrs + 1, mask=mask, other=0.0)
-            k_x2 = tl.load(kept_ptrs + 2, mask=mask, other=0.0)
-            k_y2 = tl.load(kept_ptrs + 3, mask=mask, other=0.0)
-            overlaps = _exceeds(o_x1, o_y1, o_x2, o_y2, k_x1, k_y1, k_x2, k_y2, iou)
-            alive &= tl.max((overlaps & mask[None, :]).to(tl.int32), axis=1) == 0
-        overlaps = _exceeds(o_x1, o_y1, o_x2, o_y2, o_x1, o_y1, o_x2, o_y2, iou)
-        keep = _survivors(overlaps & better, alive)
+        alive &= _clear_of_kept(apart, kept_ptr, kept, iou, BLOCK)
+        keep = _survivors(_exceeds(apart, apart, iou) & better, alive)
 
+        # They follow the kept ones, best first.
         place = kept + tl.sum((better & keep[None, :]).to(tl.int32), axis=1)
         mask = keep & (place < max_det)
-        kept_ptrs = kept_ptr + place * 4
-        tl.store(kept_ptrs + 0, o_x1, mask=mask)
-        tl.store(kept_ptrs + 1, o_y1, mask=mask)
-        tl.store(kept_ptrs + 2, o_x2, mask=mask)
-        tl.store(kept_ptrs + 3, o_y2, mask=mask)
+        _store_corners(kept_ptr + place * 4, apart, mask)
         box_ptrs = boxes_ptr + place * 6
-        tl.store(box_ptrs + 0, x1, mask=mask)
-        tl.store(box_ptrs + 1, y1, mask=mask)
-        tl.store(box_ptrs + 2, x2, mask=mask)
-        tl.store(box_ptrs + 3, y2, mask=mask)
+        _store_corners(box_ptrs, box, mask)
         tl.store(box_ptrs + 4, (keys >> 32).to(tl.int32).to(tl.float32, bitcast=True), mask=mask)
         tl.store(box_ptrs + 5, label.to(tl.float32), mask=mask)
         kept += tl.sum(keep.to(tl.int32), axis=0)
         walked += size
-        tl.debug_barrier()
+        tl.debug_barrier()  # what was kept can be read
 
     kept = tl.minimum(kept, max_det)
     tl.store(found_ptr + image, kept)
+    offs = tl.arange(0, BLOCK)
     for first in range(kept * 6, max_det * 6, BLOCK):
         tl.store(boxes_ptr + first + offs, 0.0, mask=first + offs < max_det * 6)

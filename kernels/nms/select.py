@@ -12,48 +12,70 @@ into bins again, down to single keys: what is taken never depends on the order o
 and nothing that follows depends on it.
 """
 
-import triton
-import triton.language as tl
+from typing import Any, NamedTuple
+
+from yolov7.kernels.runtime import tl, triton
 
 
-@triton.jit
-def open_rows(
-    # Tensors
-    prediction_ptr,  # [B, N, 5 + NC]
-    counts_ptr,  # [B, N / segment] int32
-    # Rows
-    image,  # int64
-    rows,  # [R] int32
-    # Scalars
-    N,
-    segment,
-    conf,
-    # Constexprs
-    NC: tl.constexpr,
-    HAS_COUNTS: tl.constexpr,
-):
-    """Pointers to the rows, their objectness, and whether it exceeds `conf`: [R] each."""
-    row_ptrs = prediction_ptr + (image * N + rows) * (5 + NC)
-    mask = rows < N
-    if HAS_COUNTS:
-        count_ptrs = counts_ptr + image * (N // segment) + rows // segment
-        mask &= rows % segment < tl.load(count_ptrs, mask=mask, other=0)
-    objectness = tl.load(row_ptrs + 4, mask=mask, other=0.0).to(tl.float32)
-    return row_ptrs, objectness, mask & (objectness > conf)
+class Scan(NamedTuple):
+    """What all who look for candidates read; `Sizes` goes with it."""
+
+    prediction_ptr: Any  # [B, N, 5 + NC]
+    counts_ptr: Any  # [B, N / segment] int32, or None: all rows are valid
+    classes_ptr: Any  # [K], or None: all classes are asked for
+    N: int
+    K: int
+    segment: int
+    conf: float
+    conf_bits: int  # of its fp32
+    shift: int  # log2 of the keys per bin
+
+
+class Sizes(NamedTuple):
+    """Constants of a scan."""
+
+    NC: int
+    MULTI_LABEL: bool
+    LOG_BINS: int
+    SPLITS: int  # programs, and histograms, of an image
+    BLOCK_R: int  # rows that a program takes at once
+    BLOCK_C: int
+    BLOCK_K: int
+
+
+class Corners(NamedTuple):
+    """Boxes, [R] fp32 each."""
+
+    x1: Any
+    y1: Any
+    x2: Any
+    y2: Any
 
 
 @triton.jit
 def corners(row_ptrs, mask):
-    """x1, y1, x2, y2 of rows, [R] fp32 each."""
+    """The boxes of rows."""
     x = tl.load(row_ptrs + 0, mask=mask, other=0.0).to(tl.float32)
     y = tl.load(row_ptrs + 1, mask=mask, other=0.0).to(tl.float32)
     half_w = tl.load(row_ptrs + 2, mask=mask, other=0.0).to(tl.float32) * 0.5
     half_h = tl.load(row_ptrs + 3, mask=mask, other=0.0).to(tl.float32) * 0.5
-    return x - half_w, y - half_h, x + half_w, y + half_h
+    return Corners(x - half_w, y - half_h, x + half_w, y + half_h)
 
 
 @triton.jit
-def candidate_keys(
+def _open_rows(scan, image, rows, NC: tl.constexpr):
+    """Pointers to the rows [R] int32, their objectness, and whether it exceeds `conf`: [R] each."""
+    row_ptrs = scan.prediction_ptr + (image * scan.N + rows) * (5 + NC)
+    mask = rows < scan.N
+    if scan.counts_ptr is not None:
+        count_ptrs = scan.counts_ptr + image * (scan.N // scan.segment) + rows // scan.segment
+        mask &= rows % scan.segment < tl.load(count_ptrs, mask=mask, other=0)
+    objectness = tl.load(row_ptrs + 4, mask=mask, other=0.0).to(tl.float32)
+    return row_ptrs, objectness, mask & (objectness > scan.conf)
+
+
+@triton.jit
+def _candidate_keys(
     # Tensors
     row_ptrs,  # [R]
     objectness,  # [R] fp32
@@ -64,15 +86,14 @@ def candidate_keys(
     # Scalars
     conf,
     # Constexprs
-    NC: tl.constexpr,
-    MULTI_LABEL: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+    SIZES: tl.constexpr,
 ):
     """Keys [R, BLOCK_C] int64 of the candidates of these rows, -1 where there is none."""
-    offs_c = tl.arange(0, BLOCK_C)
-    x1, y1, x2, y2 = corners(row_ptrs, passing)
-    finite = (tl.abs(x1) < float("inf")) & (tl.abs(y1) < float("inf"))
-    finite &= (tl.abs(x2) < float("inf")) & (tl.abs(y2) < float("inf"))
+    NC: tl.constexpr = SIZES.NC
+    offs_c = tl.arange(0, SIZES.BLOCK_C)
+    box = corners(row_ptrs, passing)
+    finite = (tl.abs(box.x1) < float("inf")) & (tl.abs(box.y1) < float("inf"))
+    finite &= (tl.abs(box.x2) < float("inf")) & (tl.abs(box.y2) < float("inf"))
     mask = (passing & finite)[:, None] & (offs_c < NC)[None, :]
     if NC == 1:
         scores = tl.broadcast_to(objectness[:, None], mask.shape)
@@ -80,7 +101,7 @@ def candidate_keys(
         probability = tl.load(row_ptrs[:, None] + 5 + offs_c[None, :], mask=mask, other=0.0)
         scores = probability.to(tl.float32) * objectness[:, None]
     scores = tl.where(mask & (scores > conf), scores, -1.0)  # NaN > conf is false
-    if not MULTI_LABEL:
+    if not SIZES.MULTI_LABEL:
         best = tl.argmax(scores, axis=1)  # the first of equals
         scores = tl.where(offs_c[None, :] == best[:, None], scores, -1.0)
     index = rows[:, None] * NC + offs_c[None, :]
@@ -90,129 +111,127 @@ def candidate_keys(
 
 
 @triton.jit
-def wanted_classes(
-    classes_ptr,  # [K]
-    K,
-    HAS_CLASSES: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
+def _wanted_classes(scan, SIZES: tl.constexpr):
     """Which classes are asked for: [BLOCK_C] bool."""
-    offs_c = tl.arange(0, BLOCK_C)
+    offs_c = tl.arange(0, SIZES.BLOCK_C)
     wanted = offs_c >= 0
-    if HAS_CLASSES:
-        offs_k = tl.arange(0, BLOCK_K)
-        classes = tl.load(classes_ptr + offs_k, mask=offs_k < K, other=-1).to(tl.int32)
+    if scan.classes_ptr is not None:
+        offs_k = tl.arange(0, SIZES.BLOCK_K)
+        classes = tl.load(scan.classes_ptr + offs_k, mask=offs_k < scan.K, other=-1).to(tl.int32)
         wanted = tl.max((offs_c[:, None] == classes[None, :]).to(tl.int32), axis=1) > 0
     return wanted
 
 
 @triton.jit
-def key_of_bits(bits):
+def _key_of_bits(bits):
     """The lowest key of a score with these bits."""
     return (tl.full([], 0, tl.int64) + bits) << 32
 
 
 @triton.jit
+def _first_bins(keys, scan, BINS: tl.constexpr):
+    """The bins of keys over the bits of conf..1, the best first; the best one has no upper end."""
+    return BINS - 1 - tl.minimum((keys - _key_of_bits(scan.conf_bits)) >> scan.shift, BINS - 1)
+
+
+@triton.jit
 def nms_histogram_kernel(
     # Tensors
-    prediction_ptr,  # [B, N, 5 + NC]
-    counts_ptr,  # [B, N / segment] int32
-    classes_ptr,  # [K]
+    scan,  # Scan
     histogram_ptr,  # [B, SPLITS, 2^LOG_BINS] int32
-    # Shapes
-    N,
-    K,
-    # Scalars
-    segment,
-    conf,
-    conf_bits,  # of its fp32
-    shift,  # log2 of the keys per bin
     # Constexprs
-    NC: tl.constexpr,
-    MULTI_LABEL: tl.constexpr,
-    HAS_COUNTS: tl.constexpr,
-    HAS_CLASSES: tl.constexpr,
-    LOG_BINS: tl.constexpr,
-    SPLITS: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    SIZES: tl.constexpr,
 ):
     """Count the candidates of every SPLITS-th block of rows by key, best bin first."""
-    BINS: tl.constexpr = 1 << LOG_BINS
+    BINS: tl.constexpr = 1 << SIZES.LOG_BINS
+    BLOCK_R: tl.constexpr = SIZES.BLOCK_R
     pid_split = tl.program_id(0)
     image = tl.program_id(1).to(tl.int64)
-    bins_ptr = histogram_ptr + (image * SPLITS + pid_split) * BINS
+    bins_ptr = histogram_ptr + (image * SIZES.SPLITS + pid_split) * BINS
     tl.store(bins_ptr + tl.arange(0, BINS), 0)
-    tl.debug_barrier()
-    wanted = wanted_classes(classes_ptr, K, HAS_CLASSES, BLOCK_C, BLOCK_K)
-    for start in range(pid_split * BLOCK_R, N, SPLITS * BLOCK_R):
+    tl.debug_barrier()  # the histogram is clear
+    wanted = _wanted_classes(scan, SIZES)
+    for start in range(pid_split * BLOCK_R, scan.N, SIZES.SPLITS * BLOCK_R):
         rows = start + tl.arange(0, BLOCK_R)
-        row_ptrs, objectness, passing = open_rows(
-            prediction_ptr, counts_ptr, image, rows, N, segment, conf, NC, HAS_COUNTS
-        )
+        row_ptrs, objectness, passing = _open_rows(scan, image, rows, SIZES.NC)
         if tl.max(passing.to(tl.int32), axis=0) > 0:
-            keys = candidate_keys(
-                row_ptrs, objectness, passing, wanted, rows, conf, NC, MULTI_LABEL, BLOCK_C
-            )
-            bins = BINS - 1 - tl.minimum((keys - key_of_bits(conf_bits)) >> shift, BINS - 1)
+            keys = _candidate_keys(row_ptrs, objectness, passing, wanted, rows, scan.conf, SIZES)
+            bins = _first_bins(keys, scan, BINS)
             tl.atomic_add(bins_ptr + bins, 1, mask=keys >= 0, sem="relaxed")
+
+
+@triton.jit
+def _count_window(
+    # Tensors
+    scan,
+    bins_ptr,  # [2^LOG_BINS] int32, of this image
+    wanted,  # [BLOCK_C] bool
+    # Scalars
+    image,
+    low,
+    high,
+    shift,
+    # Constexprs
+    SIZES: tl.constexpr,
+):
+    """The histogram [2^LOG_BINS] of the keys in [low, high), 2^shift of them a bin."""
+    BINS: tl.constexpr = 1 << SIZES.LOG_BINS
+    BLOCK_R: tl.constexpr = SIZES.BLOCK_R
+    bins_ptrs = bins_ptr + tl.arange(0, BINS)
+    tl.debug_barrier()
+    tl.store(bins_ptrs, 0)
+    tl.debug_barrier()  # everyone has read the old one, and the new one is clear
+    for start in range(0, scan.N, BLOCK_R):
+        rows = start + tl.arange(0, BLOCK_R)
+        row_ptrs, objectness, passing = _open_rows(scan, image, rows, SIZES.NC)
+        keys = _candidate_keys(row_ptrs, objectness, passing, wanted, rows, scan.conf, SIZES)
+        bins = BINS - 1 - ((keys - low) >> shift)
+        mask = (keys >= low) & (keys < high)
+        tl.atomic_add(bins_ptr + bins, 1, mask=mask, sem="relaxed")
+    tl.debug_barrier()
+    return tl.load(bins_ptrs)
 
 
 @triton.jit
 def nms_select_kernel(
     # Tensors
-    prediction_ptr,  # [B, N, 5 + NC]
-    counts_ptr,  # [B, N / segment] int32
-    classes_ptr,  # [K]
+    scan,  # Scan
     histogram_ptr,  # [B, SPLITS, 2^LOG_BINS] int32
     cursor_ptr,  # [B, 2^LOG_BINS] int32
     limits_ptr,  # [B, 2] int64: the lowest key taken, the number taken
     overflow_ptr,  # [B] int32
-    # Shapes
-    N,
-    K,
     # Scalars
-    segment,
-    conf,
-    conf_bits,  # of its fp32
-    shift,  # log2 of the keys per bin
     max_candidates,
     capacity,
     # Constexprs
-    NC: tl.constexpr,
-    MULTI_LABEL: tl.constexpr,
-    HAS_COUNTS: tl.constexpr,
-    HAS_CLASSES: tl.constexpr,
-    LOG_BINS: tl.constexpr,
-    SPLITS: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    SIZES: tl.constexpr,
 ):
     """Choose the lowest key whose candidates and all better ones fit the buffer, per image."""
+    LOG_BINS: tl.constexpr = SIZES.LOG_BINS
     BINS: tl.constexpr = 1 << LOG_BINS
     image = tl.program_id(0).to(tl.int64)
     offs_bin = tl.arange(0, BINS)
-    bins_ptrs = histogram_ptr + image * SPLITS * BINS + offs_bin
+    bins_ptr = histogram_ptr + image * SIZES.SPLITS * BINS
+
+    # The cursor of each bin is where its first candidate will lie.
     histogram = tl.zeros([BINS], dtype=tl.int32)
-    for split in range(SPLITS):
-        histogram += tl.load(bins_ptrs + split * BINS)
+    for split in range(SIZES.SPLITS):
+        histogram += tl.load(bins_ptr + split * BINS + offs_bin)
     total = tl.sum(histogram, axis=0)
     tl.store(overflow_ptr + image, tl.maximum(total - max_candidates, 0))
     tl.store(cursor_ptr + image * BINS + offs_bin, tl.cumsum(histogram, axis=0) - histogram)
 
     # The window [low, high) of keys is cut into bins; `above` candidates are better than all of it.
-    low = key_of_bits(conf_bits)
+    low = _key_of_bits(scan.conf_bits)
     high = tl.full([], 0x7FFFFFFFFFFFFFFF, tl.int64)
-    shift = tl.full([], 0, tl.int32) + shift
+    shift = tl.full([], 0, tl.int32) + scan.shift
     clamped = tl.full([], 1, tl.int32)  # the best bin of the first window has no upper end
     above = tl.full([], 0, tl.int32)
     taken = tl.full([], 0, tl.int32)
     searching = tl.full([], 1, tl.int32)
-    wanted = wanted_classes(classes_ptr, K, HAS_CLASSES, BLOCK_C, BLOCK_K)
+    wanted = _wanted_classes(scan, SIZES)
     while searching > 0:
+        # `last` is the bin of the `max_candidates`-th best; with all of it, `taken` are taken.
         inclusive = above + tl.cumsum(histogram, axis=0)
         needed = inclusive - histogram < max_candidates
         last = tl.sum(needed.to(tl.int32), axis=0) - 1
@@ -221,7 +240,7 @@ def nms_select_kernel(
         if taken <= capacity:
             searching = tl.full([], 0, tl.int32)
         else:
-            # The last bin alone is too full: cut it into bins and count again.
+            # That bin alone is too full: it becomes the window.
             above = tl.max(tl.where(needed, inclusive - histogram, 0), axis=0)
             if (clamped > 0) & (last == 0):
                 shift = tl.full([], 63 - LOG_BINS, tl.int32)
@@ -229,23 +248,7 @@ def nms_select_kernel(
                 high = low + tl.minimum(tl.full([], 1, tl.int64) << shift, high - low)
                 shift = tl.maximum(shift - LOG_BINS, 0)
             clamped = tl.full([], 0, tl.int32)
-            tl.debug_barrier()
-            tl.store(bins_ptrs, 0)
-            tl.debug_barrier()
-            for start in range(0, N, BLOCK_R):
-                rows = start + tl.arange(0, BLOCK_R)
-                row_ptrs, objectness, passing = open_rows(
-                    prediction_ptr, counts_ptr, image, rows, N, segment, conf, NC, HAS_COUNTS
-                )
-                keys = candidate_keys(
-                    row_ptrs, objectness, passing, wanted, rows, conf, NC, MULTI_LABEL, BLOCK_C
-                )
-                bins = BINS - 1 - ((keys - low) >> shift)
-                mask = (keys >= low) & (keys < high)
-                first_ptr = histogram_ptr + image * SPLITS * BINS
-                tl.atomic_add(first_ptr + bins, 1, mask=mask, sem="relaxed")
-            tl.debug_barrier()
-            histogram = tl.load(bins_ptrs)
+            histogram = _count_window(scan, bins_ptr, wanted, image, low, high, shift, SIZES)
     tl.store(limits_ptr + image * 2, low)
     tl.store(limits_ptr + image * 2 + 1, taken.to(tl.int64))
 
@@ -253,48 +256,28 @@ def nms_select_kernel(
 @triton.jit
 def nms_scatter_kernel(
     # Tensors
-    prediction_ptr,  # [B, N, 5 + NC]
-    counts_ptr,  # [B, N / segment] int32
-    classes_ptr,  # [K]
+    scan,  # Scan
     cursor_ptr,  # [B, 2^LOG_BINS] int32
     limits_ptr,  # [B, 2] int64
     keys_ptr,  # [B, capacity] int64
-    # Shapes
-    N,
-    K,
     # Scalars
-    segment,
-    conf,
-    conf_bits,  # of its fp32
-    shift,  # log2 of the keys per bin
     capacity,
     # Constexprs
-    NC: tl.constexpr,
-    MULTI_LABEL: tl.constexpr,
-    HAS_COUNTS: tl.constexpr,
-    HAS_CLASSES: tl.constexpr,
-    LOG_BINS: tl.constexpr,
-    SPLITS: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    SIZES: tl.constexpr,
 ):
     """Write the keys that were chosen, bin after bin, in any order within a bin."""
-    BINS: tl.constexpr = 1 << LOG_BINS
+    BINS: tl.constexpr = 1 << SIZES.LOG_BINS
+    BLOCK_R: tl.constexpr = SIZES.BLOCK_R
     pid_split = tl.program_id(0)
     image = tl.program_id(1).to(tl.int64)
     lowest = tl.load(limits_ptr + image * 2)
-    wanted = wanted_classes(classes_ptr, K, HAS_CLASSES, BLOCK_C, BLOCK_K)
-    for start in range(pid_split * BLOCK_R, N, SPLITS * BLOCK_R):
+    wanted = _wanted_classes(scan, SIZES)
+    for start in range(pid_split * BLOCK_R, scan.N, SIZES.SPLITS * BLOCK_R):
         rows = start + tl.arange(0, BLOCK_R)
-        row_ptrs, objectness, passing = open_rows(
-            prediction_ptr, counts_ptr, image, rows, N, segment, conf, NC, HAS_COUNTS
-        )
+        row_ptrs, objectness, passing = _open_rows(scan, image, rows, SIZES.NC)
         if tl.max(passing.to(tl.int32), axis=0) > 0:
-            keys = candidate_keys(
-                row_ptrs, objectness, passing, wanted, rows, conf, NC, MULTI_LABEL, BLOCK_C
-            )
-            bins = BINS - 1 - tl.minimum((keys - key_of_bits(conf_bits)) >> shift, BINS - 1)
+            keys = _candidate_keys(row_ptrs, objectness, passing, wanted, rows, scan.conf, SIZES)
+            bins = _first_bins(keys, scan, BINS)
             mask = (keys >= 0) & (keys >= lowest)
             slots = tl.atomic_add(cursor_ptr + image * BINS + bins, 1, mask=mask, sem="relaxed")
             tl.store(keys_ptr + image * capacity + slots, keys, mask=mask)

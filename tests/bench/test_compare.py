@@ -68,8 +68,8 @@ def test_operation_slowed_by_a_fifth_is_worse(tmp_path: Path) -> None:
     """And what the base does not have is inconclusive."""
     old = "    return Detections(*nms_op(prediction, segment_counts, classes, *arguments))\n"
     slow = planted(tmp_path / "head", "kernels/nms/__init__.py", old, SLOWER)
-    old = "from yolov7.kernels.letterbox import letterbox, pack_frames"
-    base = planted(tmp_path / "base", "bench/bench_letterbox.py", old, "import no_such_module")
+    old = "from yolov7.kernels.letterbox import letterbox\n"
+    base = planted(tmp_path / "base", "bench/bench_letterbox.py", old, "import no_such_module\n")
     suites = ["bench/bench_nms.py::bench_nms[batch 1, conf 0.25-ours]", "bench/bench_letterbox.py"]
     slower, lacking = run_both(base, slow, suites)
     assert slower.verdict == "worse", slower

@@ -18,7 +18,8 @@ from bench import conftest, gpu, layers
 from bench.comparison import ROWS
 from bench.layers import Job, read, work_off
 from bench.results import ROOT, Report, Row, read_rows
-from yolov7.kernels.conv.cases import Calls, Record, layer_of, meta_call
+from yolov7.kernels.conv import ConvConfig, ConvLaunch, Launch
+from yolov7.kernels.conv.cases import Record, layer_of, meta_call
 
 Command = list[str]
 
@@ -168,7 +169,8 @@ def test_tuner_is_told_to_end_before_it_is_stopped(
     commands = recorded(monkeypatch)
     gpu.run_tuning(run, time.monotonic() + 120)
     seconds = [60 * float(command[-1]) for command in commands]
-    assert [command[2] for command in commands] == ["fp16", "fp8"]
+    assert [command[:2] for command in commands] == [["yolov7", "tune"]] * 2
+    assert [command[3] for command in commands] == ["fp16", "fp8"]
     assert seconds == pytest.approx([0.7 * 120 - 20, 120 - 20], abs=1)
     gpu.run_tuning(run, time.monotonic() + 5)
     assert commands[-1][-1] == "0.00"
@@ -275,8 +277,8 @@ def test_layers_go_on_behind_a_failure(tmp_path: Path) -> None:
     assert list(read(file)) == ["a", "b", "c"]
 
 
-def small_launch() -> Calls:
-    return [meta_call(layer_of(Record(16, 24, 1, 1, 4, 5), 1), torch.float32)]
+def small_launch() -> Launch:
+    return ConvLaunch([meta_call(layer_of(Record(16, 24, 1, 1, 4, 5), 1), torch.float32)])
 
 
 def test_config_that_takes_the_device_down_is_named(
@@ -284,11 +286,14 @@ def test_config_that_takes_the_device_down_is_named(
 ) -> None:
     """And nothing that comes after it in a dead device is held to be wrong."""
     file = tmp_path / "checks.jsonl"
-    configs = {"chosen": {"BLOCK_M": 16}, "default": {"BLOCK_M": 32}, "of 1x2": {"BLOCK_M": 64}}
+    names = {"chosen": 16, "default": 32, "of 1x2": 64}
+    configs = {
+        name: ConvConfig(block_m=rows, block_n=16, block_k=16) for name, rows in names.items()
+    }
     monkeypatch.setattr(layers, "shipped_configs", lambda _: configs)
 
-    def check_config(calls: Calls, expected: object, config: dict[str, int]) -> str | None:
-        if config["BLOCK_M"] == 32:
+    def check_config(launch: Launch, expected: object, config: ConvConfig) -> str | None:
+        if config.block_m == 32:
             synchronize()
         return None
 
@@ -301,7 +306,7 @@ def test_config_that_takes_the_device_down_is_named(
     assert work_off(jobs(), file) == 1
     (entry,) = read(file).values()
     error = "AcceleratorError: CUDA error: an illegal memory access"
-    assert entry == {"wrong": {"error": f"default {{'BLOCK_M': 32}}: {error}"}}
+    assert entry == {"wrong": {"error": f"default {configs['default']}: {error}"}}
     assert work_off(jobs(), file) == 0
     assert read(file)["b"]["wrong"] == {}
 

@@ -1,8 +1,10 @@
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
+from yolov7.kernels.conv import config
 from yolov7.kernels.runtime import INTERPRET
 
 
@@ -33,3 +35,16 @@ def poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def own_configs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty folder of tuned configs, as if nothing had been looked up yet."""
+    monkeypatch.setenv("YOLOV7_CACHE", str(tmp_path))
+    monkeypatch.setattr(config, "PACKAGED", tmp_path / "none")
+    caches = config.tuned_entries, config.warn_untuned
+    for cache in caches:
+        cache.cache_clear()
+    yield tmp_path / "configs"
+    for cache in caches:
+        cache.cache_clear()

@@ -1,7 +1,5 @@
 """What the compiler makes of the kernels, for GPUs that are not there."""
 
-import json
-from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,22 +8,12 @@ import pytest
 import torch
 import triton
 
+from yolov7.engine.graph.workload import workload
 from yolov7.kernels import aot
 from yolov7.kernels.aot import Row, compile_all, compile_spec, load_table, passed_limits, worse
-from yolov7.kernels.conv import ConvCall, launch_conv, workspace_elements
-from yolov7.kernels.conv.cases import (
-    DTYPES,
-    SAMPLES,
-    Record,
-    bound,
-    call_name,
-    chosen_config,
-    layer_of,
-    meta_call,
-    stem_call,
-)
-from yolov7.kernels.conv.launcher import default_config
-from yolov7.kernels.runtime import recording
+from yolov7.kernels.conv import ConvCall, ConvConfig, ConvLaunch, StemLaunch
+from yolov7.kernels.conv.cases import SAMPLES, Record, layer_of, meta_call, stem_call
+from yolov7.kernels.runtime import PRECISIONS, recording
 
 BASELINES = Path(__file__).parents[2] / "bench" / "baselines"
 MATRIX = {
@@ -45,12 +33,13 @@ STEMS = {  # of the whole family
 }
 
 
-def compile_conv(target: str, *calls: ConvCall, **changes: int) -> Row:
-    """The convolution kernel of one launch, with changes to its default config."""
+def compile_conv(
+    target: str, *calls: ConvCall, config: ConvConfig | None = None, **changes: Any
+) -> Row:
+    """The convolution kernel of one launch, with changes to its config, by default its own."""
     with recording(aot.capability_of(target)) as specs:
-        config = {**default_config(calls), **changes}
-        workspace = torch.empty(workspace_elements(calls, config), device="meta")
-        launch_conv(calls, config, workspace)
+        launch = ConvLaunch(calls)
+        launch.prepare(replace(config or launch.chosen(), **changes))()
     return compile_spec(specs[0], target, calls[0].layer.describe())
 
 
@@ -71,7 +60,7 @@ def test_every_option_compiles_within_the_limits(target: str) -> None:
 )
 def test_matrix_instructions_of_every_type(target: str, precision: str) -> None:
     layers = (CHAIN, replace(CHAIN, stride=2))
-    calls = [meta_call(layer_of(r, 32), DTYPES[precision]) for r in layers]
+    calls = [meta_call(layer_of(r, 32), PRECISIONS[precision]) for r in layers]
     for call in calls:
         row = compile_conv(target, call)
         assert row.mma == MATRIX[target][precision]
@@ -96,10 +85,11 @@ def test_pooled_branch_beside_the_strided_one(target: str) -> None:
     for precision, mma in MATRIX[target].items():
         records = (replace(CHAIN, stride=2), replace(CHAIN, kernel=1))
         layers = [layer_of(r, 32, pool=r.kernel == 1) for r in records]
-        calls = [meta_call(layer, DTYPES[precision]) for layer in layers]
+        calls = [meta_call(layer, PRECISIONS[precision]) for layer in layers]
         with recording(aot.capability_of(target)):
-            config = default_config(calls)
-        both, *alone = (compile_conv(target, *g, **config) for g in (calls, *([c] for c in calls)))
+            config = ConvLaunch(calls).chosen()
+        groups = (calls, *([c] for c in calls))
+        both, *alone = (compile_conv(target, *group, config=config) for group in groups)
         assert passed_limits(both) == []
         assert (both.mma, both.mma_count) == (mma, sum(row.mma_count for row in alone))
         assert both.shared_bytes == max(row.shared_bytes for row in alone)
@@ -121,8 +111,9 @@ def test_exact_stem_uses_no_matrix_instructions(target: str, stem: str) -> None:
     call = stem_call(STEMS[stem], 1, torch.float32)
     call = replace(call, layer=replace(call.layer, exact=True))
     with recording(aot.capability_of(target)) as specs:
-        bound(call, chosen_config(call))()
-    row = compile_spec(specs[0], target, call_name(call))
+        launch = StemLaunch(call)
+        launch.prepare()()
+    row = compile_spec(specs[0], target, launch.name)
     assert row.mma == ""
     assert passed_limits(row) == []
 
@@ -137,14 +128,14 @@ def test_nothing_became_worse(batch: int) -> None:
     version, baseline = load_table(BASELINES / f"aot-sm_90-yolov7-batch{batch}.json")
     if version != triton.__version__:
         pytest.skip(f"the table is of Triton {version}, this is {triton.__version__}")
-    rows = list(compile_all("sm_90", aot.workload("yolov7", batch, "fp16")))
+    rows = list(compile_all("sm_90", workload("yolov7", batch, "fp16")))
     assert worse(rows, baseline) == []
 
 
 @pytest.mark.aot
 def test_planted_spill_and_shared_memory_are_caught() -> None:
     call = meta_call(layer_of(CHAIN, 32), torch.float16)
-    spilled = compile_conv("sm_90", call, BLOCK_M=256, num_warps=4, num_stages=2)
+    spilled = compile_conv("sm_90", call, block_m=256, num_warps=4, num_stages=2)
     assert any("local memory" in limit for limit in passed_limits(spilled))
     large = compile_conv("sm_90", call, num_stages=6)
     assert any("bytes of shared memory, sm_90 has 232448" in text for text in passed_limits(large))
@@ -182,43 +173,6 @@ def test_comparison_with_a_table(change: dict[str, Any], caught: str | None) -> 
     assert caught is None or any(caught in line for line in found)
 
 
-@pytest.fixture
-def small_cases(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The command line with one layer to compile."""
-
-    def cases(*_: object) -> Iterator[tuple[str, Callable[[], None]]]:
-        call = meta_call(layer_of(CHAIN, 1), torch.float16)
-        yield "one layer", lambda: launch_conv([call], default_config([call]))
-
-    monkeypatch.setattr(aot, "kernel_cases", cases)
-
-
-@pytest.mark.aot
-@pytest.mark.usefixtures("small_cases")
-def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "rows.json"
-    assert aot.main(["--target", "sm_90", "--json", str(path)]) == 0
-    data = json.loads(path.read_text())
-    assert data["totals"] == {"rows": 1, "over_limit": 0}
-    expected = "kernel shape target config registers shared_bytes local_bytes mma tma_loads"
-    assert set(expected.split()) | {"instructions"} <= data["rows"][0].keys()
-    assert load_table(path)[1][0].kernel == "conv_tma_kernel"
-    assert "one layer" in capsys.readouterr().out
-
-
-@pytest.mark.aot
-@pytest.mark.usefixtures("small_cases")
-def test_command_line_fails_over_a_limit(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setitem(aot.SHARED_LIMITS, "sm_90", 1000)
-    assert aot.main([]) == 1
-    assert "over the limit: conv_tma_kernel one layer" in capsys.readouterr().err
-
-
-def test_fp8_needs_a_target_that_has_it(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        aot.main(["--target", "sm_80", "--precision", "fp8"])
-    assert "sm_80 has no fp8" in capsys.readouterr().err
+def test_target_without_known_limits_is_named() -> None:
     with pytest.raises(ValueError, match="'sm_70' is none of sm_80"):
         aot.capability_of("sm_70")

@@ -10,17 +10,15 @@ from torch import Tensor
 
 from yolov7.kernels.conv import (
     ConvCall,
+    ConvConfig,
+    ConvLaunch,
     ConvLayer,
-    check_call,
-    conv,
-    conv_reference,
-    launch_conv,
+    Workspace,
     pack_weight,
     quantise_weight,
-    workspace_elements,
 )
 from yolov7.kernels.layout import PitchedLayout
-from yolov7.kernels.runtime import Config
+from yolov7.kernels.runtime import INTERPRET
 
 # Relative root mean square and largest error, by type: the sum is in fp32 and inputs are the same,
 # so what is left is the output's rounding (half a unit: 2^-11, 2^-8, 2^-4 of the value) and, for
@@ -31,18 +29,9 @@ TOLERANCE = {
     torch.float32: (1e-3, 1e-2),
     torch.float8_e4m3fn: (4e-2, 5e-1),
 }
-GATHER: Config = {
-    "TMA": 0,
-    "BLOCK_M": 32,
-    "BLOCK_N": 16,
-    "BLOCK_K": 32,
-    "SPLIT_K": 1,
-    "num_warps": 4,
-    "num_stages": 2,
-}
-TMA: Config = {**GATHER, "TMA": 1, "OCCUPANCY": 1, "FLATTEN": 0}
+GATHER = ConvConfig(block_m=32, block_n=16, block_k=32)
+TMA = replace(GATHER, tma=True)
 PATHS = pytest.mark.parametrize("config", [GATHER, TMA], ids=["gather", "tma"])
-SILU_16 = {"dtype": torch.float16}
 
 
 def layer_of(
@@ -111,7 +100,7 @@ def call_of(
 
 def assert_correct(call: ConvCall, dtype: torch.dtype | None = None) -> None:
     """The output equals the reference, its border is zero, and its surroundings are untouched."""
-    expected = conv_reference(call)
+    expected = call.reference()
     actual = call.out.float()
     if call.out.dtype == torch.float8_e4m3fn:
         actual = actual * call.layer.out_scale
@@ -129,16 +118,16 @@ def assert_correct(call: ConvCall, dtype: torch.dtype | None = None) -> None:
         assert wide[:, -16:].isnan().all()
 
 
-def run(call: ConvCall, config: Config) -> None:
+def run(call: ConvCall, config: ConvConfig) -> None:
     run_all([call], config)
 
 
-def run_all(calls: list[ConvCall], config: Config) -> None:
-    for call in calls:
-        check_call(call)
-    elements = workspace_elements(calls, config)
-    workspace = torch.full((elements,), float("nan"), device=calls[0].x.device)
-    launch_conv(calls, config, workspace)
+def run_all(calls: list[ConvCall], config: ConvConfig) -> None:
+    workspace = Workspace()
+    launch = ConvLaunch(calls).prepare(config, workspace)
+    if workspace.memory is not None:
+        workspace.memory.fill_(float("nan"))
+    launch()
 
 
 def nchw_reference(call: ConvCall) -> Tensor:
@@ -155,7 +144,7 @@ def test_reference_is_the_convolution() -> None:
     for kernel, stride in ((3, 1), (3, 2), (1, 1)):
         layer = layer_of(2, 5, 7, 8, 6, kernel=kernel, stride=stride)
         call = call_of(layer, torch.device("cpu"), torch.float32)
-        actual = call.layer.target.to_nchw(conv_reference(call))
+        actual = call.layer.target.to_nchw(call.reference())
         torch.testing.assert_close(actual, nchw_reference(call))
 
 
@@ -172,7 +161,7 @@ SHAPES = {
 @pytest.mark.parametrize("kernel", [1, 3])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 def test_stride_one(
-    shape: tuple[int, ...], kernel: int, config: Config, kernel_device: torch.device
+    shape: tuple[int, ...], kernel: int, config: ConvConfig, kernel_device: torch.device
 ) -> None:
     layer = layer_of(*shape, kernel=kernel, border=1 + shape[0])
     call = call_of(layer, kernel_device, torch.float16)
@@ -193,7 +182,7 @@ def test_stride_two(shape: tuple[int, ...], kernel_device: torch.device) -> None
 @pytest.mark.parametrize("activation", ["silu", "leaky_relu", "none"])
 @pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
 def test_activation_and_residual(
-    activation: str, residual: bool, config: Config, kernel_device: torch.device
+    activation: str, residual: bool, config: ConvConfig, kernel_device: torch.device
 ) -> None:
     layer = layer_of(2, 3, 5, 16, 24, activation=activation, residual_scale=0.5)
     call = call_of(layer, kernel_device, torch.float16, residual=residual)
@@ -204,7 +193,7 @@ def test_activation_and_residual(
 @pytest.mark.interpreter
 @PATHS
 @pytest.mark.parametrize("kernel", [1, 3])
-def test_channel_slices(kernel: int, config: Config, kernel_device: torch.device) -> None:
+def test_channel_slices(kernel: int, config: ConvConfig, kernel_device: torch.device) -> None:
     """Neighbouring channels are neither read (they are NaN) nor written."""
     layer = layer_of(2, 5, 6, 24, 24, kernel=kernel)
     call = call_of(layer, kernel_device, torch.float16, slices=True)
@@ -227,7 +216,7 @@ def test_channel_slices(kernel: int, config: Config, kernel_device: torch.device
     ids=["gather", "tma", "pool", "upsample", "upsample-tma", "exact"],
 )
 def test_types(
-    dtype: torch.dtype, config: Config, options: dict[str, Any], kernel_device: torch.device
+    dtype: torch.dtype, config: ConvConfig, options: dict[str, Any], kernel_device: torch.device
 ) -> None:
     call = call_of(layer_of(2, 5, 6, 32, 24, **options), kernel_device, dtype, slices=True)
     run(call, config)
@@ -236,7 +225,7 @@ def test_types(
 
 @pytest.mark.interpreter
 @PATHS
-def test_long_fp8_sum(config: Config, kernel_device: torch.device) -> None:
+def test_long_fp8_sum(config: ConvConfig, kernel_device: torch.device) -> None:
     """From 1024 terms on every block is added in fp32."""
     call = call_of(layer_of(1, 2, 3, 128, 16, kernel=3), kernel_device, torch.float8_e4m3fn)
     run(call, config)
@@ -245,13 +234,13 @@ def test_long_fp8_sum(config: Config, kernel_device: torch.device) -> None:
 
 @pytest.mark.interpreter
 @PATHS
-def test_fp8_output_saturates(config: Config, kernel_device: torch.device) -> None:
+def test_fp8_output_saturates(config: ConvConfig, kernel_device: torch.device) -> None:
     layer = layer_of(1, 4, 5, 32, 32, activation="none", out_scale=1 / 256)
     call = call_of(
         layer, kernel_device, torch.float8_e4m3fn, out_dtype=torch.float8_e4m3fn, slices=True
     )
     run(call, config)
-    expected = conv_reference(call).clamp(-448 / 256, 448 / 256)
+    expected = call.reference().clamp(-448 / 256, 448 / 256)
     assert expected.abs().max() == 448 / 256
     actual = call.out.float() / 256
     assert (actual - expected).square().mean().sqrt() <= 4e-2
@@ -260,23 +249,23 @@ def test_fp8_output_saturates(config: Config, kernel_device: torch.device) -> No
 @pytest.mark.interpreter
 @PATHS
 @pytest.mark.parametrize("options", [{"kernel": 3}, {"upsample": True}], ids=["3x3", "upsample"])
-def test_split_k(options: dict[str, Any], config: Config, kernel_device: torch.device) -> None:
+def test_split_k(options: dict[str, Any], config: ConvConfig, kernel_device: torch.device) -> None:
     """More splits than channel blocks included: the last ones add nothing."""
     for split in (2, 4):
         layer = layer_of(2, 3, 4, 40, 24, **options)
         call = call_of(layer, kernel_device, torch.float16, residual="kernel" in options)
-        run(call, {**config, "SPLIT_K": split})
+        run(call, replace(config, split_k=split))
         assert_correct(call)
 
 
 @pytest.mark.interpreter
 @PATHS
 @pytest.mark.parametrize("split", [1, 2])
-def test_grouped_layers(config: Config, split: int, kernel_device: torch.device) -> None:
+def test_grouped_layers(config: ConvConfig, split: int, kernel_device: torch.device) -> None:
     """Three layers of different sizes in one launch."""
     shapes = [(2, 6, 8, 16, 24), (2, 3, 4, 48, 8), (2, 1, 2, 32, 40)]
     calls = [call_of(layer_of(*s, kernel=3), kernel_device, torch.float16) for s in shapes]
-    run_all(calls, {**config, "SPLIT_K": split})
+    run_all(calls, replace(config, split_k=split))
     for call in calls:
         assert_correct(call)
 
@@ -293,7 +282,7 @@ def test_pooled_beside_strided(dtype: torch.dtype, split: int, kernel_device: to
     calls = [replace(strided, out=whole[:, 16:40]), replace(pooled, out=whole[:, 40:72])]
     assert pooled.layer.target == strided.layer.target
     for order in (calls, calls[::-1]):
-        run_all(order, {**GATHER, "SPLIT_K": split})
+        run_all(order, replace(GATHER, split_k=split))
         for call in calls:
             assert_correct(call)
         whole.fill_(float("nan"))
@@ -311,46 +300,36 @@ def test_two_entries_are_one_product(kernel_device: torch.device) -> None:
         single = layer_of(1, 4, 5, 16, weight.shape[0])
         out = torch.empty_like(call.out[:, part])
         alone = ConvCall(single, call.x, weight.contiguous(), call.bias[part], out)
-        torch.testing.assert_close(conv_reference(alone), call.out[:, part], atol=1e-2, rtol=1e-2)
+        torch.testing.assert_close(alone.reference(), call.out[:, part], atol=1e-2, rtol=1e-2)
 
 
-def test_operation_agrees_with_reference(kernel_device: torch.device) -> None:
-    """The public function, whatever body runs here."""
+def test_default_config_agrees_with_reference(kernel_device: torch.device) -> None:
+    """As a plan prepares it, whatever runs here."""
     for options in ({"kernel": 3}, {"kernel": 3, "stride": 2}, {"pool": True}, {"upsample": True}):
         call = call_of(layer_of(2, 4, 6, 16, 24, **options), kernel_device, torch.float16)
-        out = conv(call.x, call.weight, call.bias, call.layer, out=call.out)
-        assert out is call.out
+        ConvLaunch([call]).prepare()()
+        assert_correct(call)
+
+
+def test_launches_share_a_workspace_that_grows(kernel_device: torch.device) -> None:
+    """The first one prepared runs in the memory that the last one needs."""
+    shapes = [(1, 2, 3, 40, 16), (2, 3, 4, 40, 24)]
+    calls = [call_of(layer_of(*s, kernel=3), kernel_device, torch.float16) for s in shapes]
+    workspace, config = Workspace(), replace(GATHER, split_k=2)
+    launches = [ConvLaunch([call]).prepare(config, workspace) for call in calls]
+    if INTERPRET or kernel_device.type == "cuda":
+        assert workspace.memory is not None
+        assert workspace.memory.numel() == 2 * calls[1].layer.compute.rows * 24
+    for launch in launches:
+        launch()
+    for call in calls:
         assert_correct(call)
 
 
 def test_empty_batch(kernel_device: torch.device) -> None:
     call = call_of(layer_of(0, 4, 6, 16, 24), kernel_device, torch.float16)
-    for config in (GATHER, TMA):
-        launch_conv([call], config)
-    assert conv(call.x, call.weight, call.bias, call.layer).shape == (0, 24)
-
-
-@pytest.mark.parametrize(
-    "options", [{"kernel": 3}, {"kernel": 3, "stride": 2}, {"pool": True}], ids=str
-)
-def test_opcheck(options: dict[str, Any], kernel_device: torch.device) -> None:
-    call = call_of(layer_of(1, 3, 4, 16, 16, **options), kernel_device, torch.float16)
-    layer = call.layer
-    tensors = (call.x, call.weight, call.bias, None, None, call.out)
-    sizes = (layer.source.sizes, layer.target.sizes, layer.kernel, layer.stride)
-    rest = ("silu", [layer.pool, False, False], [1.0, 1.0])
-    torch.library.opcheck(torch.ops.yolov7.conv.default, (*tensors, *sizes, *rest))
-
-
-def test_compiles_into_one_graph(kernel_device: torch.device) -> None:
-    layer = layer_of(1, 3, 4, 16, 16, kernel=3)
-    call = call_of(layer, kernel_device, torch.float16)
-
-    def twice(x: Tensor) -> Tensor:
-        return conv(conv(x, call.weight, call.bias, layer), call.weight, call.bias, layer) + 1
-
-    compiled = torch.compile(twice, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(call.x), twice(call.x))
+    for config in (GATHER, TMA, None):
+        ConvLaunch([call]).prepare(config)()
 
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
@@ -371,26 +350,25 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize(("changes", "message"), WRONG.values(), ids=WRONG.keys())
 def test_wrong_input_is_named(changes: dict[str, Any], message: str) -> None:
     call = call_of(layer_of(1, 3, 4, 16, 24), torch.device("cpu"), torch.float16)
-    tensors = {"x": call.x, "weight": call.weight, "bias": call.bias, "out": call.out} | changes
     with pytest.raises(ValueError, match=message):
-        conv(tensors.pop("x"), tensors.pop("weight"), tensors.pop("bias"), call.layer, **tensors)
+        ConvLaunch([replace(call, **changes)]).prepare()
 
 
 def test_devices_are_compared() -> None:
     call = call_of(layer_of(1, 3, 4, 16, 24), torch.device("cpu"), torch.float16)
     with pytest.raises(ValueError, match="bias is on meta, the input on cpu"):
-        check_call(replace(call, bias=torch.zeros(24, device="meta")))
+        replace(call, bias=torch.zeros(24, device="meta")).check()
 
 
 def test_overlapping_slices_are_refused() -> None:
     layer = layer_of(1, 3, 4, 16, 16)
     call = call_of(layer, torch.device("cpu"), torch.float16)
     wide = layer.source.zeros(48, dtype=torch.float16, device="cpu")
-    conv(wide[:, :16], call.weight, call.bias, layer, out=wide[:, 16:32])
-    conv(wide[:, 32:], call.weight, call.bias, layer, out=wide[:, :16])
+    replace(call, x=wide[:, :16], out=wide[:, 16:32]).check()
+    replace(call, x=wide[:, 32:], out=wide[:, :16]).check()
     for start in (0, 8):
         with pytest.raises(ValueError, match="overlapping slices"):
-            conv(wide[:, 8:24], call.weight, call.bias, layer, out=wide[:, start : start + 16])
+            replace(call, x=wide[:, 8:24], out=wide[:, start : start + 16]).check()
 
 
 @pytest.mark.parametrize(

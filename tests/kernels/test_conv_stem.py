@@ -1,22 +1,14 @@
 """The first convolution against PyTorch's, in the interpreter or on a GPU."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from yolov7.kernels.conv import pack_weight
-from yolov7.kernels.conv.stem import (
-    Stem,
-    StemCall,
-    conv_stem,
-    launch_stem,
-    space_to_depth_weight,
-    stem_config,
-    stem_reference,
-)
+from yolov7.kernels.conv import Stem, StemCall, StemLaunch, pack_weight, space_to_depth_weight
 from yolov7.kernels.layout import PitchedLayout
 
 TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 2e-2, torch.float32: 2e-3}
@@ -47,8 +39,8 @@ def test_stem(case: tuple[int, ...], dtype: torch.dtype, kernel_device: torch.de
     bias = bias.to(kernel_device)
     out = stem.target.empty(len(bias), dtype=dtype, device=kernel_device).fill_(float("nan"))
     call = StemCall(stem, images, weight, bias, out)
-    launch_stem(call, stem_config(call))
-    expected = stem_reference(call)
+    StemLaunch(call).prepare()()
+    expected = call.reference()
     assert (out[stem.target.border(kernel_device)] == 0).all()
     error = (out.float() - expected).abs() / expected.abs().clamp_min(1)
     assert error.max() <= TOLERANCE[dtype]
@@ -62,8 +54,8 @@ def test_exact_stem(out: int, kernel_device: torch.device) -> None:
     images, weight, bias = (t.to(kernel_device) for t in (images, weight, bias))
     written = stem.target.empty(out, dtype=torch.float32, device=kernel_device).fill_(float("nan"))
     call = StemCall(replace(stem, exact=True), images, weight, bias, written)
-    launch_stem(call, stem_config(call))
-    torch.testing.assert_close(written, stem_reference(call), atol=1e-5, rtol=1e-5)
+    StemLaunch(call).prepare()()
+    torch.testing.assert_close(written, call.reference(), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.interpreter
@@ -72,11 +64,11 @@ def test_reads_a_pitched_map_and_writes_a_slice(kernel_device: torch.device) -> 
     pixels = stem.target.image_view(stem.target.from_nchw(images).half().to(kernel_device))
     wide = stem.target.empty(24, dtype=torch.float16, device=kernel_device).fill_(float("nan"))
     weight, bias = weight.half().to(kernel_device), bias.to(kernel_device)
-    conv_stem(pixels.permute(0, 3, 1, 2), weight, bias, stem, out=wide[:, 8:16])
+    call = StemCall(stem, pixels.permute(0, 3, 1, 2), weight, bias, wide[:, 8:16])
+    StemLaunch(call).prepare()()
     assert wide[:, :8].isnan().all()
     assert wide[:, 16:].isnan().all()
-    expected = stem_reference(StemCall(stem, images.half().to(kernel_device), weight, bias, wide))
-    torch.testing.assert_close(wide[:, 8:16].float(), expected, atol=2e-3, rtol=2e-3)
+    torch.testing.assert_close(wide[:, 8:16].float(), call.reference(), atol=2e-3, rtol=2e-3)
 
 
 def test_space_to_depth_is_a_strided_convolution() -> None:
@@ -95,37 +87,43 @@ def test_space_to_depth_is_a_strided_convolution() -> None:
     torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
     stem = Stem(PitchedLayout.of(2, 4, 6), 6, 2, "none")
     packed = pack_weight(space_to_depth_weight(weight))
-    out = stem.target.to_nchw(conv_stem(images, packed, torch.zeros(5), stem))
-    torch.testing.assert_close(out, expected, atol=1e-2, rtol=1e-2)
+    out = stem.target.empty(5, dtype=torch.float32, device="cpu")
+    StemLaunch(StemCall(stem, images, packed, torch.zeros(5), out)).prepare()()
+    torch.testing.assert_close(stem.target.to_nchw(out), expected, atol=1e-2, rtol=1e-2)
 
 
-def test_operation(kernel_device: torch.device) -> None:
-    stem, images, weight, bias = problem(1, 4, 5, 16)
+def test_empty_batch(kernel_device: torch.device) -> None:
+    _, images, weight, bias = problem(1, 4, 5, 16)
     images, weight, bias = (t.to(kernel_device) for t in (images, weight, bias))
-    out = conv_stem(images, weight, bias, stem)
-    expected = stem_reference(StemCall(stem, images, weight, bias, out))
-    torch.testing.assert_close(out, expected, atol=2e-3, rtol=2e-3)
-    args = (images, weight, bias, out, stem.target.sizes, 3, 1, "silu", False, 1.0)
-    torch.library.opcheck(torch.ops.yolov7.conv_stem.default, args)
-    compiled = torch.compile(conv_stem, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(images, weight, bias, stem), out)
-    empty = Stem(PitchedLayout.of(0, 4, 5))
-    assert conv_stem(images[:0], weight, bias, empty).shape == (0, 16)
+    stem = Stem(PitchedLayout.of(0, 4, 5))
+    out = stem.target.empty(16, dtype=weight.dtype, device=kernel_device)
+    StemLaunch(StemCall(stem, images[:0], weight, bias, out)).prepare()()
 
 
-def test_wrong_input_is_named() -> None:
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "images": ({"images": torch.zeros(1, 3, 4, 4)}, r"images \(1, 3, 4, 4\) do not give 1 x 4 x 5"),
+    "rank": ({"images": torch.zeros(4, 4)}, r"images \(4, 4\) do not give"),
+    "weight": ({"weight": torch.zeros(16, 26)}, r"weight \(16, 26\)"),
+    "vector": ({"weight": torch.zeros(27)}, r"weight \(27,\)"),
+    "bias": ({"bias": torch.zeros(15)}, r"bias torch.float32 \(15,\)"),
+    "device": ({"bias": torch.zeros(16, device="meta")}, "bias is on meta, the output on cpu"),
+    "dtype": ({"weight": torch.zeros(16, 27).int()}, "no such stem"),
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), WRONG.values(), ids=WRONG.keys())
+def test_wrong_input_is_named(changes: dict[str, Any], message: str) -> None:
     stem, images, weight, bias = problem(1, 4, 5, 16)
-    with pytest.raises(ValueError, match=r"images \(1, 3, 4, 4\) do not give 1 x 4 x 5"):
-        conv_stem(images[..., :4], weight, bias, stem)
-    with pytest.raises(ValueError, match=r"weight \(16, 26\)"):
-        conv_stem(images, weight[:, 1:], bias, stem)
-    with pytest.raises(ValueError, match=r"bias torch.float32 \(15,\)"):
-        conv_stem(images, weight, bias[1:], stem)
-    with pytest.raises(ValueError, match="no such stem"):
-        conv_stem(images, weight.int(), bias, stem)
-    with pytest.raises(ValueError, match="not a packed matrix"):
-        conv_stem(images, weight[0], bias, stem)
+    call = StemCall(
+        stem, images, weight, bias, stem.target.zeros(16, dtype=torch.float32, device="cpu")
+    )
+    with pytest.raises(ValueError, match=message):
+        StemLaunch(replace(call, **changes)).prepare()
+
+
+def test_impossible_stems() -> None:
+    target = PitchedLayout.of(1, 4, 5)
     with pytest.raises(ValueError, match="5x5"):
-        Stem(stem.target, 5)
+        Stem(target, 5)
     with pytest.raises(ValueError, match="relu6"):
-        Stem(stem.target, activation="relu6")
+        Stem(target, activation="relu6")  # type: ignore[arg-type]  # that is the point

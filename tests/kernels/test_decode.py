@@ -11,6 +11,7 @@ from yolov7.kernels.aot import compile_all, passed_limits
 from yolov7.kernels.decode import SEGMENT, decode
 from yolov7.kernels.layout import PitchedLayout
 from yolov7.kernels.nms import batched_nms
+from yolov7.kernels.runtime import PRECISIONS
 
 # Relative to the values: objectness and probabilities are O(1), boxes are pixels.
 TOLERANCE = {"fp32": 1e-5, "fp16": 2e-3, "bf16": 2e-2, "fp8": 2e-3}
@@ -27,7 +28,7 @@ def make_head(
     """Arguments of `decode`: two levels, channel slices of wider maps, three images."""
     random = torch.Generator().manual_seed(nc)
     layouts = [PitchedLayout.of(3, 9, 11), PitchedLayout.of(3, 5, 6)]
-    dtype = kernel.PRECISIONS[precision]
+    dtype = PRECISIONS[precision]
     features, weights, biases, scales = [], [], [], []
     for layout, c in zip(layouts, channels, strict=True):
         x = torch.randn(3, c + 2, layout.h, layout.w, generator=random)

@@ -10,7 +10,8 @@ from tests.conftest import reference_folder
 from yolov7.kernels import letterbox as kernel
 from yolov7.kernels.aot import SHARED_LIMITS, compile_all, passed_limits
 from yolov7.kernels.layout import PitchedLayout
-from yolov7.kernels.letterbox import letterbox, letterbox_reference, pack_frames
+from yolov7.kernels.letterbox import letterbox, letterbox_reference
+from yolov7.kernels.runtime import FLOATS
 
 CASES = sorted((reference_folder() / "letterbox").glob("*.npz"))
 SIZE = (40, 50)
@@ -34,6 +35,17 @@ def make_frames() -> list[Tensor]:
     ]
 
 
+def packed(frames: list[Tensor], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+    """The frames behind one another, and the table for their boxes."""
+    ends = np.cumsum([0, *(frame.numel() for frame in frames)])
+    boxes = [box for _, box in FRAMES[: len(frames)]]
+    rows = [
+        [end, *frame.shape[:2], *box] for end, frame, box in zip(ends, frames, boxes, strict=False)
+    ]
+    pixels = torch.cat([frame.flatten() for frame in frames])
+    return pixels.to(device), torch.tensor(rows).to(device)
+
+
 def expected(frames: list[Tensor]) -> Tensor:
     """[B, 3, H, W] fp32 by OpenCV."""
     images = np.full((len(frames), *SIZE, 3), 114, dtype=np.uint8)
@@ -45,7 +57,7 @@ def expected(frames: list[Tensor]) -> Tensor:
 
 def test_reference_equals_opencv() -> None:
     frames = make_frames()
-    pixels, table = pack_frames(frames, [box for _, box in FRAMES], SIZE)
+    pixels, table = packed(frames)
     out = torch.empty(len(frames), 3, *SIZE)
     letterbox_reference(
         pixels, table, out, [out.stride(i) for i in (0, 2, 3, 1)], [len(frames), *SIZE, *SIZE]
@@ -60,12 +72,11 @@ def large_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("dtype", kernel.DTYPES.values(), ids=kernel.DTYPES)
+@pytest.mark.parametrize("dtype", FLOATS.values(), ids=FLOATS)
 @pytest.mark.usefixtures("large_blocks")
 def test_kernel_equals_opencv(dtype: torch.dtype, kernel_device: torch.device) -> None:
     frames = make_frames()
-    boxes = [box for _, box in FRAMES]
-    pixels, table = pack_frames(frames, boxes, SIZE, kernel_device)
+    pixels, table = packed(frames, kernel_device)
     images = expected(frames).to(dtype)
     out = torch.full((len(frames), 3, *SIZE), torch.nan, dtype=dtype, device=kernel_device)
     found = letterbox(pixels, table, out).cpu()
@@ -79,7 +90,7 @@ def test_kernel_equals_opencv(dtype: torch.dtype, kernel_device: torch.device) -
 @pytest.mark.usefixtures("large_blocks")
 def test_kernel_writes_pitched_map(kernel_device: torch.device) -> None:
     frames = make_frames()
-    pixels, table = pack_frames(frames, [box for _, box in FRAMES], SIZE, kernel_device)
+    pixels, table = packed(frames, kernel_device)
     layout = PitchedLayout.of(len(frames), *SIZE)
     wide = torch.full((layout.rows, 5), torch.nan, device=kernel_device)
     letterbox(pixels, table, wide[:, 1:4], layout)
@@ -99,9 +110,9 @@ def test_kernel_equals_stored_images(path: Path, kernel_device: torch.device) ->
             for side, ratio in zip(frame.shape[:2], case["ratio"][::-1].tolist(), strict=True)
         )
     size = (image.shape[0], image.shape[1])
-    pixels, table = pack_frames([frame], [(top, left, height, width)], size, kernel_device)
+    table = torch.tensor([[0, *frame.shape[:2], top, left, height, width]], device=kernel_device)
     out = torch.full((1, 3, *size), torch.nan, device=kernel_device)
-    letterbox(pixels, table, out)
+    letterbox(frame.flatten().to(kernel_device), table, out)
     assert torch.equal((out[0] * 255).round().cpu(), image.permute(2, 0, 1).flip(0).float())
 
 
@@ -114,13 +125,12 @@ def test_kernel_stays_inside_the_frames(kernel_device: torch.device) -> None:
 
 
 def test_empty_batch() -> None:
-    pixels, table = pack_frames([], [], SIZE)
-    assert letterbox(pixels, table, torch.empty(0, 3, *SIZE)).shape == (0, 3, *SIZE)
+    assert letterbox(BYTES, TABLE[:0], torch.empty(0, 3, *SIZE)).shape == (0, 3, *SIZE)
 
 
 def test_operation() -> None:
     frames = make_frames()[:2]
-    pixels, table = pack_frames(frames, [box for _, box in FRAMES[:2]], SIZE)
+    pixels, table = packed(frames)
     out = torch.zeros(2, 3, *SIZE)
     strides = [out.stride(i) for i in (0, 2, 3, 1)]
     torch.library.opcheck(kernel._letterbox_op, (pixels, table, out, strides, [2, *SIZE, *SIZE]))
@@ -128,7 +138,7 @@ def test_operation() -> None:
 
 def test_compiles_as_one_graph() -> None:
     frames = make_frames()
-    pixels, table = pack_frames(frames, [box for _, box in FRAMES], SIZE)
+    pixels, table = packed(frames)
     compiled = torch.compile(letterbox, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(pixels, table, torch.empty(7, 3, *SIZE)), expected(frames))
 
@@ -159,22 +169,6 @@ def test_wrong_map() -> None:
     layout = PitchedLayout.of(2, 4, 4)
     with pytest.raises(ValueError, match=r"out \[\d+, 4\] of 2 images is not for 2 of 3 channels"):
         letterbox(BYTES, TABLE, torch.zeros(layout.rows, 4), layout)
-
-
-@pytest.mark.parametrize(
-    ("frames", "boxes", "message"),
-    [
-        ([torch.zeros(4, 4, 3)], [(0, 0, 4, 4)], r"torch\.float32 \[4, 4, 3\]"),
-        ([torch.zeros(4, 4, 1).byte()], [(0, 0, 4, 4)], r"\[4, 4, 1\]"),
-        ([torch.zeros(4, 4, 3).byte()], [(38, 0, 4, 4)], r"box \(38, 0, 4, 4\) .* \(40, 50\)"),
-        ([torch.zeros(4, 4, 3).byte()], [], "1 frames, but 0 boxes"),
-    ],
-)
-def test_wrong_frames(
-    frames: list[Tensor], boxes: list[tuple[int, int, int, int]], message: str
-) -> None:
-    with pytest.raises(ValueError, match=message):
-        pack_frames(frames, boxes, SIZE)
 
 
 @pytest.mark.aot

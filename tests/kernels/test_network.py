@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from yolov7.checkpoint import load_model
-from yolov7.engine.graph import planned
 from yolov7.engine.graph.planned import PlannedNetwork
-from yolov7.kernels.conv import choose_config
+from yolov7.kernels.conv import ConvConfig, ConvLaunch
 from yolov7.model import YOLOv7
 from yolov7.variants import VARIANTS, scaled
 
@@ -21,8 +20,8 @@ def relative_rms(a: torch.Tensor, b: torch.Tensor) -> float:
 def large_blocks(monkeypatch: pytest.MonkeyPatch, kernel_device: torch.device) -> None:
     """In the interpreter an operation costs the same whatever its size."""
     if kernel_device.type == "cpu":
-        blocks = {"BLOCK_M": 256, "BLOCK_N": 128, "BLOCK_K": 128, "SPLIT_K": 1}
-        monkeypatch.setattr(planned, "choose_config", lambda c: {**choose_config(c), **blocks})
+        large = ConvConfig(block_m=256, block_n=128, block_k=128)
+        monkeypatch.setattr(ConvLaunch, "chosen", lambda _: large)
 
 
 @pytest.mark.interpreter

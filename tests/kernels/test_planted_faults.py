@@ -11,8 +11,8 @@ import torch
 from tests.kernels.test_aot import CHAIN
 from tests.kernels.test_conv import GATHER, TMA, assert_correct, call_of, layer_of, run
 from yolov7.kernels import aot
-from yolov7.kernels.conv import cases, gather, launcher, parts, tma
-from yolov7.kernels.runtime import INTERPRET, Config, recording
+from yolov7.kernels.conv import ConvConfig, ConvLaunch, cases, gather, launcher, parts, tma
+from yolov7.kernels.runtime import INTERPRET, recording
 
 INTERPRETED = pytest.mark.skipif(not INTERPRET, reason="a compiled kernel holds its helpers")
 PATHS = {"gather": (GATHER, gather), "tma": (TMA, tma)}
@@ -32,7 +32,7 @@ def planted(module: ModuleType, old: str, new: str, folder: Path) -> ModuleType:
     return copy
 
 
-def check(config: Config, device: torch.device) -> None:
+def check(config: ConvConfig, device: torch.device) -> None:
     """What the tests of the convolution do: slices among NaN, two images, odd sizes."""
     call = call_of(layer_of(2, 5, 6, 24, 24, kernel=3), device, torch.float16, slices=True)
     run(call, config)
@@ -58,7 +58,7 @@ def test_store_without_its_mask(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kernel_device: torch.device
 ) -> None:
     old = "tl.store(out_ptrs, values, mask=mask)"
-    new = "tl.store(out_ptrs, values, mask=(offs_m < rows)[:, None])"
+    new = "tl.store(out_ptrs, values, mask=(offs_m < shape.rows)[:, None])"
     broken = planted(parts, old, new, tmp_path)
     monkeypatch.setattr(gather, "store_rows", broken.store_rows)
     with pytest.raises(AssertionError):
@@ -70,7 +70,7 @@ def test_store_without_its_mask(
 def test_load_without_its_mask(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kernel_device: torch.device
 ) -> None:
-    old = "tl.load(x_ptrs, mask=(offs_k < c_in)[None, :], other=0.0)"
+    old = "tl.load(x_ptrs, mask=(offs_k < shape.c_in)[None, :], other=0.0)"
     broken = planted(gather, old, "tl.load(x_ptrs)", tmp_path)
     monkeypatch.setattr(launcher, "conv_gather_kernel", broken.conv_gather_kernel)
     with pytest.raises(AssertionError, match="nan"):
@@ -81,7 +81,7 @@ def test_load_without_its_mask(
 def test_more_instructions(tmp_path: Path) -> None:
     call = cases.meta_call(cases.layer_of(CHAIN, 2), torch.float16)
     with recording((8, 0)) as specs:
-        launcher.launch_conv([call], launcher.default_config([call]))
+        ConvLaunch([call]).prepare()()
     old = "acc = multiply(a, b, acc, PRECISION, PROMOTE)"
     more = f"{old}\n        acc *= tl.sqrt(acc * acc + 1.0)"
     slow = planted(gather, old, more, tmp_path)

@@ -9,6 +9,7 @@ from yolov7.kernels import pool
 from yolov7.kernels.aot import SHARED_LIMITS, compile_all, passed_limits
 from yolov7.kernels.layout import PitchedLayout
 from yolov7.kernels.pool import max_pool, spp, upsample
+from yolov7.kernels.runtime import FLOATS
 
 
 def make_map(layout: PitchedLayout, channels: int, device: torch.device) -> Tensor:
@@ -55,7 +56,7 @@ def test_spp(layout: PitchedLayout, kernel_device: torch.device) -> None:
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("dtype", pool.DTYPES.values(), ids=pool.DTYPES)
+@pytest.mark.parametrize("dtype", FLOATS.values(), ids=FLOATS)
 def test_spp_into_slices_beside_its_input(dtype: torch.dtype, kernel_device: torch.device) -> None:
     layout = PitchedLayout.of(1, 6, 5)
     wide = layout.empty(4 * 16, dtype=dtype, device=kernel_device).fill_(torch.nan)
@@ -68,7 +69,7 @@ def test_spp_into_slices_beside_its_input(dtype: torch.dtype, kernel_device: tor
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("dtype", pool.DTYPES.values(), ids=pool.DTYPES)
+@pytest.mark.parametrize("dtype", FLOATS.values(), ids=FLOATS)
 @pytest.mark.parametrize("size", [(7, 9), (8, 6), (2, 2)], ids=str)
 def test_max_pool(size: tuple[int, int], dtype: torch.dtype, kernel_device: torch.device) -> None:
     source = PitchedLayout.of(2, *size)

@@ -1,8 +1,6 @@
 import inspect
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
@@ -65,31 +63,6 @@ def test_empty_grid_launches_nothing() -> None:
     runtime.launch(None, (0, 3), {}, {})
 
 
-def test_config_of_the_nearest_size_within_a_factor_of_two(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    entries = [
-        {"kind": "3x3", "size": [100, 64], "config": {"BLOCK_M": 64}},
-        {"kind": "3x3", "size": [300, 64], "config": {"BLOCK_M": 128}},
-        {"kind": "1x1", "size": [200, 64], "config": {"BLOCK_M": 256}},
-    ]
-    (tmp_path / "SOME_GPU").mkdir()
-    (tmp_path / "SOME_GPU" / "conv.json").write_text(json.dumps({"entries": entries}))
-    monkeypatch.setattr(runtime, "CONFIGS", tmp_path)
-    default, device = {"BLOCK_M": 32}, torch.device("cpu")
-    assert runtime.find_config("3x3", (100, 64), default, device) == default
-    with runtime.recording((9, 0), "SOME_GPU"):
-        find = runtime.find_config
-        assert find("3x3", (160, 64), default, device) == {"BLOCK_M": 64}
-        assert find("3x3", (180, 64), default, device) == {"BLOCK_M": 128}
-        assert find("3x3", (50, 128), default, device) == {"BLOCK_M": 64}
-        assert find("3x3", (600, 32), default, device) == {"BLOCK_M": 128}
-        assert find("5x5", (160, 64), default, device) == default
-        assert find("3x3", (49, 64), default, device) == default
-        assert find("3x3", (601, 64), default, device) == default
-        assert find("3x3", (300, 31), default, device) == default
-
-
 def test_every_operation_runs_on_the_device_of_its_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton launches on the current device, and PyTorch sets none for custom operations."""
     current: list[torch.device] = [torch.device("cuda", 0)]
@@ -103,13 +76,16 @@ def test_every_operation_runs_on_the_device_of_its_tensors(monkeypatch: pytest.M
     def body(options: list[int], maps: list[Tensor], extra: Tensor | None) -> torch.device:
         return current[-1]
 
-    register = Mock()
-    monkeypatch.setattr(torch.library, "custom_op", register)
+    library = Mock()
+    monkeypatch.setattr(runtime, "_library", library)
+    monkeypatch.setattr(torch.library, "infer_schema", lambda *_, **__: "() -> ()")
+    monkeypatch.setattr(torch.library, "register_fake", Mock())
     monkeypatch.setattr(torch.cuda, "device", entered)
-    runtime.triton_op("device_test", body, body, body)
-    (_, on_cuda), options = register.call_args
-    assert options["device_types"] == "cuda"
-    assert inspect.signature(on_cuda) == inspect.signature(body)  # the schema is inferred from it
+    with pytest.raises(AttributeError):  # nothing was defined
+        runtime.triton_op("device_test", body, body, body)
+    bodies = {call.args[2]: call.args[1] for call in library.impl.call_args_list}
+    on_cuda = bodies["CUDA"]
+    assert inspect.signature(on_cuda) == inspect.signature(body)
     x = torch.empty(2, device="meta")
     assert on_cuda([3], [x], None) == x.device
     assert on_cuda([3], [], extra=x) == x.device

@@ -17,9 +17,7 @@ from yolov7.engine.graph import planned as engine_network
 from yolov7.engine.graph.calibrate import Histogram, calibrate
 from yolov7.engine.graph.captured import FramePipeline
 from yolov7.engine.graph.planned import PlannedNetwork, with_index
-from yolov7.kernels.conv.layer import FP8_MAX
-from yolov7.kernels.conv.stem import Stem
-from yolov7.kernels.tune import members
+from yolov7.kernels.conv import FP8_MAX, Stem
 from yolov7.letterbox import Image, letterbox, letterbox_geometry
 from yolov7.model import YOLOv7
 from yolov7.sources import read_image
@@ -72,7 +70,7 @@ def test_plan_equals_the_eager_model(name: str, shape: tuple[int, int, int]) -> 
 @pytest.mark.parametrize("name", ["yolov7-tiny", "yolov7-w6"])
 def test_fp32_is_multiplied_exactly_from_the_first_layer_on(name: str, dtype: torch.dtype) -> None:
     network = planned(small_model(name), (1, 64, 64), dtype)
-    layers = [call.layer for launch in network.calls for call in members(launch)]
+    layers = [call.layer for launch in network.convolutions for call in launch.calls]
     assert any(isinstance(layer, Stem) for layer in layers)
     assert {layer.exact for layer in layers} == {dtype == torch.float32}
 

@@ -18,6 +18,8 @@ VERBS = {
     "bench": "Time a model on this machine, from the frame to the boxes.",
     "info": "Show what a model is made of.",
     "convert": "Write weights in this project's safetensors format.",
+    "tune": "Find the fastest kernel configs on this GPU.",
+    "aot": "Compile the kernels for a GPU that need not be here.",
 }
 
 

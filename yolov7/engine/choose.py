@@ -10,11 +10,11 @@ import torch
 
 from yolov7.checkpoint import load_model
 from yolov7.device import resolve_device
-from yolov7.engine.eager import DTYPES, Network
+from yolov7.engine.eager import Network
 from yolov7.engine.exported import SUFFIXES, ExportedNetwork
 from yolov7.engine.frames import Forward, Frames, HostFrames, Suppression
 from yolov7.errors import UserError
-from yolov7.kernels.runtime import HAS_TRITON
+from yolov7.kernels.runtime import FLOATS, HAS_TRITON
 from yolov7.model import YOLOv7
 
 OLDEST = (8, 0)  # compute capability that the kernels are made for
@@ -113,8 +113,8 @@ def resolve_precision(name: str, device: torch.device, engine: str = "eager") ->
     """
     if name == "auto":
         return "fp16" if device.type == "cuda" else "fp32"
-    if name not in DTYPES and name != "fp8":
-        raise UserError(f"precision {name}: give auto, {', '.join(DTYPES)}, fp8")
+    if name not in FLOATS and name != "fp8":
+        raise UserError(f"precision {name}: give auto, {', '.join(FLOATS)}, fp8")
     if name == "fp8" and engine != "graph":
         raise UserError(f"precision fp8 needs engine graph, not {engine}")
     if name == "fp16" and device.type == "cpu" and engine != "graph":

@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 
 from yolov7.engine.cpu import Decoder, can_pack, keep_freed_memory, pack_convolutions
+from yolov7.kernels.runtime import FLOATS
 from yolov7.model import YOLOv7
-
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class Network:
@@ -40,7 +39,7 @@ class Network:
     def __init__(self, model: YOLOv7, device: torch.device, precision: str) -> None:
         self.device, self.precision = device, precision
         higher = "fp16" if device.type == "cuda" else "fp32"  # of what fp8 leaves as it is
-        self.dtype = DTYPES[higher if precision == "fp8" else precision]
+        self.dtype = FLOATS[higher if precision == "fp8" else precision]
         self.names, self.stride, self.imgsz = model.names, model.stride, model.imgsz
         anchors = model.head.anchors.to(self.device, torch.float32)
         if device.type == "cuda":

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from yolov7.engine.graph.planned import PlannedNetwork
-from yolov7.kernels.conv.layer import FP8_MAX
+from yolov7.kernels.conv import FP8_MAX
 from yolov7.model import YOLOv7
 
 BINS = 4096

@@ -3,7 +3,7 @@
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Sequence
 
-from yolov7.engine.graph.steps import Buffer, Slice, Step, Task
+from yolov7.engine.graph.steps import Buffer, Slice, Step, Task, TaskKind
 from yolov7.engine.graph.trace import Op, Value
 from yolov7.kernels.layout import PitchedLayout
 
@@ -61,9 +61,7 @@ def fold(ops: Sequence[Op]) -> tuple[list[Task], dict[Value, tuple[Value, ...]]]
             continue
         folded = x in stands_for
         task = Task(
-            {"conv": "stem" if _is_image(x, stands_for) else "conv", "spp_pool": "spp"}.get(
-                op.kind, op.kind
-            ),
+            _task_kind(op, _is_image(x, stands_for)),
             op.output.name,
             [stands_for.get(v, v) for v in op.inputs],
             [op.output],
@@ -75,6 +73,18 @@ def fold(ops: Sequence[Op]) -> tuple[list[Task], dict[Value, tuple[Value, ...]]]
         tasks.append(task)
         made[op.output] = task
     return tasks, cats
+
+
+def _task_kind(op: Op, reads_image: bool) -> TaskKind:
+    match op.kind:
+        case "conv":
+            return "stem" if reads_image else "conv"
+        case "spp_pool":
+            return "spp"
+        case "maxpool" | "upsample" | "add" as kind:
+            return kind
+        case kind:
+            raise ValueError(f"the engine has no kernel for {kind} ({op.output.name})")
 
 
 def _is_image(value: Value, stands_for: dict[Value, Value]) -> bool:

@@ -17,22 +17,21 @@ from yolov7.engine.graph.steps import Slice, Step, Task
 from yolov7.head import Detect
 from yolov7.kernels.concat import concat
 from yolov7.kernels.conv import (
+    FP8_MAX,
     ConvCall,
+    ConvLaunch,
     ConvLayer,
-    check_call,
-    choose_config,
-    conv_reference,
-    launch_conv,
+    Launch,
+    Stem,
+    StemCall,
+    StemLaunch,
+    Workspace,
     pack_weight,
     quantise_weight,
-    workspace_elements,
+    space_to_depth_weight,
 )
-from yolov7.kernels.conv.cases import Calls
-from yolov7.kernels.conv.layer import FP8_MAX, to_dtype
-from yolov7.kernels.conv.stem import Stem, StemCall, conv_stem, space_to_depth_weight
 from yolov7.kernels.decode import decode
 from yolov7.kernels.pool import max_pool, spp, upsample
-from yolov7.kernels.runtime import INTERPRET
 from yolov7.model import YOLOv7
 
 
@@ -53,7 +52,7 @@ class PlannedNetwork:
         images: [batch, 3, height, width] the input, to be written before `run`.
         features: the head's inputs after `run`, [batch, C, H, W] views of the buffers.
         plan: what is run.
-        calls: the convolutions of each launch that has some, in order.
+        convolutions: the launches that are some, in order.
     """
 
     def __init__(
@@ -72,16 +71,15 @@ class PlannedNetwork:
         self._scales = _buffer_scales(self.plan, ranges)
         device = with_index(device)
         self.dtype, self.device = dtype, device
-        self._kernels = device.type == "cuda" or INTERPRET
         self._arena = torch.empty(self.plan.peak_bytes, dtype=torch.uint8, device=device)
-        self._workspace: Tensor | None = None
+        self._workspace = Workspace()
         self.images = torch.empty(
             (batch, 3, height, width),
             dtype=dtype,
             device=device,
             memory_format=torch.channels_last,
         )
-        self.calls: list[Calls] = []
+        self.convolutions: list[Launch] = []
         self._launches: list[tuple[Step, list[Callable[[], object]]]] = []
         for step in self.plan.steps:
             if step.kind == "head":
@@ -168,11 +166,9 @@ class PlannedNetwork:
         (task, *_) = step.tasks
         match step.kind:
             case "conv":
-                calls = [self._call(task) for task in step.tasks]
-                self.calls.append(calls)
-                return self._prepare_convs(calls)
+                return [self._prepare_convs(ConvLaunch([self._call(t) for t in step.tasks]))]
             case "stem":
-                return [self._prepare_stem(task)]
+                return [self._prepare_convs(StemLaunch(self._stem(task)))]
             case "spp":
                 (source,), targets = task.reads, [self._map(w) for w in task.writes]
                 return [partial(spp, self._map(source), source.buffer.layout, targets)]
@@ -186,13 +182,16 @@ class PlannedNetwork:
             case kind:
                 raise ValueError(f"the engine has no kernel for the step {kind} ({task.name})")
 
-    def _prepare_stem(self, task: Task) -> Callable[[], object]:
+    def _prepare_convs(self, launch: Launch) -> Callable[[], object]:
+        self.convolutions.append(launch)
+        return launch.prepare(workspace=self._workspace)
+
+    def _stem(self, task: Task) -> StemCall:
         weight, bias = self._weights(task.convs)
         kernel, stride = task.kernel, task.stride
         if task.reorg:  # a 3x3 over 2x2 cells is a 6x6 of stride 2 over pixels
             weight = pack_weight(space_to_depth_weight(task.convs[0].weight.detach()))
             weight, kernel, stride = weight.to(self.device, self.dtype), 6, 2
-        out = self._map(task.writes[0])
         stem = Stem(
             task.writes[0].buffer.layout,
             kernel,
@@ -201,8 +200,7 @@ class PlannedNetwork:
             exact=self.dtype == torch.float32,
             out_scale=self._scale(task.writes[0]),
         )
-        self.calls.append(StemCall(stem, self.images, weight, bias, out))
-        return lambda: conv_stem(self.images, weight, bias, stem, out=out)
+        return StemCall(stem, self.images, weight, bias, self._map(task.writes[0]))
 
     def _prepare_head(self, task: Task, head: Detect) -> Callable[..., tuple[Tensor, Tensor]]:
         weights, biases = zip(*(self._weights([conv]) for conv in task.convs), strict=True)
@@ -240,23 +238,12 @@ class PlannedNetwork:
         )
         added = self._map(residual[0]) if residual else None
         out = self._map(target)
-        call = ConvCall(layer, self._map(source), weight, bias, out, scale, added)
-        check_call(call)
-        return call
-
-    def _prepare_convs(self, calls: Sequence[ConvCall]) -> list[Callable[[], object]]:
-        if not self._kernels:
-            return [partial(_run_reference, call) for call in calls]
-        config = choose_config(calls)
-        elements = workspace_elements(calls, config)
-        if elements and (self._workspace is None or self._workspace.numel() < elements):
-            self._workspace = torch.empty(elements, device=self.device)
-        return [lambda: launch_conv(calls, config, self._workspace)]
+        return ConvCall(layer, self._map(source), weight, bias, out, scale, added)
 
 
 def described(
     model: YOLOv7, batch: int, height: int, width: int, dtype: torch.dtype
-) -> list[Calls]:
+) -> list[Launch]:
     """What a plan launches, on the meta device: to be compiled, tuned or checked.
 
     Args:
@@ -278,7 +265,7 @@ def described(
     network = planned(())
     if fp8:
         network = planned(name for step in network.plan.steps for name, _ in _written(step))
-    return network.calls
+    return network.convolutions
 
 
 def with_index(device: torch.device) -> torch.device:
@@ -291,10 +278,6 @@ def with_index(device: torch.device) -> torch.device:
 def _run_all(launches: Sequence[Callable[[], object]]) -> None:
     for launch in launches:
         launch()
-
-
-def _run_reference(call: ConvCall) -> None:
-    call.out.copy_(to_dtype(conv_reference(call), call.out.dtype, call.layer.out_scale))
 
 
 def _written(step: Step) -> Iterator[tuple[str, Slice]]:

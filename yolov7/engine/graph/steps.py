@@ -1,10 +1,12 @@
 """What a plan is made of: buffers, slices of them, tasks that read and write slices, steps."""
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from torch import nn
 
 from yolov7.engine.graph.trace import Value
+from yolov7.kernels.conv.layer import Activation
 from yolov7.kernels.layout import PitchedLayout
 
 
@@ -43,16 +45,19 @@ class Slice:
         return f"b{self.buffer.index}[{self.start}:{self.start + self.channels}]"
 
 
+TaskKind = Literal["stem", "conv", "spp", "maxpool", "upsample", "add", "copy", "head"]
+
+
 @dataclass
 class Task:
     """One operation of a step; its convolutions write neighbouring channels of `writes[0]`."""
 
-    kind: str  # stem, conv, spp, maxpool, upsample, add, copy or head
+    kind: TaskKind
     name: str
     inputs: list[Value]
     outputs: list[Value]
     convs: list[nn.Conv2d] = field(default_factory=list)
-    activation: str = "none"
+    activation: Activation = "none"
     pool: bool = False
     upsample: bool = False
     reorg: bool = False
@@ -117,6 +122,6 @@ class Step:
     tasks: list[Task]
 
     @property
-    def kind(self) -> str:
+    def kind(self) -> TaskKind:
         """That of its tasks."""
         return self.tasks[0].kind

@@ -2,13 +2,14 @@
 
 import operator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from yolov7.blocks import Conv, ReOrg, RepConv
+from yolov7.kernels.conv.layer import Activation
 from yolov7.model import YOLOv7
 
 
@@ -27,15 +28,18 @@ class Value:
         return self.channels * self.height * self.width
 
 
+OpKind = Literal["conv", "reorg", "cat", "maxpool", "spp_pool", "upsample", "add"]
+
+
 @dataclass(frozen=True)
 class Op:
-    """One operation: `kind` is conv, reorg, cat, maxpool, spp_pool, upsample or add."""
+    """One operation."""
 
-    kind: str
+    kind: OpKind
     output: Value
     inputs: tuple[Value, ...]
     conv: nn.Conv2d | None = None
-    activation: str = "none"
+    activation: Activation = "none"
 
 
 class _Lead(nn.Module):
@@ -121,5 +125,5 @@ def _module_op(node: fx.Node, module: nn.Module, values: dict[fx.Node, Value]) -
     assert conv is not None
     stride = conv.stride[0]
     out = Value(name, conv.out_channels, -(-x.height // stride), -(-x.width // stride))
-    activation = "silu" if isinstance(module.act, nn.SiLU) else "leaky_relu"
+    activation: Activation = "silu" if isinstance(module.act, nn.SiLU) else "leaky_relu"
     return Op("conv", out, (x,), conv, activation)

@@ -21,26 +21,20 @@ dense form writes 8.6 MB more, 2 us; the candidate form some 500 rows of 340 byt
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 from torch import Tensor
 
+from yolov7.kernels.decode.kernels import Level, decode_kernel
 from yolov7.kernels.layout import PitchedLayout
-from yolov7.kernels.runtime import INTERPRET, Config, launch, triton_op
+from yolov7.kernels.runtime import INTERPRET, PRECISIONS, Config, launch, triton, triton_op
 
 SEGMENT = 64
 """Rows of a segment of the candidate form."""
 
 MAX_LEVELS = 4
-PRECISIONS = {
-    "fp32": torch.float32,
-    "fp16": torch.float16,
-    "bf16": torch.bfloat16,
-    "fp8": torch.float8_e4m3fn,
-}
 
 
 def decode_reference(
@@ -51,10 +45,10 @@ def decode_reference(
     anchors: Tensor,
     layouts: list[int],
     strides: list[int],
-    exact: bool,  # noqa: ARG001 - the operation's schema; this is exact
-    conf: float | None,
+    *options: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Level by level in plain PyTorch; arguments as in the operation."""
+    """Level by level in plain PyTorch, exact always; arguments as in the operation."""
+    _, conf = options
     rows, counts = [], []
     for i, layout in enumerate(_layouts(layouts)):
         x = layout.image_view(features[i]).float()
@@ -86,123 +80,6 @@ def _compact(level: Tensor, conf: float) -> tuple[Tensor, Tensor]:
     return segments, keep.sum(2, dtype=torch.int32)
 
 
-@triton.jit
-def _decode_tile(
-    # Tensors
-    x_ptr,  # [rows of the map, c_in]
-    weight_ptr,  # [anchors * outputs, c_in]
-    bias_ptr,  # [anchors * outputs] fp32
-    scale_ptr,  # [anchors * outputs] fp32 or None
-    anchor_ptr,  # [2] fp32
-    rows_ptr,  # [B, total, outputs] fp32
-    counts_ptr,  # [B, segments] int32 or None
-    # Shapes
-    tile,
-    image,
-    anchor,
-    shape,
-    total,
-    segments,
-    outputs,
-    # Scalars
-    conf,
-    # Constexprs
-    PRECISION: tl.constexpr,
-    PROMOTE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    height, width, pitch, row_pitch, c_in, x_stride, stride, first = shape
-    pixel = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    mask_m = pixel < height * width
-    column, row = pixel % width, pixel // width
-    x_rows = (image * row_pitch + row) * pitch + column  # image is int64
-    x_ptrs = x_ptr + x_rows[:, None] * x_stride
-    place = first + anchor * height * width + pixel
-    anchor_w, anchor_h = tl.load(anchor_ptr), tl.load(anchor_ptr + 1)
-    for start_n in range(0, outputs, BLOCK_N):
-        channel = start_n + tl.arange(0, BLOCK_N)
-        mask_n = channel < outputs
-        offs_n = anchor * outputs + channel
-        weight_ptrs = weight_ptr + offs_n[None, :] * c_in
-        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for start_k in range(0, c_in, BLOCK_K):
-            offs_k = start_k + tl.arange(0, BLOCK_K)
-            mask_k = offs_k < c_in
-            a_mask, b_mask = mask_m[:, None] & mask_k[None, :], mask_k[:, None] & mask_n[None, :]
-            a = tl.load(x_ptrs + offs_k[None, :], mask=a_mask, other=0.0)
-            b = tl.load(weight_ptrs + offs_k[:, None], mask=b_mask, other=0.0)
-            if PROMOTE:  # the interpreter has no bf16
-                a, b = a.to(tl.float32), b.to(tl.float32)
-            acc = tl.dot(a, b, acc, input_precision=PRECISION)
-        if scale_ptr is not None:
-            acc *= tl.load(scale_ptr + offs_n, mask=mask_n, other=0.0)[None, :]
-        acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0)[None, :]
-        s = 1.0 / (1.0 + tl.exp(-acc))
-        grid = tl.where((channel == 0)[None, :], column[:, None], row[:, None])
-        centre = (2.0 * s - 0.5 + grid.to(tl.float32)) * stride
-        size = 4.0 * s * s * tl.where(channel == 2, anchor_w, anchor_h)[None, :]
-        value = tl.where((channel < 4)[None, :], size, s)
-        value = tl.where((channel < 2)[None, :], centre, value)
-        if counts_ptr is not None and start_n == 0:
-            # Survivors move to the start of their segment, in order.
-            objectness = tl.sum(tl.where((channel == 4)[None, :], s, 0.0), axis=1)
-            mask_m &= objectness > conf
-            rank = tl.cumsum(mask_m.to(tl.int32), axis=0)
-            segment = first + anchor * tl.cdiv(height * width, BLOCK_M) + tile
-            place = segment * BLOCK_M + rank - 1
-            # Not a sum: reducing to a scalar here fails to compile for sm_100 (Triton 3.6, 3.7).
-            last = tl.arange(0, BLOCK_M) == BLOCK_M - 1
-            count_ptr = counts_ptr + image * segments + segment
-            tl.store(count_ptr + tl.zeros([BLOCK_M], tl.int32), rank, mask=last)
-        out_ptrs = rows_ptr + (image * total + place)[:, None] * outputs + channel[None, :]
-        tl.store(out_ptrs, value, mask=mask_m[:, None] & mask_n[None, :])
-
-
-@triton.jit
-def _decode_kernel(
-    # Tensors, one of each per level
-    x_ptrs,
-    weight_ptrs,
-    bias_ptrs,
-    scale_ptrs,
-    # Tensors
-    anchors_ptr,  # [LEVELS, anchors, 2] fp32
-    rows_ptr,  # [B, total, outputs] fp32
-    counts_ptr,  # [B, segments] int32 or None
-    # Shapes: per level height, width, pitch, row pitch, channels, row stride, pixels, first place
-    shapes,
-    anchors,
-    total,
-    segments,
-    outputs,
-    # Scalars
-    conf,
-    # Constexprs
-    LEVELS: tl.constexpr,
-    PRECISION: tl.constexpr,
-    PROMOTE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """One segment of pixels, one anchor, one image a program; the levels one after the other."""
-    tile = tl.program_id(0)
-    anchor = tl.program_id(1)
-    image = tl.program_id(2).to(tl.int64)
-    for level in tl.static_range(LEVELS):
-        tiles = tl.cdiv(shapes[level][0] * shapes[level][1], BLOCK_M)
-        if (tile >= 0) & (tile < tiles):
-            _decode_tile(
-                x_ptrs[level], weight_ptrs[level], bias_ptrs[level], scale_ptrs[level],
-                anchors_ptr + (level * anchors + anchor) * 2, rows_ptr, counts_ptr,
-                tile, image, anchor, shapes[level], total, segments, outputs, conf,
-                PRECISION, PROMOTE, BLOCK_M, BLOCK_N, BLOCK_K,
-            )  # fmt: skip
-        tile -= tiles
-
-
 def _layouts(sizes: Sequence[int]) -> list[PitchedLayout]:
     return [PitchedLayout(*sizes[i : i + 5]) for i in range(0, len(sizes), 5)]
 
@@ -230,10 +107,10 @@ def launch_decode(
     The arguments up to `conf` are those of `decode`, `rows` and `counts` what it returns (counts
     are not written in the dense form); `config` has BLOCK_N, BLOCK_K, num_warps, num_stages.
     """
-    count, first, shapes = anchors.shape[1], 0, []
+    count, first, levels = anchors.shape[1], 0, []
     for x, layout, stride in zip(features, layouts, strides, strict=True):
         sides = (layout.h, layout.w, layout.pitch, layout.row_pitch)
-        shapes.append((*sides, x.shape[1], x.stride(0), stride, first))
+        levels.append(Level(*sides, x.shape[1], x.stride(0), stride, first))
         first += count * layout.h * layout.w if conf is None else _segments(layout, count)
     tiles = sum(-(-layout.h * layout.w // SEGMENT) for layout in layouts)
     args = {
@@ -244,7 +121,7 @@ def launch_decode(
         "anchors_ptr": anchors,
         "rows_ptr": rows,
         "counts_ptr": None if conf is None else counts,
-        "shapes": tuple(shapes),
+        "levels": tuple(levels),
         "anchors": count,
         "total": rows.shape[1],
         "segments": counts.shape[1],
@@ -255,7 +132,7 @@ def launch_decode(
         "PROMOTE": INTERPRET and features[0].dtype == torch.bfloat16,
         "BLOCK_M": SEGMENT,
     }
-    launch(_decode_kernel, (tiles, count, layouts[0].n), args, config)
+    launch(decode_kernel, (tiles, count, layouts[0].n), args, config)
 
 
 def _config(x: Tensor, outputs: int, exact: bool) -> Config:
@@ -286,16 +163,9 @@ def _decode_triton(
 
 
 def _decode_fake(
-    features: list[Tensor],
-    weights: list[Tensor],
-    biases: list[Tensor],  # noqa: ARG001 - the operation's schema
-    scales: list[Tensor],  # noqa: ARG001 - the operation's schema
-    anchors: Tensor,
-    layouts: list[int],
-    strides: list[int],  # noqa: ARG001 - the operation's schema
-    exact: bool,  # noqa: ARG001 - the operation's schema
-    conf: float | None,
+    features: list[Tensor], weights: list[Tensor], *arguments: Any
 ) -> tuple[Tensor, Tensor]:
+    _, _, anchors, layouts, _, _, conf = arguments
     count = anchors.shape[1]
     if conf is None:
         segments, rows = 0, sum(count * at.h * at.w for at in _layouts(layouts))
@@ -308,6 +178,49 @@ def _decode_fake(
 
 
 _decode_op = triton_op("decode", _decode_triton, decode_reference, _decode_fake)
+
+
+def _check(
+    features: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    anchors: Tensor,
+    layouts: Sequence[PitchedLayout],
+    strides: Sequence[int],
+    scales: Sequence[Tensor],
+) -> None:
+    levels = len(features)
+    if not 1 <= levels <= MAX_LEVELS or not len(weights) == len(biases) == levels:
+        raise ValueError(f"{levels} features, {len(weights)} weights, {len(biases)} biases")
+    if not len(layouts) == len(strides) == levels or len(scales) not in (0, levels):
+        raise ValueError(
+            f"{levels} levels, but {len(layouts)} layouts, {len(strides)} strides, "
+            f"{len(scales)} scales"
+        )
+    if anchors.ndim != 3 or anchors.shape[0] != levels or anchors.shape[2] != 2:
+        raise ValueError(f"anchors are {list(anchors.shape)}, not [{levels}, A, 2]")
+    outputs = weights[0].shape[0]
+    if outputs % anchors.shape[1] or outputs < 6 * anchors.shape[1]:
+        raise ValueError(f"{outputs} outputs are not {anchors.shape[1]} anchors x (5 + classes)")
+    for i, (x, weight, layout) in enumerate(zip(features, weights, layouts, strict=True)):
+        layout.check(x, f"features {i}")
+        if (
+            x.dtype not in PRECISIONS.values()
+            or weight.dtype != x.dtype
+            or x.dtype != features[0].dtype
+        ):
+            raise ValueError(f"level {i}: features {x.dtype}, weight {weight.dtype}")
+        if list(weight.shape) != [outputs, x.shape[1]] or layout.n != layouts[0].n:
+            raise ValueError(
+                f"level {i}: weight {list(weight.shape)}, features {list(x.shape)} of {layout.n} "
+                f"images; expected [{outputs}, {x.shape[1]}] and {layouts[0].n}"
+            )
+        for vector in (biases[i], *scales[i : i + 1]):
+            if list(vector.shape) != [outputs] or vector.dtype != torch.float32:
+                raise ValueError(f"level {i}: {vector.dtype} {list(vector.shape)}, not [{outputs}]")
+    tensors = (*features, *weights, *biases, *scales, anchors)
+    if any(tensor.device != features[0].device for tensor in tensors):
+        raise ValueError(f"devices differ: {sorted({str(t.device) for t in tensors})}")
 
 
 def decode(
@@ -344,38 +257,7 @@ def decode(
     Raises:
         ValueError: shapes, types, devices or the number of levels do not fit.
     """
-    levels = len(features)
-    if not 1 <= levels <= MAX_LEVELS or not len(weights) == len(biases) == levels:
-        raise ValueError(f"{levels} features, {len(weights)} weights, {len(biases)} biases")
-    if not len(layouts) == len(strides) == levels or len(scales) not in (0, levels):
-        raise ValueError(
-            f"{levels} levels, but {len(layouts)} layouts, {len(strides)} strides, "
-            f"{len(scales)} scales"
-        )
-    if anchors.ndim != 3 or anchors.shape[0] != levels or anchors.shape[2] != 2:
-        raise ValueError(f"anchors are {list(anchors.shape)}, not [{levels}, A, 2]")
-    outputs = weights[0].shape[0]
-    if outputs % anchors.shape[1] or outputs < 6 * anchors.shape[1]:
-        raise ValueError(f"{outputs} outputs are not {anchors.shape[1]} anchors x (5 + classes)")
-    for i, (x, weight, layout) in enumerate(zip(features, weights, layouts, strict=True)):
-        layout.check(x, f"features {i}")
-        if (
-            x.dtype not in PRECISIONS.values()
-            or weight.dtype != x.dtype
-            or x.dtype != features[0].dtype
-        ):
-            raise ValueError(f"level {i}: features {x.dtype}, weight {weight.dtype}")
-        if list(weight.shape) != [outputs, x.shape[1]] or layout.n != layouts[0].n:
-            raise ValueError(
-                f"level {i}: weight {list(weight.shape)}, features {list(x.shape)} of {layout.n} "
-                f"images; expected [{outputs}, {x.shape[1]}] and {layouts[0].n}"
-            )
-        for vector in (biases[i], *scales[i : i + 1]):
-            if list(vector.shape) != [outputs] or vector.dtype != torch.float32:
-                raise ValueError(f"level {i}: {vector.dtype} {list(vector.shape)}, not [{outputs}]")
-    tensors = (*features, *weights, *biases, *scales, anchors)
-    if any(tensor.device != features[0].device for tensor in tensors):
-        raise ValueError(f"devices differ: {sorted({str(t.device) for t in tensors})}")
+    _check(features, weights, biases, anchors, layouts, strides, scales)
     result: tuple[Tensor, Tensor] = _decode_op(
         list(features),
         [weight.contiguous() for weight in weights],

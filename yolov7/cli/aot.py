@@ -1,0 +1,67 @@
+"""`yolov7 aot`: what the compiler makes of the kernels, for a GPU that need not be here."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from yolov7.engine.graph.workload import workload
+from yolov7.errors import UserError
+from yolov7.kernels.aot import Row, compile_all, passed_limits, table
+from yolov7.kernels.runtime import HAS_TRITON
+from yolov7.runs import check_writable, write_json
+from yolov7.variants import VARIANTS
+
+
+@dataclass(kw_only=True)
+class Aot:
+    """Compile the kernels ahead of time: registers, shared memory, matrix instructions."""
+
+    target: Literal["sm_80", "sm_89", "sm_90", "sm_100"] = "sm_90"
+    """architecture of the GPU"""
+    variant: str | None = None
+    """model whose launches are compiled (None: a sample of layers)"""
+    batch: int = 1
+    """images at a time"""
+    precision: Literal["fp32", "fp16", "bf16", "fp8"] = "fp16"
+    """of feature maps and weights"""
+    only: tuple[str, ...] = ()
+    """kernel files, such as conv nms (none: all)"""
+    json: Path | None = None
+    """write the rows and totals to this file"""
+
+
+def run(options: Aot) -> int:
+    """Print a row for each kernel; 1 when one passes a limit."""
+    if options.variant is not None and options.variant not in VARIANTS:
+        raise UserError(f"no variant {options.variant!r}: give one of {', '.join(VARIANTS)}")
+    if options.batch < 1:
+        raise UserError(f"--batch {options.batch}: give 1 or more")
+    if options.precision == "fp8" and options.target == "sm_80":
+        raise UserError("sm_80 has no fp8; use sm_89 or later")
+    if not HAS_TRITON:
+        raise UserError("compiling kernels needs Triton: pip install triton")
+    check_writable(options.json)
+    print(
+        f"{'kernel':22} {'shape':48} {'regs':>4} {'shared':>7} {'local':>5} {'matrix':18} "
+        f"{'tma':>3} {'instr':>6}  config"
+    )
+    rows, over = [], []
+    known = workload(options.variant, options.batch, options.precision)
+    for row in compile_all(options.target, known, only=options.only):
+        _print_row(row)
+        rows.append(row)
+        over += [f"{row.kernel} {row.shape}: {limit}" for limit in passed_limits(row)]
+    write_json(options.json, table(rows))
+    for line in over:
+        print(f"over the limit: {line}", file=sys.stderr)
+    return 1 if over else 0
+
+
+def _print_row(row: Row) -> None:
+    operand = f" {row.mma_operand}" if row.mma_operand else ""
+    mma = f"{row.mma_count} {row.mma}{operand}" if row.mma else "-"
+    print(
+        f"{row.kernel:22} {row.shape:48} {row.registers:4} {row.shared_bytes:7} "
+        f"{row.local_bytes:5} {mma:18} {row.tma_loads:3} {row.instructions:6}  {row.config}"
+    )
