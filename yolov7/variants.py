@@ -77,9 +77,7 @@ class Variant:
         if len(self.anchors) != len(self.levels) or len(anchors) != 1 or anchors.pop() not in PAIRS:
             raise ValueError("anchors must be as many pairs for every level")
         if min(self.pairs, self.parallel, self.imgsz, *widths, *chain(*self.anchors)) < 1:
-            raise ValueError(
-                "pairs, parallel, imgsz, anchors, channels and strides must be 1 or more"
-            )
+            raise ValueError("pairs, parallel, imgsz, anchors, channels, strides: give 1 or more")
         if self.auxiliary is not None and not self.auxiliary > 0:
             raise ValueError(f"auxiliary is {self.auxiliary}: give more than 0, or None")
         stride, strides = math.prod(s for _, s in self.stem) * (2 if self.reorg else 1), []

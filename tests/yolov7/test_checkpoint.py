@@ -329,7 +329,7 @@ DEEP = "[" * 100_000
             "337 tensors for 16000000018 convolutions",
         ),
         ("spec.pairs", "1" + "0" * 4000, "spec.pairs is too large"),
-        ("spec.pairs", "-1", "must be 1 or more"),
+        ("spec.pairs", "-1", "give 1 or more"),
         ("spec.pairs", "true", "spec.pairs is True, not a whole number"),
         ("spec.parallel", "1000000000", "convolutions"),
         ("spec.stem", "[[2147483647, 2], [2147483647, 2]]", "fit"),
