@@ -4,6 +4,7 @@ with atomic(path) as temporary:
     temporary.write_bytes(content)
 """
 
+import errno
 import os
 import re
 import socket
@@ -19,6 +20,7 @@ from threading import Lock
 # suffix tells some writers what to write.
 _NAME = re.compile(r"\.yolov7-(?P<host>[0-9a-f]{8})-(?P<process>\d+)-\d+(\.\w*)?")
 _HOST = f"{zlib.crc32(socket.gethostname().encode()):08x}"
+_DEVICES = (Path("/dev"), Path("/dev/fd"))
 _numbers = count()
 _swept: set[Path] = set()  # folders that this process has looked through
 _sweeping = Lock()
@@ -29,7 +31,8 @@ def atomic(path: str | Path, *, durable: bool = True) -> Iterator[Path]:
     """A file to write, which takes the place of `path` when the context ends without an error.
 
     After an error it is removed, and what was at `path` stays. What a killed process has left in
-    the folder is removed by the next one that writes there.
+    the folder is removed by the next one that writes there. A device, such as /dev/stdout, or a
+    pipe cannot be replaced: it is written to itself.
 
     Args:
         path: Of the file; its folder is made where there is none.
@@ -42,7 +45,11 @@ def atomic(path: str | Path, *, durable: bool = True) -> Iterator[Path]:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.is_dir():  # before the work is done
-        raise IsADirectoryError(21, "is a folder", str(path))
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if path.parent in _DEVICES or (path.exists() and not path.is_file()):
+        yield path
+        return
+    path = Path(os.path.realpath(path))  # what a link leads to is replaced, not the link
     _sweep(path.parent)
     name = f".yolov7-{_HOST}-{os.getpid()}-{next(_numbers)}{path.suffix}"
     temporary = path.with_name(name)
@@ -70,10 +77,9 @@ def _flush(path: Path, mode: int) -> None:
 def _sweep(folder: Path) -> None:
     """Remove what dead processes of this host have left in a folder; once, for it may be large."""
     with _sweeping:
-        resolved = folder.resolve()
-        if resolved in _swept:
+        if folder in _swept:
             return
-        _swept.add(resolved)
+        _swept.add(folder)
         with suppress(OSError):  # a folder that may be written in, but not listed
             for name in os.listdir(folder):
                 found = _NAME.fullmatch(name)

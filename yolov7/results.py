@@ -17,7 +17,7 @@ from yolov7.letterbox import Image
 from yolov7.sources import Frame
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)  # tensors have no one answer to ==
 class Boxes:
     """Detections of one image, the surest first.
 
@@ -29,6 +29,12 @@ class Boxes:
 
     def __len__(self) -> int:
         return len(self.data)
+
+    def __repr__(self) -> str:
+        """One line: `Boxes(3, confidence 0.90 to 0.50)`."""
+        if not len(self):
+            return "Boxes(0)"
+        return f"Boxes({len(self)}, confidence {self.conf[0]:.2f} to {self.conf[-1]:.2f})"
 
     @property
     def xyxy(self) -> Tensor:
@@ -51,7 +57,7 @@ class Boxes:
         return self.data[:, 5].long()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Results:
     """One image and what was found in it.
 
@@ -73,6 +79,10 @@ class Results:
 
     def __len__(self) -> int:
         return len(self.boxes)
+
+    def __repr__(self) -> str:
+        """One line: `Results('bus.jpg', 4 persons, 1 bus)`."""
+        return f"Results({self.path!r}, {self.summary()})"
 
     def __str__(self) -> str:
         """One line: `image 3/12 bus.jpg: 448x640 4 persons, 1 bus, 6.1 ms`."""

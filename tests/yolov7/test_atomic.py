@@ -70,6 +70,30 @@ def test_names_as_long_as_a_file_system_takes(tmp_path: Path) -> None:
     assert path.read_text() == "x"
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="links and pipes are Unix's")
+def test_links_stay_and_pipes_are_written_to(tmp_path: Path) -> None:
+    (tmp_path / "target").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "target" / "a.txt")
+    with atomic(tmp_path / "link") as temporary:
+        assert temporary.parent == tmp_path / "target"
+        temporary.write_text("whole")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "target" / "a.txt").read_text() == "whole"
+
+    os.mkfifo(tmp_path / "pipe")
+    reader = subprocess.Popen(["cat", tmp_path / "pipe"], stdout=subprocess.PIPE)
+    with atomic(tmp_path / "pipe") as temporary:
+        temporary.write_text("whole")
+    assert reader.communicate(timeout=30)[0] == b"whole"
+    assert names(tmp_path) == ["link", "pipe", "target"]
+
+    code = "from yolov7.atomic import atomic\nwith atomic('/dev/stdout') as t: t.write_text('whole')"
+    for path in (tmp_path / "out", None):
+        out = path.open("wb") if path else subprocess.PIPE
+        done = subprocess.run([sys.executable, "-c", code], stdout=out, check=True)
+        assert (path.read_bytes() if path else done.stdout) == b"whole"
+
+
 WRITE = """
 import os, signal, sys
 from pathlib import Path
