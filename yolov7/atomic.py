@@ -16,6 +16,8 @@ from itertools import count
 from pathlib import Path
 from threading import Lock
 
+from yolov7.errors import UserError
+
 # .yolov7-HOST-PROCESS-NUMBER.SUFFIX: another host's processes are none of ours to judge, and the
 # suffix tells some writers what to write.
 _NAME = re.compile(r"\.yolov7-(?P<host>[0-9a-f]{8})-(?P<process>\d+)-\d+(\.\w*)?")
@@ -40,9 +42,17 @@ def atomic(path: str | Path, *, durable: bool = True) -> Iterator[Path]:
             file. False for caches, whose readers see damage, and where milliseconds count.
 
     Raises:
-        OSError: It cannot be written.
+        UserError: It cannot be written: an OSError in the context counts as that.
     """
-    path = Path(path)
+    try:
+        with _replacing(Path(path), durable) as temporary:
+            yield temporary
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
+
+
+@contextmanager
+def _replacing(path: Path, durable: bool) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.is_dir():  # before the work is done
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))

@@ -92,11 +92,8 @@ def save_model(model: YOLOv7, path: str | Path, **metadata: Any) -> None:
         half = tensors[name].dtype == torch.float16
         remedy = ", perhaps too large for fp16: use --precision fp32" if half else ""
         raise UserError(f"{path}: tensor {name} holds NaN or infinity{remedy}")
-    try:
-        with atomic(path) as temporary:
-            temporary.write_bytes(save(tensors, metadata={_KEY: text}))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+    with atomic(path) as temporary:
+        temporary.write_bytes(save(tensors, metadata={_KEY: text}))
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:

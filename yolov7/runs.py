@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -74,7 +74,7 @@ def check_writable(path: str | Path | None) -> None:
         UserError: It cannot be written.
     """
     if path is not None:
-        with suppress(_Tried), _said(Path(path)), atomic(path, durable=False) as temporary:
+        with suppress(_Tried), atomic(path, durable=False) as temporary:
             temporary.touch()
             raise _Tried
 
@@ -99,14 +99,5 @@ class _Tried(Exception):  # noqa: N818  # no error
 
 
 def _write(path: Path, text: str) -> None:
-    with _said(path), atomic(path) as temporary:
+    with atomic(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
-
-
-@contextmanager
-def _said(path: Path) -> Iterator[None]:
-    """Make one line of what the system says."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror})") from None

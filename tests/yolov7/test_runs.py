@@ -96,7 +96,7 @@ def test_what_is_not_the_name_of_a_folder(tmp_path: Path, name: str) -> None:
 
 def test_folders_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="file: cannot be written .*: name another with --project"):
+    with pytest.raises(UserError, match=r"file: cannot be written .*: name another with --project"):
         new_run(tmp_path / "file", None)
     with pytest.raises(UserError, match="cannot be written"):
         new_run(tmp_path, "n" * 300)

@@ -2,9 +2,7 @@
 
 import copy
 import json
-import os
 import time
-from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -15,6 +13,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from yolov7 import __version__
+from yolov7.atomic import atomic
 from yolov7.engine.exported import FORMAT, PT2_ENTRY, Kind, Metadata, Precision, Suppression
 from yolov7.errors import UserError
 from yolov7.export.check import check
@@ -86,18 +85,10 @@ def export(model: YOLOv7, path: Path, settings: Settings) -> Exported:
     _check_target(path, settings)
     if settings.kind == "onnx":
         _require_onnx()
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.touch()
+    with atomic(path) as temporary:
+        temporary.touch()  # what cannot be written fails before the work
         opset = _write(_program(model, metadata), temporary, metadata)
         result = check(temporary, path, metadata, _reference(model, metadata))
-        temporary.replace(path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
     seconds = time.perf_counter() - start
     return Exported(path, metadata, path.stat().st_size, opset, result, seconds)
 
