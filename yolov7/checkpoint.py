@@ -23,10 +23,9 @@ from yolov7.errors import UserError
 from yolov7.model import Form, YOLOv7
 from yolov7.schema import from_json
 from yolov7.unpickle import Record, StoredTensor, TorchFile, module_tensors, one_line
-from yolov7.variants import VARIANTS, Variant
+from yolov7.variants import LARGEST_IMGSZ, VARIANTS, Variant
 
 DEMO_WEIGHTS = "blood-cells-tiny.safetensors"  # embedded; used when no weights are named
-LARGEST_IMGSZ = 4096  # pixels: suppression keeps classes apart up to there
 _FORMAT = "yolov7-triton/2"
 _KEY = "yolov7"  # of our metadata among the file's
 _LONGEST = 1 << 24  # characters of our metadata; a thousand classes take a thousandth of it

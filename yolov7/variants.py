@@ -13,6 +13,8 @@ from typing import Literal
 Downsample = Literal["conv", "pool", "pool+conv", "downc"]
 Taps = Literal["pairs", "all"]
 
+LARGEST_IMGSZ = 4096  # pixels of a side: suppression keeps classes apart up to there
+
 PAIRS = range(2, 2 * 32, 2)  # numbers of a level's anchors; more than 31 of them nobody needs
 
 

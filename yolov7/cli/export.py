@@ -3,13 +3,20 @@
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
 
 from yolov7.checkpoint import DEMO_WEIGHTS, load_model
-from yolov7.engine.exported import Suppression
-from yolov7.export import Settings, export, fitted_size
-from yolov7.export.write import SUFFIX
+from yolov7.export import Settings, Suppression, export, fitted_size
+from yolov7.formats import FORMATS
 from yolov7.progress import working
+
+if TYPE_CHECKING:
+    FormatName = str
+else:
+    FormatName = tyro.extras.literal_type_from_choices(FORMATS)
+_ABOUT = "; ".join(f"{made.NAME}: {made.ABOUT}" for made in FORMATS.values())
 
 
 @dataclass(kw_only=True)
@@ -23,8 +30,7 @@ class Export:
     """variant of a bare state dict, where its tensors do not tell (None: recognised)"""
     output: Path | None = None
     """file to write (None: the weights' name with .onnx or .pt2, in this folder)"""
-    format: Literal["onnx", "torch-export", "aoti"] = "onnx"
-    """torch-export: a .pt2 for this version of PyTorch; aoti: a .pt2 compiled for this machine"""
+    format: Annotated[FormatName, tyro.conf.arg(help=_ABOUT)] = "onnx"
     imgsz: int | tuple[int, int] | None = None
     """side, or height and width, in pixels, rounded up to the model's stride (None: the
     checkpoint's)"""
@@ -76,7 +82,7 @@ def run(options: Export) -> int:
         letterbox=options.with_letterbox,
         device=options.device,
     )
-    output = options.output or Path(stem + SUFFIX[options.format])
+    output = options.output or Path(stem + FORMATS[options.format].SUFFIX)
     with working(f"exporting {output}"):
         exported = export(model, output, settings)
     print(exported)
