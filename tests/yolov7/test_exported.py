@@ -72,7 +72,7 @@ def network(path: Path, **options: Any) -> ExportedNetwork:
 @pytest.mark.parametrize(
     ("device", "message"),
     [
-        ("gpu", "device gpu: give auto, cpu, cuda or cuda:N"),
+        ("gpu", "device gpu: give auto, cpu, cuda, cuda:N"),
         ("cuda:9", "device cuda:9: 2 CUDA devices are here"),
     ],
 )
@@ -95,6 +95,9 @@ def test_devices_that_a_file_does_not_run_on(
         network(file, engine="openvino", device="cuda")
     with pytest.raises(UserError, match="device cuda:1: ONNX Runtime has none"):
         network(file, device="cuda:1")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    with pytest.raises(UserError, match="device mps: ONNX Runtime runs on cpu or cuda"):
+        network(file, device="mps")
     with pytest.raises(UserError, match=r"program\.pt2: was exported for cpu"):
         network(program, device="cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -172,7 +175,7 @@ WRONG = [
     ("layout", "{}", "layout is a table"),
     ("letterbox", "1", "letterbox is 1, not true or false"),
     ("nms", "[]", "nms is a list, not a table"),
-    ("nms", '{"conf": 2, "iou": 0.5, "max_det": 1}', "conf 2.0 and iou 0.5: give 0 to 1"),
+    ("nms", '{"conf": 2, "iou": 0.5, "max_det": 1}', "conf is 2.0: give 0 to 1"),
     ("nms", '{"conf": "x", "iou": 0.5, "max_det": 1}', "nms.conf is 'x', not a number"),
     ("device", '"tpu"', "device is 'tpu', not cpu, cuda"),
     ("device", "null", "device is None"),

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from yolov7.checkpoint import DEMO_WEIGHTS, load_model
-from yolov7.export import Settings, Suppression, export, fitted_size
+from yolov7.engine.choose import fit
+from yolov7.export import Settings, Suppression, export
 from yolov7.formats import FORMATS
 from yolov7.progress import working
 
@@ -62,7 +63,7 @@ def run(options: Export) -> int:
     if options.imgsz is not None:
         wanted = options.imgsz
         wanted = (wanted, wanted) if isinstance(wanted, int) else wanted
-        imgsz = fitted_size(wanted, model.stride)
+        imgsz = fit(wanted, model.stride)
         if imgsz != wanted:
             print(
                 f"note: {wanted[0]} x {wanted[1]} pixels rounded up to {imgsz[0]} x {imgsz[1]}, "
@@ -76,7 +77,7 @@ def run(options: Export) -> int:
         batch=options.batch,
         precision=options.precision,
         layout=options.layout,
-        nms=Suppression(options.conf, options.iou, options.max_det)
+        nms=Suppression(conf=options.conf, iou=options.iou, max_det=options.max_det)
         if options.nms == "onnx"
         else None,
         letterbox=options.with_letterbox,

@@ -13,11 +13,13 @@ from torch.export import Dim, ExportedProgram
 
 from yolov7 import __version__
 from yolov7.atomic import atomic
+from yolov7.engine.choose import fit
+from yolov7.engine.frames import Suppression
 from yolov7.errors import UserError
 from yolov7.export.check import check
 from yolov7.export.report import Exported
 from yolov7.formats import FORMATS
-from yolov7.formats.metadata import FORMAT, Metadata, Precision, Suppression
+from yolov7.formats.metadata import FORMAT, Metadata, Precision
 from yolov7.model import YOLOv7
 
 
@@ -29,17 +31,18 @@ class Settings:
         kind: Key of `yolov7.formats.FORMATS`: "onnx", "torch-export" (a .pt2 that any PyTorch of
             this version runs) or "aoti" (a .pt2 compiled for this machine's processor, or for
             CUDA).
-        imgsz: (height, width) in pixels, multiples of the model's stride; None: the model's.
+        imgsz: Side, or (height, width), in pixels, rounded up to the model's stride; None: the
+            model's.
         batch: Images per call, or "dynamic".
         precision: Of weights and convolutions; inputs and outputs are fp32.
         layout: See `Metadata`; not with `nms`, whose layout is its own.
-        nms: Suppress inside the graph, with these thresholds (onnx).
+        nms: Suppress inside the graph, with this conf, iou and max_det (onnx).
         letterbox: Take one image of any size as it comes from a camera (onnx).
         device: For .pt2: "cpu" or "cuda".
     """
 
     kind: str = "onnx"
-    imgsz: tuple[int, int] | None = None
+    imgsz: int | tuple[int, int] | None = None
     batch: int | Literal["dynamic"] = 1
     precision: Precision = "fp32"
     layout: Literal["grid", "classes-first"] = "grid"
@@ -92,17 +95,11 @@ def export(model: YOLOv7, path: Path, settings: Settings) -> Exported:
     return Exported(path, metadata, path.stat().st_size, note, result, seconds)
 
 
-def fitted_size(imgsz: tuple[int, int], stride: int) -> tuple[int, int]:
-    """(height, width) rounded up to multiples of the stride."""
-    height, width = imgsz
-    if min(height, width) < 1:
-        raise UserError(f"imgsz is {height} x {width}: give 1 or more")
-    return -(-height // stride) * stride, -(-width // stride) * stride
-
-
 def _metadata(model: YOLOv7, settings: Settings) -> Metadata:
     nms = settings.nms
     _check_inside(settings)
+    if nms is not None and nms != Suppression(conf=nms.conf, iou=nms.iou, max_det=nms.max_det):
+        raise UserError("NMS inside has no more than conf, iou and max_det: leave the others out")
     if nms is not None and settings.layout != "grid":
         raise UserError("with NMS inside, the output is detections: leave the layout out")
     if settings.letterbox and settings.batch != 1:
@@ -116,7 +113,7 @@ def _metadata(model: YOLOv7, settings: Settings) -> Metadata:
             variant=model.variant.name,
             names=list(model.names),
             stride=model.stride,
-            imgsz=fitted_size(settings.imgsz or (model.imgsz, model.imgsz), model.stride),
+            imgsz=fit(settings.imgsz or model.imgsz, model.stride),
             batch=settings.batch,
             precision=settings.precision,
             layout=settings.layout if nms is None else "detections",

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal
 
+from yolov7.engine.frames import Suppression
 from yolov7.errors import UserError
 from yolov7.schema import from_json
 from yolov7.variants import LARGEST_IMGSZ
@@ -15,19 +16,6 @@ LONGEST = 1 << 20  # characters of the metadata; a thousand classes take a fifti
 
 Layout = Literal["grid", "classes-first", "detections"]
 Precision = Literal["fp32", "fp16"]
-
-
-@dataclass(frozen=True)
-class Suppression:
-    """Thresholds of the non-maximum suppression inside a file."""
-
-    conf: float  # that a detection's score exceeds, 0..1
-    iou: float  # with a better detection of its class above which one is dropped, 0..1
-    max_det: int  # detections per image
-
-    def __post_init__(self) -> None:
-        if not (0 <= self.conf <= 1 and 0 <= self.iou <= 1 and self.max_det >= 1):
-            raise UserError(f"conf {self.conf} and iou {self.iou}: give 0 to 1; max_det: 1 or more")
 
 
 @dataclass(frozen=True)
@@ -48,7 +36,7 @@ class Metadata:
             detections [B, max_det, 6]: x1, y1, x2, y2, score, class, and counts [B].
         letterbox: The input is one uint8 [H, W, 3] BGR image of any size, and boxes are in its
             pixels; else images [B, 3, h, w] RGB in 0..1, and boxes are in pixels of these.
-        nms: With the layout "detections", its thresholds.
+        nms: With the layout "detections", what is kept.
         device: Where a .pt2 runs: "cpu" or "cuda".
         version: Of this package, when it wrote the file.
 

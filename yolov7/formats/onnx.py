@@ -66,6 +66,8 @@ class OnnxRuntime:
     def __init__(self, file: Path | bytes, device: str | torch.device) -> None:
         name = "the graph" if isinstance(file, bytes) else str(file)
         chosen = parse_device("cuda" if device == "auto" else device)
+        if chosen.type not in ("cpu", "cuda"):
+            raise UserError(f"device {device}: ONNX Runtime runs on cpu or cuda: leave it out")
         if chosen.type == "cuda" and device != "auto" and torch.cuda.device_count():
             resolve_device(chosen)  # a PyTorch without CUDA cannot tell how many there are
         try:
