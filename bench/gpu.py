@@ -33,6 +33,7 @@ from bench.ceilings import Ceilings
 from bench.layers import read
 from bench.plots import save_pictures
 from bench.results import ROOT, Report, environment, read_rows
+from yolov7.atomic import atomic
 from yolov7.kernels.conv.config import user_configs
 
 SHARES = {"tests": 3.0, "tune": 4.0, "bench": 5.0, "train": 1.5}
@@ -119,9 +120,8 @@ class Run:
             "wrong": wrong,
             "processes": self.ended,
         }
-        temporary = self.folder / "results.tmp"
-        temporary.write_text(self.report.as_json())
-        temporary.replace(self.folder / "results.json")
+        with atomic(self.folder / "results.json") as temporary:
+            temporary.write_text(self.report.as_json())
         if CONFIGS.exists():
             shutil.copytree(CONFIGS, self.folder / "configs", dirs_exist_ok=True)
 

@@ -13,7 +13,7 @@ __version__ = "0.1.0"
 
 __all__ = ["Detector", "Results", "YOLOv7", "create_model", "load_model", "save_model"]
 
-_ROOMS = {
+_MODULES = {
     "Detector": "detector",
     "Results": "results",
     "YOLOv7": "model",
@@ -25,6 +25,11 @@ _ROOMS = {
 
 def __getattr__(name: str) -> Any:
     """Import a public name when it is first used, so that `import yolov7` stays cheap."""
-    if name not in _ROOMS:
+    if name not in _MODULES:
         raise AttributeError(f"module 'yolov7' has no attribute {name!r}")
-    return getattr(import_module(f"yolov7.{_ROOMS[name]}"), name)
+    return getattr(import_module(f"yolov7.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    """What there is to complete: the public names, imported or not."""
+    return sorted([*__all__, *(name for name in globals() if name.startswith("__"))])

@@ -4,15 +4,12 @@ The authors' tensors are matched to ours by position: both list their layers in 
 """
 
 import json
-import math
-import os
 import re
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from importlib.resources import as_file, files
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,14 +17,18 @@ from safetensors.torch import save
 from torch import Tensor
 
 from yolov7 import __version__
+from yolov7.atomic import atomic
 from yolov7.download import PUBLISHED, published_weights
 from yolov7.errors import UserError
 from yolov7.model import Form, YOLOv7
+from yolov7.schema import from_json
 from yolov7.unpickle import Record, StoredTensor, TorchFile, module_tensors, one_line
-from yolov7.variants import VARIANTS, Downsample, Variant, scaled
+from yolov7.variants import LARGEST_IMGSZ, VARIANTS, Variant
 
 DEMO_WEIGHTS = "blood-cells-tiny.safetensors"  # embedded; used when no weights are named
-_FORMAT = "yolov7-triton/1"
+_FORMAT = "yolov7-triton/2"
+_KEY = "yolov7"  # of our metadata among the file's
+_LONGEST = 1 << 24  # characters of our metadata; a thousand classes take a thousandth of it
 
 
 def load_model(weights: str | Path | None = None, *, variant: str | None = None) -> YOLOv7:
@@ -68,43 +69,30 @@ def save_model(model: YOLOv7, path: str | Path, **metadata: Any) -> None:
         metadata: JSON values to keep beside the tensors, such as the training arguments.
 
     Raises:
-        UserError: the file cannot be written, or a tensor holds NaN or infinity, such as fp16 makes
-            of a number beyond 65504.
+        UserError: the file cannot be written, or it could not be loaded: a tensor holds NaN or
+            infinity, such as fp16 makes of a number beyond 65504, or the tensors are not those of
+            the model's `variant` and `form`.
     """
     path = Path(path)
-    v = model.variant
-    header = {
-        "format": _FORMAT,
-        "variant": v.name,
-        "depth": v.depth,
-        "width": v.width,
-        "downsample": v.downsample,
-        "multiplier": v.multiplier,
-        "form": model.form,
-        "names": model.names,
-        "imgsz": model.imgsz,
-        "ranges": model.ranges,
-        "version": __version__,
-        **metadata,
-    }
+    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    try:
+        header = Header(
+            spec=model.variant,
+            form=model.form,
+            names=model.names,
+            imgsz=model.imgsz,
+            ranges=model.ranges,
+        )
+        text = json.dumps({"format": _FORMAT, **metadata, **asdict(header)})
+        _described(_header(json.loads(text)), tensors)
+    except ValueError as error:
+        raise UserError(f"{path}: not written, as nothing could load it: {error}") from None
     if (name := _not_finite(model)) is not None:
-        half = model.state_dict()[name].dtype == torch.float16
+        half = tensors[name].dtype == torch.float16
         remedy = ", perhaps too large for fp16: use --precision fp32" if half else ""
         raise UserError(f"{path}: tensor {name} holds NaN or infinity{remedy}")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tensors = {k: t.contiguous() for k, t in model.state_dict().items()}
-        with temporary.open("wb") as file:
-            file.write(save(tensors, metadata={"yolov7": json.dumps(header)}))
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
+    with atomic(path) as temporary:
+        temporary.write_bytes(save(tensors, metadata={_KEY: text}))
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:
@@ -115,13 +103,15 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     """
     try:
         with safe_open(path, "pt") as file:
-            header = (file.metadata() or {}).get("yolov7", "")
+            text = (file.metadata() or {}).get(_KEY, "")
     except SafetensorError as error:
         raise UserError(f"{path}: truncated or not a safetensors file ({error})") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
     try:
-        metadata = dict(json.loads(header))
+        if len(text) > _LONGEST:
+            raise ValueError(f"{len(text)} characters of it")
+        metadata = dict(json.loads(text))
         written = metadata["format"]
     except (KeyError, TypeError, ValueError, RecursionError):
         raise UserError(
@@ -132,51 +122,68 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     return metadata
 
 
+@dataclass(frozen=True, kw_only=True)
+class Header:
+    """What a file in our format says of its model; other metadata is for people and tools.
+
+    Attributes:
+        spec: The architecture itself. Its name is for people: the file loads where no variant of
+            that name is known.
+        form: Of the tensors.
+        names: Class names by number.
+        imgsz: Side in pixels that the model is meant for.
+        ranges: Of the engine's maps, from calibration.
+        version: Of this package, when it wrote the file.
+    """
+
+    spec: Variant
+    form: Form
+    names: list[str]
+    imgsz: int
+    ranges: dict[str, float]
+    version: str = __version__
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.imgsz <= LARGEST_IMGSZ:
+            raise ValueError(f"imgsz is {self.imgsz}, not 1 to {LARGEST_IMGSZ} pixels")
+
+
+def _header(metadata: Mapping[str, Any]) -> Header:
+    known = [field.name for field in fields(Header)]
+    return from_json(Header, {name: metadata[name] for name in known if name in metadata})
+
+
 def _load_safetensors(path: Path) -> YOLOv7:
     metadata = read_metadata(path)
     try:
         with safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no dict
-        return _filled(_described(metadata, tensors), tensors)
+        return _filled(_described(_header(metadata), tensors), tensors)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    except Exception as error:  # metadata can state anything
-        what = one_line(f"{type(error).__name__}: {error}")
+    except Exception as error:  # tensors can be of any shape, type and number
+        what = one_line(str(error))
         raise UserError(f"{path}: its tensors do not fit its metadata ({what})") from None
 
 
-def _described(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> YOLOv7:
-    """The empty model that the metadata describes, if its tensors have these names and shapes."""
-    form, downsample, names = metadata["form"], metadata["downsample"], metadata["names"]
-    imgsz = int(metadata["imgsz"])
-    ranges = {str(k): float(v) for k, v in metadata.get("ranges", {}).items()}
-    sound = {
-        "form": form in get_args(Form),
-        "downsample": downsample in (None, *get_args(Downsample)),
-        "names": isinstance(names, list),
-        "imgsz": imgsz >= 1,
-        "ranges": all(math.isfinite(value) for value in ranges.values()),
-    }
-    for key, good in sound.items():
-        if not good:
-            raise UserError(f"its metadata is damaged: {key} is {one_line(repr(metadata[key]))}")
-    spec = scaled(
-        VARIANTS[metadata["variant"]],
-        metadata["depth"],
-        metadata["width"],
-        downsample,
-        metadata.get("multiplier", 1.0),
-    )
+def _described(header: Header, tensors: Mapping[str, Tensor]) -> YOLOv7:
+    """The empty model that the header describes.
+
+    Raises:
+        ValueError: The tensors have other names or shapes.
+    """
+    spec = header.spec
     # Counted before they are built: any depth can be stated in a few bytes.
     elans = spec.parallel * (len(spec.backbone) + 2 * len(spec.levels) - 2)
-    if elans * 2 * spec.pairs > len(tensors):
-        raise ValueError(f"{len(tensors)} tensors for {elans} x {2 * spec.pairs} convolutions")
-    model = _empty(spec, len(names), form)
+    layers = len(spec.stem) + elans * (2 + 2 * spec.pairs)
+    if layers > len(tensors):
+        raise ValueError(f"{len(tensors)} tensors for {layers} convolutions")
+    model = _empty(spec, len(header.names), header.form)
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     wrong = shapes.items() ^ {(name, tensor.shape) for name, tensor in tensors.items()}
     if wrong:
-        raise ValueError(f"{min(name for name, _ in wrong)} differs")
-    model.names, model.imgsz, model.ranges = [str(n) for n in names], imgsz, ranges
+        raise ValueError(f"tensor {min(name for name, _ in wrong)} differs")
+    model.names, model.imgsz, model.ranges = header.names, header.imgsz, header.ranges
     return model
 
 

@@ -51,6 +51,7 @@ class Detector:
         augment: Look at three scales, one mirrored (test-time augmentation).
         names: Class names of an ONNX file that `yolov7 export` did not write.
         layout: Of its output: "grid" or "classes-first".
+        trust: Load a .pt2, which may execute anything, because you know who made it.
 
     Attributes:
         names: Class names by number.
@@ -83,6 +84,7 @@ class Detector:
         augment: bool = False,
         names: Sequence[str] | None = None,
         layout: str | None = None,
+        trust: bool = False,
     ) -> None:
         runtime = Runtime(
             weights=weights,
@@ -93,6 +95,7 @@ class Detector:
             imgsz=imgsz,
             names=names,
             layout=layout,
+            trust=trust,
         )
         kept = Suppression(conf=conf, iou=iou, max_det=max_det, agnostic=agnostic)
         if batch < 1:

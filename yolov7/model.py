@@ -172,6 +172,14 @@ class YOLOv7(nn.Module):
             auxiliary=auxiliary if training else (),
         )
 
+    def __repr__(self) -> str:
+        """One line; `yolov7 info` and `named_modules()` have the layers."""
+        millions = sum(p.numel() for p in self.parameters()) / 1e6
+        return (
+            f"YOLOv7({self.variant.name!r}, {len(self.names)} classes, form={self.form!r}, "
+            f"{millions:.1f} M parameters)"
+        )
+
     @property
     def stride(self) -> int:
         """The coarsest level's stride; image sides must be multiples of it."""

@@ -1,6 +1,8 @@
 """The files that a prediction leaves behind: pictures, videos, labels, crops, JSON."""
 
 import json
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -8,6 +10,7 @@ from typing import Any, Self
 
 import cv2
 
+from yolov7.atomic import atomic
 from yolov7.errors import UserError
 from yolov7.letterbox import Image
 from yolov7.results import Results
@@ -16,26 +19,75 @@ PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 FALLBACK_FPS = 25.0  # for cameras and containers that name no rate
 
 
-class JsonList:
-    """A JSON list in a file, written row by row."""
+@contextmanager
+def json_list(path: Path) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """What appends a row to a JSON list; the file is there when the context ends without an error.
 
-    def __init__(self, path: Path) -> None:
+    Raises:
+        UserError: It cannot be written.
+    """
+    with atomic(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        separator = "[\n"
+
+        def write(row: dict[str, Any]) -> None:
+            nonlocal separator
+            try:
+                file.write(separator + json.dumps(row))
+            except OSError as error:
+                raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+            separator = ",\n"
+
+        yield write
+        file.write("\n]\n" if separator == ",\n" else "[]\n")
+
+
+@contextmanager
+def video(path: Path, fps: float, size: tuple[int, int]) -> Iterator[Callable[[Image], None]]:
+    """What appends a picture to a video; the file is there when the context ends without an error.
+
+    Args:
+        path: Of the file, ending in .mp4.
+        fps: Frames per second.
+        size: (width, height) in pixels; pictures of another, as cameras may send, are scaled.
+
+    Raises:
+        UserError: It cannot be written.
+    """
+    with atomic(path) as temporary:
+        target = str(temporary)
+        if any("\ud800" <= letter <= "\udfff" for letter in target):  # would end the process
+            raise UserError(f"{str(path)!r}: no UTF-8, which OpenCV needs: use --nosave")
+        writer = cv2.VideoWriter(target, cv2.VideoWriter.fourcc(*"mp4v"), fps, size)
+        if not writer.isOpened():
+            raise UserError(f"{path}: OpenCV cannot write video here: use --nosave")
+
+        def write(picture: Image) -> None:
+            fits = picture.shape[1::-1] == size
+            writer.write(picture if fits else cv2.resize(picture, size))
+
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = path.open("w")
-        except OSError as error:
-            raise UserError(f"{path}: cannot be written ({error.strerror})") from None
-        self._separator = "[\n"
+            yield write
+        finally:
+            writer.release()
+        if not _is_whole(temporary):
+            raise UserError(f"{path}: cannot be written: is the disk full?")
 
-    def write(self, row: dict[str, Any]) -> None:
-        """Append a row."""
-        self._file.write(self._separator + json.dumps(row))
-        self._separator = ",\n"
 
-    def close(self) -> None:
-        """End the list."""
-        self._file.write("\n]\n" if self._separator == ",\n" else "[]\n")
-        self._file.close()
+def _is_whole(path: Path) -> bool:
+    """Whether an MP4's boxes fill it, with the index among them: OpenCV tells of no full disk."""
+    kinds, place, end = set(), 0, path.stat().st_size
+    with path.open("rb") as file:
+        while place < end:
+            file.seek(place)
+            head = file.read(16)
+            size = int.from_bytes(head[:4])
+            if size == 1:  # too large for four bytes
+                size = int.from_bytes(head[8:])
+            if size < 8:
+                return False
+            kinds.add(head[4:8])
+            place += size
+    return place == end and b"moov" in kinds
 
 
 @dataclass(frozen=True)
@@ -64,7 +116,10 @@ class Outputs:
 
 
 class Recorder:
-    """Writes results as they come; a context manager that closes its files.
+    """Writes results as they come; a context manager.
+
+    Files that grow are put in their place when it ends: when they are whole, if something cannot
+    be written; with all that was found until then, if something else goes wrong.
 
     Raises:
         UserError: Something cannot be written.
@@ -72,11 +127,17 @@ class Recorder:
 
     def __init__(self, outputs: Outputs) -> None:
         self.outputs = outputs
-        self._rows = JsonList(outputs.json) if outputs.json else None
-        self._coco = JsonList(outputs.folder / "predictions.json") if outputs.coco else None
         self._names: dict[int, str] = {}  # file name by item
         self._taken: dict[str, int] = {}  # the last number that a name was given
-        self._videos: dict[int, tuple[cv2.VideoWriter, tuple[int, int]]] = {}
+        self._numbers: dict[int, str] = {}  # the name that is this number in predictions.json
+        self._files = ExitStack()
+        self._videos: dict[int, tuple[ExitStack, Callable[[Image], None]]] = {}
+        self._sound = True
+        with ExitStack() as files:  # both or none
+            rows, coco = outputs.json, outputs.folder / "predictions.json"
+            self._rows = files.enter_context(json_list(rows)) if rows else None
+            self._coco = files.enter_context(json_list(coco)) if outputs.coco else None
+            self._files = files.pop_all()
 
     def __enter__(self) -> Self:
         return self
@@ -87,13 +148,17 @@ class Recorder:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        for file in (self._rows, self._coco):
-            if file:
-                file.close()
-        self._end_videos()
+        self._files.__exit__(*((None, None, None) if self._sound else (kind, error, trace)))
 
     def write(self, result: Results) -> None:
         """Write everything that is asked for of one image or frame."""
+        try:
+            self._write(result)
+        except UserError:
+            self._sound = False
+            raise
+
+    def _write(self, result: Results) -> None:
         frame, folder = result.frame, self.outputs.folder
         name = self._name(result)
         stem = Path(name).stem if frame.kind == "image" else f"{name}-{frame.number:06}"
@@ -107,16 +172,23 @@ class Recorder:
         if self.outputs.crop:
             result.save_crops(folder / "crops", stem)
         if self._coco:
-            for row in result.to_coco(int(stem) if stem.isdecimal() else stem):
-                self._coco.write(row)
+            for row in result.to_coco(self._image_id(stem)):
+                self._coco(row)
         if self._rows:
-            self._rows.write(result.to_dict())
+            self._rows(result.to_dict())
+
+    def _image_id(self, stem: str) -> int | str:
+        """The number that a file is called, as COCO's are; its name where another's is equal."""
+        if not stem.isdecimal():
+            return stem
+        number = int(stem)
+        return number if self._numbers.setdefault(number, stem) == stem else stem
 
     def _name(self, result: Results) -> str:
         """File name of an item: its own, numbered where two items share one."""
         frame = result.frame
         if frame.item not in self._names:
-            path = Path(frame.path.split("?")[0])
+            path = Path(frame.path.split("?")[0] if "://" in frame.path else frame.path)
             stem = path.stem.replace(" ", "-") if frame.kind != "image" else path.stem
             stem = self._free(stem)
             suffix = path.suffix if path.suffix.lower() in PICTURE_SUFFIXES else ".jpg"
@@ -135,25 +207,14 @@ class Recorder:
 
     def _write_frame(self, result: Results, path: Path) -> None:
         frame, picture = result.frame, result.plot()
-        height, width = picture.shape[:2]
         if frame.item not in self._videos:
             if frame.kind == "video":  # one after the other; streams are recorded side by side
-                self._end_videos()
+                for stack, _ in self._videos.values():
+                    stack.close()
+                self._videos.clear()
             fps = (frame.fps or FALLBACK_FPS) / self.outputs.vid_stride
-            fourcc = cv2.VideoWriter.fourcc(*"mp4v")
-            writer = cv2.VideoWriter(str(path), fourcc, fps, (width, height))
-            if not writer.isOpened():
-                raise UserError(f"{path}: OpenCV cannot write video here: use --nosave")
-            self._videos[frame.item] = writer, (width, height)
-        writer, size = self._videos[frame.item]
-        writer.write(picture if size == (width, height) else _fitted(picture, size))
-
-    def _end_videos(self) -> None:
-        for writer, _ in self._videos.values():
-            writer.release()
-        self._videos.clear()
-
-
-def _fitted(picture: Image, size: tuple[int, int]) -> Image:
-    """A picture in the size of its video: cameras may change theirs."""
-    return cv2.resize(picture, size).astype("uint8", copy=False)
+            height, width = picture.shape[:2]
+            stack = self._files.enter_context(ExitStack())
+            self._videos[frame.item] = stack, stack.enter_context(video(path, fps, (width, height)))
+        _, write = self._videos[frame.item]
+        write(picture)

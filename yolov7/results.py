@@ -1,5 +1,6 @@
 """What was found in one image: boxes, and every form in which they can be had."""
 
+import re
 from collections import Counter
 from dataclasses import dataclass
 from importlib import import_module
@@ -10,6 +11,7 @@ import cv2
 import numpy as np
 from torch import Tensor
 
+from yolov7.atomic import atomic
 from yolov7.boxes import xyxy_to_cxcywh
 from yolov7.drawing import draw_boxes
 from yolov7.errors import UserError
@@ -17,7 +19,7 @@ from yolov7.letterbox import Image
 from yolov7.sources import Frame
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)  # tensors have no one answer to ==
 class Boxes:
     """Detections of one image, the surest first.
 
@@ -29,6 +31,12 @@ class Boxes:
 
     def __len__(self) -> int:
         return len(self.data)
+
+    def __repr__(self) -> str:
+        """One line: `Boxes(3, confidence 0.90 to 0.50)`."""
+        if not len(self):
+            return "Boxes(0)"
+        return f"Boxes({len(self)}, confidence {self.conf[0]:.2f} to {self.conf[-1]:.2f})"
 
     @property
     def xyxy(self) -> Tensor:
@@ -51,7 +59,7 @@ class Boxes:
         return self.data[:, 5].long()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Results:
     """One image and what was found in it.
 
@@ -73,6 +81,10 @@ class Results:
 
     def __len__(self) -> int:
         return len(self.boxes)
+
+    def __repr__(self) -> str:
+        """One line: `Results('bus.jpg', 4 persons, 1 bus)`."""
+        return f"Results({self.path!r}, {self.summary()})"
 
     def __str__(self) -> str:
         """One line: `image 3/12 bus.jpg: 448x640 4 persons, 1 bus, 6.1 ms`."""
@@ -118,7 +130,7 @@ class Results:
         """Write the annotated image; the suffix decides the format.
 
         Raises:
-            UserError: OpenCV cannot write there, or not this format.
+            UserError: It cannot be written, or OpenCV has not this format.
         """
         return write_image(path, self.plot(conf=conf))
 
@@ -126,6 +138,9 @@ class Results:
         """Write a YOLO label file: `class cx cy w h [confidence]`, a box a line, in 0..1.
 
         Nothing found is an empty file.
+
+        Raises:
+            UserError: It cannot be written.
         """
         height, width = self.image.shape[:2]
         centres = (self.boxes.xywh / self.boxes.data.new_tensor((width, height) * 2)).tolist()
@@ -134,13 +149,16 @@ class Results:
             " ".join([str(cls), *(f"{x:.6f}" for x in (*box, *([score] if conf else [])))])
             for cls, box, score in rows
         ]
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(f"{line}\n" for line in lines))
-        return path
+        with atomic(path, durable=False) as temporary:
+            temporary.write_text("".join(f"{line}\n" for line in lines))
+        return Path(path)
 
     def save_crops(self, folder: str | Path, stem: str) -> list[Path]:
-        """Write every box as a picture of its own: `FOLDER/CLASS/STEM-NUMBER.jpg`."""
+        """Write every box as a picture of its own: `FOLDER/CLASS/STEM-NUMBER.jpg`.
+
+        Raises:
+            UserError: They cannot be written.
+        """
         height, width = self.image.shape[:2]
         paths = []
         rows = zip(self.boxes.xyxy.tolist(), self.boxes.cls.tolist(), strict=True)
@@ -148,8 +166,7 @@ class Results:
             # Whole pixels that the box touches, at least one.
             left, top = min(int(x1), width - 1), min(int(y1), height - 1)
             right, bottom = max(int(np.ceil(x2)), left + 1), max(int(np.ceil(y2)), top + 1)
-            name = self.names[cls].replace("/", "-").replace("\\", "-")
-            target = Path(folder) / name / f"{stem}-{index}.jpg"
+            target = Path(folder) / folder_name(self.names[cls]) / f"{stem}-{index}.jpg"
             paths.append(write_image(target, self.image[top:bottom, left:right]))
         return paths
 
@@ -217,17 +234,25 @@ def write_image(path: str | Path, image: Image) -> Path:
     """Write a picture, its folder made where there is none; the suffix decides the format.
 
     Raises:
-        UserError: OpenCV cannot write there, or not this format.
+        UserError: It cannot be written, or OpenCV has not this format.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        written = cv2.imwrite(str(path), image)
+    try:  # OpenCV gets no path: one that is not UTF-8 would end the process
+        encoded, data = cv2.imencode(path.suffix if path.suffix.isascii() else "", image)
     except cv2.error:
-        written = False
-    if not written:
-        raise UserError(f"{path}: cannot be written: check the folder, and use .jpg or .png")
+        encoded = False
+    if not encoded:
+        raise UserError(f"{path}: cannot be written in this format: use .jpg or .png")
+    with atomic(path, durable=False) as temporary:
+        temporary.write_bytes(data.tobytes())
     return path
+
+
+def folder_name(text: str) -> str:
+    """A class name as the name of a folder, on every system."""
+    # 60 characters are at most 240 bytes, and 255 are allowed.
+    plain = re.sub(r'[\x00-\x1f\x7f<>:"/\\|?*\ud800-\udfff]', "-", text)[:60]
+    return plain.strip(" .") or "-"
 
 
 def _plural(name: str) -> str:

@@ -1,11 +1,15 @@
 """What a run leaves on the disk: its folder, what it was told, and its result."""
 
 import json
+from collections.abc import Iterator
+from contextlib import suppress
+from itertools import count
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 
+from yolov7.atomic import atomic
 from yolov7.errors import UserError
 
 
@@ -18,21 +22,36 @@ def new_run(project: Path, name: str | None) -> Path:
             `name-2` and so on: no run writes into another's folder.
 
     Raises:
-        UserError: It cannot be created.
+        UserError: It cannot be created, or `name` is not the name of a folder.
     """
+    if name is not None and (name in ("", ".", "..") or "\0" in name or Path(name).name != name):
+        raise UserError(
+            f"--name {name!r}: give the plain name of a folder, or leave it out for the next "
+            "number; where the folder lies is --project"
+        )
     try:
         project.mkdir(parents=True, exist_ok=True)
-        while True:
-            folder = project / _free_name(project, name)
+        for candidate in _candidates(project, name):
+            folder = project / candidate
             try:
                 folder.mkdir()
-            except FileExistsError:  # another process was faster
+            except FileExistsError:  # by another process, too, or by a name in other case
                 continue
             return folder
     except OSError as error:
         raise UserError(
             f"{project}: cannot be written ({error.strerror}): name another with --project"
         ) from None
+    raise AssertionError("candidates never end")
+
+
+def _candidates(project: Path, name: str | None) -> Iterator[str]:
+    """Names of a run's folder without end, the best first."""
+    if name is not None:
+        yield name
+        yield from (f"{name}-{number}" for number in count(2))
+    taken = [int(path.name) for path in project.iterdir() if path.name.isdecimal()]
+    yield from map(str, count(1 + max(taken, default=0)))
 
 
 def write_arguments(folder: Path, arguments: dict[str, Any]) -> None:
@@ -55,11 +74,9 @@ def check_writable(path: str | Path | None) -> None:
         UserError: It cannot be written.
     """
     if path is not None:
-        path = Path(path)
-        new = not path.exists()
-        _write(path, "", mode="a")
-        if new:
-            path.unlink()
+        with suppress(_Tried), atomic(path, durable=False) as temporary:
+            temporary.touch()
+            raise _Tried
 
 
 def write_json(path: str | Path | None, value: object, *, indent: int | None = 1) -> None:
@@ -77,21 +94,10 @@ def write_json(path: str | Path | None, value: object, *, indent: int | None = 1
         _write(Path(path), json.dumps(value, indent=indent))
 
 
-def _write(path: Path, text: str, *, mode: Literal["a", "w"] = "w") -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open(mode, encoding="utf-8") as file:
-            file.write(text)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+class _Tried(Exception):  # noqa: N818  # no error
+    """Writing would have gone well."""
 
 
-def _free_name(project: Path, name: str | None) -> str:
-    taken = {path.name for path in project.iterdir()}
-    if name is None:
-        return str(1 + max((int(other) for other in taken if other.isdecimal()), default=0))
-    number, free = 1, name
-    while free in taken:
-        number += 1
-        free = f"{name}-{number}"
-    return free
+def _write(path: Path, text: str) -> None:
+    with atomic(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")

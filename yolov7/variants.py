@@ -6,11 +6,16 @@ transition of a block grows with what the concatenation brings it.
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
+from itertools import chain
 from typing import Literal
 
 Downsample = Literal["conv", "pool", "pool+conv", "downc"]
 Taps = Literal["pairs", "all"]
+
+LARGEST_IMGSZ = 4096  # pixels of a side: suppression keeps classes apart up to there
+
+PAIRS = range(2, 2 * 32, 2)  # numbers of a level's anchors; more than 31 of them nobody needs
 
 
 @dataclass(frozen=True)
@@ -34,7 +39,11 @@ class Level:
 
 @dataclass(frozen=True)
 class Variant:
-    """What a model of the family is made of. Widths are channels, anchors (w, h) in pixels."""
+    """What a model of the family is made of. Widths are channels, anchors (w, h) in pixels.
+
+    Raises:
+        ValueError: Its parts do not fit together; in words that name the field.
+    """
 
     name: str
     imgsz: int
@@ -57,6 +66,28 @@ class Variant:
     width: float = 1.0
     multiplier: float = 1.0
     downsample: Downsample | None = None
+
+    def __post_init__(self) -> None:
+        widths = [
+            *(channels for convolution in self.stem for channels in convolution),
+            *(n for stage in self.backbone for n in astuple(stage) if n is not None),
+            *(n for level in self.levels for n in astuple(level)),
+        ]
+        if not 1 <= len(self.levels) <= len(self.backbone):
+            raise ValueError(f"levels are {len(self.levels)} of {len(self.backbone)} stages")
+        anchors = {len(level) for level in self.anchors}
+        if len(self.anchors) != len(self.levels) or len(anchors) != 1 or anchors.pop() not in PAIRS:
+            raise ValueError("anchors must be as many pairs for every level")
+        if min(self.pairs, self.parallel, self.imgsz, *widths, *chain(*self.anchors)) < 1:
+            raise ValueError("pairs, parallel, imgsz, anchors, channels, strides: give 1 or more")
+        if self.auxiliary is not None and not self.auxiliary > 0:
+            raise ValueError(f"auxiliary is {self.auxiliary}: give more than 0, or None")
+        stride, strides = math.prod(s for _, s in self.stem) * (2 if self.reorg else 1), []
+        for stage in self.backbone:
+            stride *= 1 if stage.down is None else 2
+            strides.append(stride)
+        if tuple(strides[-len(self.levels) :]) != self.strides:
+            raise ValueError(f"stem and backbone have strides {strides}, levels {self.strides}")
 
     @property
     def strides(self) -> tuple[int, ...]:

@@ -4,8 +4,10 @@ import json
 import os
 import pickle
 import sys
+import time
 import types
 from collections import OrderedDict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ import yolov7
 from yolov7.checkpoint import DEMO_WEIGHTS, load_model, read_metadata, save_model
 from yolov7.errors import UserError
 from yolov7.model import YOLOv7
-from yolov7.variants import VARIANTS, scaled
+from yolov7.variants import TINY, V7, VARIANTS, W6, scaled
 
 TINY_NAMES = ["cat", "dog"]
 
@@ -162,6 +164,54 @@ def test_safetensors_round_trip(tmp_path: Path, form: str) -> None:
     assert list((tmp_path / "new").iterdir()) == [tmp_path / "new" / "m.safetensors"]
 
 
+WAYS = {
+    "another head": replace(TINY, head="repconv"),
+    "another name": replace(TINY, name="my-tiny"),
+    "a name of the family": replace(TINY, name="yolov7", activation="silu"),
+    "another neck": replace(V7, neck_taps="pairs", neck_down="downc", spp="tiny"),
+    "two levels": replace(
+        TINY,
+        levels=TINY.levels[:2],
+        anchors=TINY.anchors[:2],
+        stem=((16, 2), (32, 1)),
+        backbone=TINY.backbone[1:],
+    ),
+    "an extended ELAN": replace(W6, parallel=2, pairs=1, auxiliary=0.5),
+}
+
+
+@pytest.mark.parametrize("form", ["training", "fused"])
+@pytest.mark.parametrize("way", WAYS)
+def test_a_file_holds_its_architecture(tmp_path: Path, way: str, form: str) -> None:
+    spec = scaled(WAYS[way], multiplier=0.1)
+    torch.manual_seed(0)
+    model = YOLOv7(spec, 2, "training").eval()
+    if form == "fused":
+        model.fuse()
+    save_model(model, tmp_path / "m.safetensors")
+    loaded = load_model(tmp_path / "m.safetensors")
+    assert (loaded.variant, loaded.form) == (spec, form)
+    x = torch.rand(1, 3, 128, 128)
+    with torch.inference_mode():
+        assert torch.equal(loaded(x), model(x))
+
+
+def test_what_could_not_be_loaded_is_not_written(tmp_path: Path) -> None:
+    """Days of training must not end in weights that nothing reads."""
+    path = tmp_path / "m.safetensors"
+    for change, message in {
+        "lead_convs": r"not written, as nothing could load it: tensor lead_convs\.0\.\S+ differs",
+        "names": r"nothing could load it: names\[0\] is 3, not a text",
+        "imgsz": r"nothing could load it: imgsz is 8192, not 1 to 4096 pixels",
+    }.items():
+        model = YOLOv7(scaled(TINY, multiplier=0.1), 1, "deploy")
+        value = {"lead_convs": nn.ModuleList(), "names": [3], "imgsz": 8192}[change]
+        setattr(model, change, value)
+        with pytest.raises(UserError, match=message):
+            save_model(model, path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_failed_save_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = YOLOv7(scaled(VARIANTS["yolov7-tiny"], width=0.1), 1, "deploy")
     path = tmp_path / "m.safetensors"
@@ -259,31 +309,51 @@ def small() -> YOLOv7:
     return YOLOv7(scaled(VARIANTS["yolov7-tiny"], width=0.1), 1, "deploy")
 
 
+# Numbers of a thousand million would be built until memory ends.
+DEEP = "[" * 100_000
+
+
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("format", "[" * 100_000, "no yolov7 metadata"),
+        ("format", DEEP, "no yolov7 metadata"),
         ("format", "9" * 5000, "no yolov7 metadata"),
         ("format", '"\\n\\u001b[31m"', "of format"),
-        ("variant", '"v8"', "fit"),
-        ("variant", "[]", "fit"),
-        ("depth", "1e400", "fit"),
-        ("depth", "1" + "0" * 4000, "fit"),
-        ("depth", "1e9", "fit"),  # would be built until memory ends
-        ("width", "1e9", "fit"),
-        ("width", "1e308", "fit"),
-        ("width", "NaN", "fit"),
-        ("multiplier", "1e9", "fit"),
-        ("multiplier", '"x"', "fit"),
-        ("downsample", '"x"', "downsample is 'x'"),
-        ("downsample", "[]", "downsample is []"),
+        ("spec", '"v8"', "spec is 'v8', not a table"),
+        ("spec", "{}", "spec.name is missing"),
+        ("spec.name", "7", "spec.name is 7, not a text"),
+        ("spec.size", "7", "spec.'size' is not known"),
+        (
+            "spec.pairs",
+            "1000000000",
+            "337 tensors for 16000000018 convolutions",
+        ),
+        ("spec.pairs", "1" + "0" * 4000, "spec.pairs is too large"),
+        ("spec.pairs", "-1", "give 1 or more"),
+        ("spec.pairs", "true", "spec.pairs is True, not a whole number"),
+        ("spec.parallel", "1000000000", "convolutions"),
+        ("spec.stem", "[[2147483647, 2], [2147483647, 2]]", "fit"),
+        ("spec.stem", "[[32, 1]]", "stem and backbone have strides"),
+        ("spec.stem", '[[32, "x"]]', "spec.stem[0][1] is 'x', not a whole number"),
+        ("spec.stem", "[[1, 2, 3]]", "spec.stem[0] has 3 values instead of 2"),
+        ("spec.levels", "[]", "levels are 0 of 4 stages"),
+        ("spec.backbone", "[]", "levels are 3 of 0 stages"),
+        ("spec.anchors", "[[1, 2], [1, 2], [1]]", "anchors must be as many pairs"),
+        ("spec.anchors", "[[], [], []]", "anchors must be as many pairs"),
+        ("spec.auxiliary", "1e400", "spec.auxiliary is inf"),
+        ("spec.auxiliary", "-1", "auxiliary is -1"),
+        ("spec.head", '"x"', "spec.head is 'x', not conv, repconv"),
+        ("spec.neck_down", DEEP, "no yolov7 metadata"),
+        ("spec.neck_down", "[]", "spec.neck_down is a list, not conv, pool"),
         ("form", '"x"', "form is 'x'"),
-        ("names", '"x"', "names is 'x'"),
+        ("names", '"x"', "names is no list"),
+        ("names", "[1]", "names[0] is 1, not a text"),
         ("names", "[]", "fit"),
-        ("imgsz", "Infinity", "fit"),
+        ("imgsz", "Infinity", "imgsz is inf"),
         ("imgsz", "-32", "imgsz is -32"),
-        ("ranges", "[1]", "fit"),
-        ("ranges", '{"a": 1e400}', "ranges"),
+        ("imgsz", "1000000", "imgsz is 1000000, not 1 to 4096 pixels"),
+        ("ranges", "[1]", "ranges is a list"),
+        ("ranges", '{"a": 1e400}', "ranges.'a' is inf"),
     ],
 )
 def test_metadata_that_means_harm(
@@ -291,9 +361,22 @@ def test_metadata_that_means_harm(
 ) -> None:
     path = tmp_path / "m.safetensors"
     save_model(small, path)
-    text = json.dumps({**read_metadata(path), key: "VALUE"}).replace('"VALUE"', value)
+    metadata = read_metadata(path)
+    *tables, last = key.split(".")
+    (metadata[tables[0]] if tables else metadata)[last] = "VALUE"
+    text = json.dumps(metadata).replace('"VALUE"', value)
     save_file(load_file(path), path, metadata={"yolov7": text})
+    start = time.perf_counter()
     assert message in refused(path)
+    assert time.perf_counter() - start < 1
+
+
+def test_metadata_without_end_is_not_parsed(small: YOLOv7, tmp_path: Path) -> None:
+    path = tmp_path / "m.safetensors"
+    save_model(small, path)
+    text = json.dumps({**read_metadata(path), "note": "x" * (1 << 24)})
+    save_file(load_file(path), path, metadata={"yolov7": text})
+    assert "no yolov7 metadata" in refused(path)
 
 
 def test_safetensors_with_nan_are_named(small: YOLOv7, tmp_path: Path) -> None:

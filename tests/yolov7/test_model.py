@@ -266,3 +266,10 @@ def test_head_starts_from_the_prior() -> None:
     outputs = bias.detach().view(3, 8)
     assert outputs[:, 4].mean() == pytest.approx(-6.7, abs=0.6)  # log(8 / 80^2) = -6.68
     assert outputs[:, 5:].mean() == pytest.approx(-1.2, abs=0.6)  # log(0.6 / 2.01) = -1.21
+
+
+def test_a_model_is_one_line() -> None:
+    model = create_model("yolov7-tiny", 3, width=0.1)
+    assert repr(model).startswith("YOLOv7('yolov7-tiny', 3 classes, form='training', ")
+    assert repr(model).endswith(" M parameters)")
+    assert "\n" not in repr(model)

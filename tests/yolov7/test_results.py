@@ -56,6 +56,21 @@ def test_the_line_of_a_frame() -> None:
     assert str(live).startswith("video 3/12 frame 7 camera 0: 448x640")
 
 
+def test_short_in_a_notebook() -> None:
+    result = make(BOXES)
+    assert repr(result) == "Results('street.jpg', 2 persons, 1 bus)"
+    assert repr(result.boxes) == "Boxes(3, confidence 0.90 to 0.50)"
+    assert repr(make([])) == "Results('street.jpg', no detections)"
+    assert repr(make([]).boxes) == "Boxes(0)"
+
+
+def test_results_can_be_compared_and_kept_in_sets() -> None:
+    first, second = make(BOXES), make(BOXES)
+    assert first == first
+    assert first != second  # an identity, as of the arrays inside
+    assert len({first, second, first.boxes, second.boxes}) == 4
+
+
 def test_plurals() -> None:
     glasses = [[0.0, 0.0, 1.0, 1.0, 0.5, 2.0]] * 2 + [[0.0, 0.0, 1.0, 1.0, 0.5, 1.0]] * 2
     assert make(glasses).summary() == "2 buses, 2 wine glasses"

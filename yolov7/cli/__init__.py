@@ -1,8 +1,14 @@
 """The command line: one typed dataclass per verb, parsed by tyro."""
 
+import errno
+import os
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
+from threading import current_thread, main_thread
+from types import ModuleType
 
 import tyro
 
@@ -23,11 +29,16 @@ VERBS = {
 }
 
 
+# A disk that is full, over its quota, read-only or broken, or a file over its limit.
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `yolov7 VERB ...`.
 
     Returns:
-        0: done; 1: an error that the user can mend, said in one line. Wrong usage exits with 2.
+        0: done; 1: an error that the user can mend, said in one line; 130 or 143: ended by Ctrl-C
+        or SIGTERM. Wrong usage exits with 2.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in ("-h", "--help"):
@@ -54,14 +65,52 @@ def main(arguments: Sequence[str] | None = None) -> int:
         args=rest,
         config=(tyro.conf.FlagCreatePairsOff,),
     )
+    with _ended_by_sigterm():
+        return _run(module, options)
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, such as `docker stop` sends: what was written is put in its place, as at Ctrl-C."""
+
+
+def _run(module: ModuleType, options: object) -> int:
     try:
         return int(module.run(options))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+    except BrokenPipeError:  # `yolov7 ... | head`: nobody reads on, and nobody would read of it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: {where}cannot be written ({error.strerror})", file=sys.stderr)
+    except Terminated:
+        print("terminated", file=sys.stderr)
+        return 143
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    return 1
+
+
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """End the work in order at SIGTERM, where nobody else has plans for it."""
+
+    def end(*_: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the second ends it at once
+        raise Terminated
+
+    ours = current_thread() is main_thread()
+    if not ours or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _usage() -> str:

@@ -12,8 +12,8 @@ from yolov7.checkpoint import load_model
 from yolov7.cli.options import ModelOptions
 from yolov7.detector import Detector
 from yolov7.device import resolve_device
-from yolov7.engine.exported import SUFFIXES
 from yolov7.errors import UserError
+from yolov7.formats import SUFFIXES
 from yolov7.progress import progress
 from yolov7.runs import check_writable, new_run, write_json
 

@@ -3,13 +3,21 @@
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
 
 from yolov7.checkpoint import DEMO_WEIGHTS, load_model
-from yolov7.engine.exported import Suppression
-from yolov7.export import Settings, export, fitted_size
-from yolov7.export.write import SUFFIX
+from yolov7.engine.choose import fit
+from yolov7.export import Settings, Suppression, export
+from yolov7.formats import FORMATS
 from yolov7.progress import working
+
+if TYPE_CHECKING:
+    FormatName = str
+else:
+    FormatName = tyro.extras.literal_type_from_choices(FORMATS)
+_ABOUT = "; ".join(f"{made.NAME}: {made.ABOUT}" for made in FORMATS.values())
 
 
 @dataclass(kw_only=True)
@@ -23,8 +31,7 @@ class Export:
     """variant of a bare state dict, where its tensors do not tell (None: recognised)"""
     output: Path | None = None
     """file to write (None: the weights' name with .onnx or .pt2, in this folder)"""
-    format: Literal["onnx", "torch-export", "aoti"] = "onnx"
-    """torch-export: a .pt2 for this version of PyTorch; aoti: a .pt2 compiled for this machine"""
+    format: Annotated[FormatName, tyro.conf.arg(help=_ABOUT)] = "onnx"
     imgsz: int | tuple[int, int] | None = None
     """side, or height and width, in pixels, rounded up to the model's stride (None: the
     checkpoint's)"""
@@ -56,7 +63,7 @@ def run(options: Export) -> int:
     if options.imgsz is not None:
         wanted = options.imgsz
         wanted = (wanted, wanted) if isinstance(wanted, int) else wanted
-        imgsz = fitted_size(wanted, model.stride)
+        imgsz = fit(wanted, model.stride)
         if imgsz != wanted:
             print(
                 f"note: {wanted[0]} x {wanted[1]} pixels rounded up to {imgsz[0]} x {imgsz[1]}, "
@@ -70,13 +77,13 @@ def run(options: Export) -> int:
         batch=options.batch,
         precision=options.precision,
         layout=options.layout,
-        nms=Suppression(options.conf, options.iou, options.max_det)
+        nms=Suppression(conf=options.conf, iou=options.iou, max_det=options.max_det)
         if options.nms == "onnx"
         else None,
         letterbox=options.with_letterbox,
         device=options.device,
     )
-    output = options.output or Path(stem + SUFFIX[options.format])
+    output = options.output or Path(stem + FORMATS[options.format].SUFFIX)
     with working(f"exporting {output}"):
         exported = export(model, output, settings)
     print(exported)

@@ -32,6 +32,8 @@ class ModelOptions:
     """class names of an .onnx file that yolov7 export did not write, or a data.yaml with them"""
     layout: Layout | None = None
     """of such a file's output: grid [B, N, 5 + classes] or classes-first [B, 4 + classes, N]"""
+    trust: bool = False
+    """load a .pt2, which may execute anything, because you know who made it"""
 
     def runtime(self) -> Runtime:
         """What these options say to the engines."""

@@ -6,17 +6,18 @@ and label file, the class names, and the version of this format. Folders of data
 
 import hashlib
 import json
-import os
-import tempfile
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from yolov7.atomic import atomic
 from yolov7.cache import cache_folder
 from yolov7.dataset.sample import Dataset, Sample
+from yolov7.errors import UserError
 
 VERSION = 2  # raise it whenever the same files would be read differently
 
@@ -48,17 +49,8 @@ def store(place: str, names: list[str] | None, files: list[Path], dataset: Datas
     arrays = _pack(dataset)
     arrays["key"] = _bytes(_key(names, files))
     arrays["files"] = _bytes(json.dumps([str(file) for file in files]))
-    try:
-        entry.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=entry.parent, suffix=".npz")
-    except OSError:
-        return
-    try:
-        with os.fdopen(handle, "wb") as file:
-            np.savez(file, allow_pickle=False, **arrays)
-        Path(temporary).replace(entry)
-    except OSError:
-        Path(temporary).unlink(missing_ok=True)
+    with suppress(UserError), atomic(entry, durable=False) as temporary:
+        np.savez(temporary, allow_pickle=False, **arrays)
 
 
 def _key(names: list[str] | None, files: list[Path]) -> str:

@@ -11,9 +11,10 @@ import torch
 from yolov7.checkpoint import load_model
 from yolov7.device import resolve_device
 from yolov7.engine.eager import Network
-from yolov7.engine.exported import SUFFIXES, ExportedNetwork
+from yolov7.engine.exported import ExportedNetwork
 from yolov7.engine.frames import Forward, Frames, HostFrames, Suppression
 from yolov7.errors import UserError
+from yolov7.formats import SUFFIXES
 from yolov7.kernels.runtime import FLOATS, HAS_TRITON
 from yolov7.model import YOLOv7
 
@@ -43,6 +44,7 @@ class Runtime:
         imgsz: Longer side, or (height, width), that is wanted, in pixels; None: the weights' own.
         names: Class names of an .onnx file that is not ours.
         layout: Of its output, "grid" or "classes-first".
+        trust: Load an exported file that may execute anything: a .pt2.
     """
 
     weights: str | Path | YOLOv7 | None = None
@@ -53,6 +55,7 @@ class Runtime:
     imgsz: int | tuple[int, int] | None = None
     names: Sequence[str] | None = None
     layout: str | None = None
+    trust: bool = False
 
 
 def open_network(runtime: Runtime) -> AnyNetwork:
@@ -142,6 +145,7 @@ def _open_exported(path: str | Path, runtime: Runtime) -> ExportedNetwork:
         engine=runtime.engine,
         names=runtime.names,
         layout=runtime.layout,
+        trust=runtime.trust,
     )
     network.check_wishes(variant=runtime.variant, precision=runtime.precision, imgsz=runtime.imgsz)
     return network

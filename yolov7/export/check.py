@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from yolov7.boxes import box_iou, frame_table, in_frames
-from yolov7.engine.exported import Metadata, OnnxSession, Pt2Session
 from yolov7.errors import UserError
+from yolov7.formats import FORMATS, Session
+from yolov7.formats.metadata import Metadata
 from yolov7.kernels.nms import batched_nms
 from yolov7.letterbox import GREY, Geometry, Image, letterbox, letterbox_geometry
 from yolov7.sources import read_image
@@ -128,17 +129,13 @@ def _inputs(images: list[Image], metadata: Metadata) -> Iterator[Tensor]:
     return _prepared(images, metadata)
 
 
-def _runner(file: Path, metadata: Metadata, threshold: float) -> OnnxSession | Pt2Session:
+def _runner(file: Path, metadata: Metadata, threshold: float) -> Session:
     """What runs the file; one with NMS also returns what went into it, and suppresses more."""
-    if metadata.kind != "onnx":
-        return Pt2Session(file, metadata)
+    made = FORMATS[metadata.kind]
     if metadata.nms is None:
-        return OnnxSession(file, "cpu")
-    import onnx
-
-    from yolov7.export.onnx_graph import expose
-
-    return OnnxSession(expose(onnx.load(file), threshold), "cpu")
+        return made.open(file, metadata.device, "auto")
+    assert made.reveal is not None  # as it takes NMS inside
+    return made.reveal(file, threshold)
 
 
 def _threshold(expected: Tensor, metadata: Metadata) -> float:

@@ -4,8 +4,9 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from yolov7.engine.exported import Metadata
 from yolov7.export.check import Check
+from yolov7.formats import FORMATS
+from yolov7.formats.metadata import Metadata
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Exported:
         path: Of the file.
         metadata: What is stored in it.
         size: Bytes.
-        opset: Of ONNX; None for a .pt2.
+        note: What else there is to know of the file, such as its opset, or "".
         check: How far its results are from PyTorch's.
         seconds: That exporting took, the check included.
     """
@@ -34,24 +35,25 @@ class Exported:
     path: Path
     metadata: Metadata
     size: int
-    opset: int | None
+    note: str
     check: Check
     seconds: float
 
     @property
     def command(self) -> str:
         """A command that runs the file on the sample images."""
-        return f"yolov7 predict --weights {shlex.quote(str(self.path))}"
+        trust = " --trust" if FORMATS[self.metadata.kind].TRUST else ""
+        return f"yolov7 predict --weights {shlex.quote(str(self.path))}{trust}"
 
     def __str__(self) -> str:
         """Kind, size, inputs, outputs, classes, check and command, a line each."""
         meta, found = self.metadata, self.check
-        opset = "" if self.opset is None else f", opset {self.opset}"
+        note = self.note and f", {self.note}"
         names = ", ".join(meta.names[:5]) + (", ..." if len(meta.names) > 5 else "")
         agreed = "" if found.detections is None else f", {found.detections} detections the same"
         lines = [
             f"{self.path}: {meta.variant}, {meta.kind}, {meta.precision}, "
-            f"{self.size / 2**20:.1f} MiB{opset}, exported in {self.seconds:.1f} s"
+            f"{self.size / 2**20:.1f} MiB{note}, exported in {self.seconds:.1f} s"
         ]
         lines += [f"  input   {_line(port)}" for port in [input_port(meta)]]
         lines += [f"  output  {_line(port)}" for port in output_ports(meta)]

@@ -16,7 +16,7 @@ import torch
 from onnx import GraphProto, ModelProto, ValueInfoProto, helper, parser
 from torch.export import ExportedProgram
 
-from yolov7.engine.exported import Metadata
+from yolov7.formats.metadata import Metadata
 from yolov7.kernels.nms.reference import CLASS_OFFSET
 from yolov7.letterbox import GREY
 
