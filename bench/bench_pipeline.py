@@ -10,8 +10,8 @@ from torch import Tensor
 
 from bench.baselines.plain import image, model
 from bench.bench_nms import scene
-from bench.comparison import Comparison, bodies
-from bench.race import Run, Work
+from bench.comparison import Comparison
+from yolov7.benchmark.clock import Work
 from yolov7.detector import Detector
 from yolov7.engine.eager import Network
 from yolov7.engine.frames import HostFrames, Suppression
@@ -31,26 +31,21 @@ class Prepared:
         return self.decoded
 
 
-@bodies("network")
 @pytest.mark.parametrize("variant", ["yolov7"])
 def bench_pipeline(variant: str, compete: Comparison, device: torch.device, smoke: bool) -> None:
     """Letterbox, tensor, suppression of 60 objects among 25 200 rows, results; conf 0.25."""
     if device.type != "cpu":
         pytest.skip("of a machine without a GPU; there it is one graph with the network")
     size = 64 if smoke else 640
+    photo = np.random.default_rng(0).integers(0, 256, (1080, 1920, 3), np.uint8)
+    detector = Detector(model(variant), device="cpu", precision="fp32", imgsz=size)
+    network, x = detector.network, image(size)
+    assert isinstance(network, Network)
+    detector._frames = HostFrames(Prepared(network, scene(1, ROWS, device)), Suppression())
 
-    def contenders() -> dict[str, Run]:
-        photo = np.random.default_rng(0).integers(0, 256, (1080, 1920, 3), np.uint8)
-        detector = Detector(model(variant), device="cpu", precision="fp32", imgsz=size)
-        network, x = detector.network, image(size)
-        assert isinstance(network, Network)
-        detector._frames = HostFrames(Prepared(network, scene(1, ROWS, device)), Suppression())
+    def around() -> list[Results]:
+        results = detector(photo)
+        assert len(results[0]) > 30
+        return results
 
-        def around() -> list[Results]:
-            results = detector(photo)
-            assert len(results[0]) > 30
-            return results
-
-        return {"ours": around, "network": lambda: network(x)}
-
-    compete(contenders, agree=None, work=Work(items=1))
+    compete({"ours": around, "network": lambda: network(x)}, agree=None, work=Work(items=1))

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bench.comparison import Comparison, bodies
-from bench.race import Run, Work, close
+from bench.comparison import Comparison, close
+from yolov7.benchmark.clock import Work
 from yolov7.blocks import RepConv
 from yolov7.kernels.conv import pack_weight
 from yolov7.kernels.reparam import reparam
@@ -22,7 +22,6 @@ def statistics(norm: nn.BatchNorm2d) -> Tensor:
     return torch.stack([norm.weight, norm.bias, norm.running_mean, norm.running_var])
 
 
-@bodies("eager")
 @pytest.mark.parametrize("channels", [(128, 256), (512, 1024)], ids="{0[0]} to {0[1]}".format)
 @torch.no_grad()
 def bench_reparam(
@@ -42,11 +41,10 @@ def bench_reparam(
         assert fused.conv is not None
         return pack_weight(fused.conv.weight), fused.conv.bias
 
-    def contenders() -> dict[str, Run]:
-        return {
-            "ours": lambda: reparam(dense, pointwise, dense_norm, pointwise_norm),
-            "eager": eager,
-        }
+    contenders = {
+        "ours": lambda: reparam(dense, pointwise, dense_norm, pointwise_norm),
+        "eager": eager,
+    }
 
     moved = 4 * (2 * dense.numel() + pointwise.numel())
     compete(contenders, agree=close(1e-5), work=Work(bytes=moved), whole=True)

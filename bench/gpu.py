@@ -29,10 +29,10 @@ from typing import Any
 import pytest
 import torch
 
-from bench.ceilings import Ceilings
 from bench.layers import read
 from bench.plots import save_pictures
 from bench.results import ROOT, Report, environment, read_rows
+from yolov7.benchmark.ceilings import Ceilings
 
 SHARES = {"tests": 3.0, "tune": 4.0, "bench": 5.0, "train": 1.5}
 POLL_SECONDS = 1.0
