@@ -14,7 +14,6 @@ from yolov7.detector import Detector
 from yolov7.device import resolve_device
 from yolov7.engine.exported import SUFFIXES
 from yolov7.errors import UserError
-from yolov7.model import YOLOv7
 from yolov7.progress import progress
 from yolov7.runs import check_writable, new_run, write_json
 
@@ -64,12 +63,12 @@ def _engines(options: Bench) -> list[str]:
 
 
 def _compare(options: Bench) -> dict[str, Any]:
-    weights: YOLOv7 | str | None = options.weights
+    runtime = options.runtime()
     if not _exported(options):
         if options.names or options.layout:
             raise UserError("--names and --layout are for .onnx files: leave them out")
-        weights = load_model(options.weights, variant=options.variant)
-    runtime = replace(options.runtime(), weights=weights, variant=None)
+        model = load_model(options.weights, variant=options.variant)
+        runtime = replace(runtime, weights=model, variant=None)
     timings = [
         measure(replace(runtime, engine=engine), batch=options.batch, rounds=options.rounds)
         for engine in progress(_engines(options), "measuring", len(_engines(options)))
