@@ -87,10 +87,8 @@ def test_floor_plan_is_that_of_the_house() -> None:
     text = (ROOT / "docs" / "architecture.md").read_text().partition("## Inside yolov7/")[2]
     (_, plan), *_ = FENCE.findall(text)
     house = ROOT / "yolov7"
-    rooms = {path.stem for path in house.glob("*.py")} | {
-        p.parent.name for p in house.glob("*/*.py")
-    }
-    rooms |= {path.stem for path in house.glob("engine/**/*.py")}
+    rooms = {path.stem for path in (*house.glob("*.py"), *house.glob("engine/**/*.py"))}
+    rooms |= {path.parent.name for path in (*house.glob("*/*.py"), *house.glob("engine/*/*.py"))}
     hidden = {"__init__", "__main__", "assets", "kernels", "train"}
     assert rooms - hidden <= set(re.findall(r"\w+", plan))
     assert set(re.findall(r"(\w+)(?:\.py|/)(?!\w)", plan)) <= rooms | {"formats", "bench"}
