@@ -4,10 +4,15 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint test-triton bench bench-compare clean
+.PHONY: demo quick test lint test-triton bench bench-compare baselines clean
 
 demo: $(VENV)/.runtime  ## detect blood cells on four sample images
 	$(BIN)/yolov7 predict
+
+TESTS ?= tests/kernels tests/reference
+
+quick: lint  ## ruff, mypy and some tests, under a minute: make quick TESTS=tests/train
+	$(BIN)/pytest -n 2 --dist worksteal -m "not aot" $(TESTS)
 
 test: lint  ## ruff, mypy, and every test: plain with ahead-of-time compilation, then interpreted
 	$(BIN)/pytest -n 2 --dist worksteal
@@ -27,7 +32,7 @@ test-triton:
 	TRITON_INTERPRET=1 .venv-triton-$(TRITON)/bin/pytest -n 2 -m interpreter tests/kernels
 
 bench: $(VENV)/.dev  ## time everything beside its baselines; ARGS=--save keeps the results
-	$(BIN)/python -m pytest bench --benchmark-quiet $(ARGS)
+	$(BIN)/python -m pytest bench $(ARGS)
 
 bench-compare: $(VENV)/.dev  ## is this tree faster or slower than BASE, a git ref?
 	$(BIN)/python -m bench.compare $(BASE)

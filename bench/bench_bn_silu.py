@@ -5,14 +5,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.comparison import Comparison, bodies
-from bench.race import Run, Work, captured, close
+from bench.comparison import Comparison, close
+from yolov7.benchmark.clock import Work, captured
 from yolov7.kernels.bn_silu import batch_norm_act
 
 EPS, MOMENTUM = 1e-3, 0.03
 
 
-@bodies("eager")
 @pytest.mark.parametrize("side", [160, 80, 20], ids="64 x 128 x {0} x {0}, bf16".format)
 def bench_bn_silu(side: int, compete: Comparison, kernel_device: torch.device, smoke: bool) -> None:
     """The gradient of a map, in channels_last; its three maps forward and five backward."""
@@ -42,8 +41,7 @@ def bench_bn_silu(side: int, compete: Comparison, kernel_device: torch.device, s
         y = F.batch_norm(x, mean, var, weight, bias, training=True, momentum=MOMENTUM, eps=EPS)
         return backward(F.silu(y))
 
-    def contenders() -> dict[str, Run]:
-        return {"ours": captured(ours, kernel_device), "eager": captured(eager, kernel_device)}
+    contenders = {"ours": captured(ours, kernel_device), "eager": captured(eager, kernel_device)}
 
     moved = 8 * x.numel() * x.element_size()
     compete(contenders, agree=close(2e-2), work=Work(bytes=moved, items=batch))

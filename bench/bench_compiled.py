@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bench.bench_engine import FIRST, cases, compare_frames, compare_networks, prepared
-from bench.comparison import Comparison, bodies
+from bench.comparison import Comparison
 
 
 @pytest.fixture
@@ -15,7 +15,6 @@ def cuda(device: torch.device) -> torch.device:
     return device
 
 
-@bodies("compile")
 @cases(FIRST)
 def bench_compiled(
     variant: str, batch: int, compete: Comparison, cuda: torch.device, smoke: bool
@@ -27,7 +26,6 @@ def bench_compiled(
     compare_networks(compete, planned, "compile", rival)
 
 
-@bodies("compile")
 @cases(FIRST)
 def bench_compiled_frames(
     variant: str, batch: int, compete: Comparison, cuda: torch.device, smoke: bool

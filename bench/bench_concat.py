@@ -3,13 +3,12 @@
 import pytest
 import torch
 
-from bench.comparison import Comparison, bodies
-from bench.race import Run, Work, captured, equal
+from bench.comparison import Comparison, equal
+from yolov7.benchmark.clock import Work, captured
 from yolov7.kernels.concat import concat
 from yolov7.kernels.layout import PitchedLayout
 
 
-@bodies("eager")
 @pytest.mark.parametrize("batch", [1, 32], ids="2 x 256 x 80 x 80, batch {}".format)
 def bench_concat(batch: int, compete: Comparison, kernel_device: torch.device, smoke: bool) -> None:
     """Two maps behind one another in fp16, beside `torch.cat` of their matrices."""
@@ -22,9 +21,8 @@ def bench_concat(batch: int, compete: Comparison, kernel_device: torch.device, s
         concat(parts, out)
         return out
 
-    def contenders() -> dict[str, Run]:
-        plain = captured(lambda: torch.cat(parts, 1), kernel_device)
-        return {"ours": captured(ours, kernel_device), "eager": plain}
+    plain = captured(lambda: torch.cat(parts, 1), kernel_device)
+    contenders = {"ours": captured(ours, kernel_device), "eager": plain}
 
     work = Work(bytes=2 * 2 * out.numel(), items=batch)
     compete(contenders, agree=equal, work=work)

@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.comparison import Comparison, bodies
-from bench.race import Agree, Run, Work, captured, close
-from yolov7.info import conv_layers
+from bench.comparison import Agree, Comparison, close
+from yolov7.benchmark.clock import Run, Work, captured
 from yolov7.kernels.conv import ConvCall, ConvLaunch
 from yolov7.kernels.conv.cases import Record, layer_key, layer_of, meta_call
+from yolov7.layers import conv_layers
 from yolov7.model import create_model
 
 BATCHES = (1, 32)
@@ -88,19 +88,15 @@ def agree(call: ConvCall) -> Agree:
     return lambda images, matrix: close(2e-3)(images.float(), layout.to_nchw(matrix).float())
 
 
-@bodies("eager")
 @pytest.mark.parametrize(("batch", "record"), CASES.values(), ids=CASES)
 def bench_conv(
     batch: int, record: Record, compete: Comparison, kernel_device: torch.device, smoke: bool
 ) -> None:
     """fp16: ours in one launch, cuDNN's convolution with bias and the activation in two."""
     call = prepared(batch, record, torch.float16, kernel_device, smoke)
-    compete(
-        lambda: {"ours": launched(call), "eager": eager(call)}, agree=agree(call), work=work(call)
-    )
+    compete({"ours": launched(call), "eager": eager(call)}, agree=agree(call), work=work(call))
 
 
-@bodies("fp16")
 @pytest.mark.parametrize(("batch", "record"), LARGE.values(), ids=LARGE)
 def bench_conv_fp8(
     batch: int, record: Record, compete: Comparison, kernel_device: torch.device, smoke: bool
@@ -108,4 +104,4 @@ def bench_conv_fp8(
     """fp8 beside our own fp16; the numbers are different ones, so there is nothing to agree in."""
     call = prepared(batch, record, torch.float8_e4m3fn, kernel_device, smoke)
     half = prepared(batch, record, torch.float16, kernel_device, smoke)
-    compete(lambda: {"ours": launched(call), "fp16": launched(half)}, agree=None, work=work(call))
+    compete({"ours": launched(call), "fp16": launched(half)}, agree=None, work=work(call))

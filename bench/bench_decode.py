@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.comparison import Comparison, bodies
-from bench.race import Run, Work, captured, close
+from bench.comparison import Comparison, close
+from yolov7.benchmark.clock import Run, Work, captured
 from yolov7.head import Detect
 from yolov7.kernels.conv import pack_weight
 from yolov7.kernels.decode import decode
@@ -16,7 +16,6 @@ BATCHES = (1, 32)
 CHANNELS, CLASSES = (256, 512, 1024), 80
 
 
-@bodies("eager")
 @pytest.mark.parametrize("batch", BATCHES, ids="640, dense, batch {}".format)
 @torch.no_grad()
 def bench_decode(batch: int, compete: Comparison, kernel_device: torch.device, smoke: bool) -> None:
@@ -60,7 +59,7 @@ def bench_decode(batch: int, compete: Comparison, kernel_device: torch.device, s
     )
     moved = 2 * (elements + weights) + 4 * batch * rows * (5 + classes)
     compete(
-        lambda: {"ours": ours(), "eager": eager()},
+        {"ours": ours(), "eager": eager()},
         agree=close(2e-3),
         work=Work(flops, moved, torch.float16, batch),
     )

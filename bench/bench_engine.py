@@ -10,8 +10,8 @@ from torch import Tensor
 
 from bench.bench_letterbox import eager as eager_letterbox
 from bench.bench_nms import PREDICT, torchvision_loop
-from bench.comparison import Comparison, bodies
-from bench.race import Missing, Run, Work, captured, close
+from bench.comparison import Comparison, Missing, close
+from yolov7.benchmark.clock import Run, Work, captured
 from yolov7.engine.frames import Suppression
 from yolov7.engine.graph.captured import FramePipeline
 from yolov7.engine.graph.planned import PlannedNetwork
@@ -69,9 +69,11 @@ def compare_networks(
         planned.run()
         return planned.decode()[0]
 
-    def contenders() -> dict[str, Run | Missing]:
-        theirs = partial(rival, images)
-        return {"ours": captured(ours, planned.device), name: captured(theirs, planned.device)}
+    theirs = partial(rival, images)
+    contenders: dict[str, Run | Missing] = {
+        "ours": captured(ours, planned.device),
+        name: captured(theirs, planned.device),
+    }
 
     totals = planned.plan.totals()
     moved = totals["bytes"] + totals["weight_bytes"]
@@ -108,17 +110,17 @@ def compare_frames(
         found = torchvision_loop(rows, PREDICT)
         return Detections(found.boxes.cpu(), found.counts, found.overflow)
 
-    def contenders() -> dict[str, Run | Missing]:
-        suppression = Suppression(conf=PREDICT["conf"], iou=PREDICT["iou"])
-        pipeline = FramePipeline(planned, suppression, capacity=batch * frames[0].numel())
-        known = find_spec("torchvision")
-        missing = Missing("torchvision is not installed")
-        return {"ours": partial(ours, pipeline), name: plain if known else missing}
-
+    suppression = Suppression(conf=PREDICT["conf"], iou=PREDICT["iou"])
+    pipeline = FramePipeline(planned, suppression, capacity=batch * frames[0].numel())
+    known = find_spec("torchvision")
+    missing = Missing("torchvision is not installed")
+    contenders: dict[str, Run | Missing] = {
+        "ours": partial(ours, pipeline),
+        name: plain if known else missing,
+    }
     compete(contenders, agree=agree, work=Work(items=batch), whole=True)
 
 
-@bodies("eager")
 @cases(FIRST)
 def bench_engine(
     variant: str, batch: int, compete: Comparison, engine_device: torch.device, smoke: bool
@@ -128,7 +130,6 @@ def bench_engine(
     compare_networks(compete, planned, "eager", model)
 
 
-@bodies("eager")
 @cases(FIRST)
 def bench_frames(
     variant: str, batch: int, compete: Comparison, engine_device: torch.device, smoke: bool
@@ -138,7 +139,6 @@ def bench_frames(
     compare_frames(compete, planned, "eager", model, smoke)
 
 
-@bodies("eager")
 @cases(REST)
 def bench_family(
     variant: str, batch: int, compete: Comparison, engine_device: torch.device, smoke: bool

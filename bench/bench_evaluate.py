@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bench.comparison import Comparison, bodies
+from bench.comparison import Comparison
 from bench.data import CLASSES, random_sample
-from bench.race import Run, Work
+from yolov7.benchmark.clock import Work
 from yolov7.dataset import Dataset
 
 Detections = list[np.ndarray[Any, np.dtype[np.float32]]]
@@ -90,7 +90,6 @@ def agree(ap: float, stats: dict[str, float]) -> None:
     assert abs(ap - stats["AP"]) < 1e-6, f"{ap} is not {stats['AP']}"
 
 
-@bodies("pycocotools")
 @pytest.mark.parametrize("images", [300], ids="{} images, 80 classes".format)
 def bench_evaluate(images: int, compete: Comparison, smoke: bool) -> None:
     """Ours, with curves, confusion matrix and per-class figures, beside the bare twelve figures."""
@@ -98,11 +97,8 @@ def bench_evaluate(images: int, compete: Comparison, smoke: bool) -> None:
     from yolov7.evaluate.metric import measure
 
     dataset, detections = scene(5 if smoke else images)
-
-    def contenders() -> dict[str, Run]:
-        return {
-            "ours": lambda: measure(dataset, detections, {}).stats,
-            "pycocotools": by_hand(dataset, detections),
-        }
-
+    contenders = {
+        "ours": lambda: measure(dataset, detections, {}).stats,
+        "pycocotools": by_hand(dataset, detections),
+    }
     compete(contenders, agree=agree, work=Work(items=len(detections)))

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from bench.baselines.plain import image, model, sampled
-from bench.comparison import Comparison, bodies
-from bench.race import Run, Work, close
+from bench.comparison import Comparison, close
+from yolov7.benchmark.clock import Run, Work
 from yolov7.export import Settings, export
-from yolov7.info import conv_layers
+from yolov7.layers import conv_layers
 
 VARIANTS = ("yolov7-tiny", "yolov7")
 
@@ -34,7 +34,6 @@ def onnx_runtime(path: Path, x: Tensor) -> Run:
     return run
 
 
-@bodies("legacy exporter")
 @pytest.mark.parametrize("variant", VARIANTS)
 def bench_onnx_runtime(
     variant: str, compete: Comparison, device: torch.device, smoke: bool
@@ -43,20 +42,17 @@ def bench_onnx_runtime(
     if device.type != "cpu":
         pytest.skip("of a machine without a GPU")
     size = 64 if smoke else 640
-
-    def contenders() -> dict[str, Run]:
-        x = image(size)
-        with tempfile.TemporaryDirectory() as folder:
-            ours, legacy = Path(folder) / "ours.onnx", Path(folder) / "legacy.onnx"
-            export(model(variant), ours, Settings(imgsz=(size, size)))
-            torch.onnx.export(model(variant).fuse(), (x,), legacy, dynamo=False)
-            return {"ours": onnx_runtime(ours, x), "legacy exporter": onnx_runtime(legacy, x)}
+    x = image(size)
+    with tempfile.TemporaryDirectory() as folder:
+        ours, legacy = Path(folder) / "ours.onnx", Path(folder) / "legacy.onnx"
+        export(model(variant), ours, Settings(imgsz=(size, size)))
+        torch.onnx.export(model(variant).fuse(), (x,), legacy, dynamo=False)
+        contenders = {"ours": onnx_runtime(ours, x), "legacy exporter": onnx_runtime(legacy, x)}
 
     flops = sum(layer.flops for layer in conv_layers(model(variant).fuse(), size, size))
     compete(contenders, agree=close(1e-4), work=Work(flops=flops, items=1))
 
 
-@bodies()
 @pytest.mark.parametrize("variant", VARIANTS[:1])
 def bench_export(variant: str, compete: Comparison, smoke: bool) -> None:
     """Write an ONNX file of 640 pixels and check it."""
@@ -66,4 +62,4 @@ def bench_export(variant: str, compete: Comparison, smoke: bool) -> None:
         with tempfile.TemporaryDirectory() as folder:
             export(network, Path(folder) / "model.onnx", Settings(imgsz=(size, size)))
 
-    compete(lambda: {"ours": run}, agree=None)
+    compete({"ours": run}, agree=None)

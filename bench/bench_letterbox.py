@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.comparison import Comparison, bodies
-from bench.race import Run, Work, captured, close
-from yolov7.engine.frames import to_input
+from bench.comparison import Comparison, close
+from yolov7.benchmark.clock import Run, Work, captured
+from yolov7.engine.frames import letterbox_tables, to_input
 from yolov7.kernels.letterbox import letterbox
 from yolov7.letterbox import GREY, Geometry, letterbox_geometry
 from yolov7.letterbox import letterbox as letterbox_cpu
@@ -37,29 +37,27 @@ def on_cpu(frames: Sequence[np.ndarray], size: int) -> Tensor:
     return to_input(boxed, torch.device("cpu"), torch.float32)
 
 
-@bodies("eager")
 @pytest.mark.parametrize("batch", BATCHES, ids="1080p to 640, batch {}".format)
 def bench_letterbox(batch: int, compete: Comparison, device: torch.device, smoke: bool) -> None:
     """Ours (OpenCV on a CPU) beside PyTorch's operations."""
     (height, width), size = ((27, 48), 32) if smoke else ((1080, 1920), 640)
     dtype = torch.float16 if device.type == "cuda" else torch.float32
-
-    def contenders() -> dict[str, Run]:
-        random = np.random.default_rng(0)
-        coarse = random.integers(0, 256, (batch, height // 9, width // 9, 3), np.uint8)
-        frames = [cv2.resize(frame, (width, height)) for frame in coarse]
-        tensors = [torch.from_numpy(frame).to(device) for frame in frames]
-        geometry = letterbox_geometry((height, width), size)
-        plain = captured(partial(eager, tensors, geometry, dtype), device)
-        if device.type == "cpu":
-            return {"ours": partial(on_cpu, frames, size), "eager": plain}
-        top, _, left, _ = geometry.border
-        pixels, box = torch.cat([frame.flatten() for frame in tensors]), (top, left, *geometry.size)
-        rows = [[3 * height * width * i, height, width, *box] for i in range(batch)]
-        table = torch.tensor(rows, device=device)
+    random = np.random.default_rng(0)
+    coarse = random.integers(0, 256, (batch, height // 9, width // 9, 3), np.uint8)
+    frames = [cv2.resize(frame, (width, height)) for frame in coarse]
+    tensors = [torch.from_numpy(frame).to(device) for frame in frames]
+    geometry = letterbox_geometry((height, width), size)
+    plain = captured(partial(eager, tensors, geometry, dtype), device)
+    ours: Run = partial(on_cpu, frames, size)
+    if device.type != "cpu":
+        pixels = torch.cat([frame.flatten() for frame in tensors])
+        table = letterbox_tables(tensors, [geometry] * batch)[0].to(device)
         out = torch.empty(batch, 3, size, size, dtype=dtype, device=device)
-        return {"ours": captured(partial(letterbox, pixels, table, out), device), "eager": plain}
-
-    box = letterbox_geometry((height, width), size).size
+        ours = captured(partial(letterbox, pixels, table, out), device)
+    box = geometry.size
     moved = min(2 * box[0], height) * width * 3 + 3 * size * size * dtype.itemsize
-    compete(contenders, agree=close(1e-2), work=Work(bytes=batch * moved, items=batch))
+    compete(
+        {"ours": ours, "eager": plain},
+        agree=close(1e-2),
+        work=Work(bytes=batch * moved, items=batch),
+    )

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from bench.comparison import Comparison, bodies
+from bench.comparison import Comparison
 from bench.data import CLASSES, random_sample
-from bench.race import Run, Work
+from yolov7.benchmark.clock import Work
 from yolov7.dataset import Dataset
 from yolov7.train.config import PRESETS
 from yolov7.train.data import CacheKind, Key, TrainingData
@@ -34,25 +34,20 @@ def pictures(folder: Path, count: int) -> Dataset:
     return Dataset(samples, [f"class{i}" for i in range(CLASSES)], list(range(CLASSES)))
 
 
-@bodies()
 @pytest.mark.parametrize("cache", CASES, ids=CASES.values())
 def bench_loader(cache: CacheKind, compete: Comparison, tmp_path: Path, smoke: bool) -> None:
     """Items of an epoch as a worker of the loader makes them."""
+    dataset = pictures(tmp_path, 4 if smoke else IMAGES)
+    data = TrainingData(dataset, SIDE, PRESETS["tiny"].augmentation, cache=cache)
+    keys = [Key(0, i, i % len(dataset.samples), (SIDE, SIDE)) for i in range(DRAWN)]
 
-    def contenders() -> dict[str, Run]:
-        dataset = pictures(tmp_path, 4 if smoke else IMAGES)
-        data = TrainingData(dataset, SIDE, PRESETS["tiny"].augmentation, cache=cache)
-        keys = [Key(0, i, i % len(dataset.samples), (SIDE, SIDE)) for i in range(DRAWN)]
+    def run() -> None:
+        threads = cv2.getNumThreads(), torch.get_num_threads()
+        cv2.setNumThreads(0)
+        torch.set_num_threads(1)
+        for key in keys:
+            data[key]
+        cv2.setNumThreads(threads[0])
+        torch.set_num_threads(threads[1])
 
-        def run() -> None:
-            threads = cv2.getNumThreads(), torch.get_num_threads()
-            cv2.setNumThreads(0)
-            torch.set_num_threads(1)
-            for key in keys:
-                data[key]
-            cv2.setNumThreads(threads[0])
-            torch.set_num_threads(threads[1])
-
-        return {"ours": run}
-
-    compete(contenders, agree=None, work=Work(items=DRAWN))
+    compete({"ours": run}, agree=None, work=Work(items=DRAWN))

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from bench.baselines.plain import OwnProcess, image, model, sampled
-from bench.comparison import Comparison, bodies
-from bench.race import Missing, Run, Work, close
+from bench.comparison import Comparison, Missing, close
+from yolov7.benchmark.clock import Run, Work
 from yolov7.engine.choose import Runtime, open_network
 from yolov7.errors import UserError
-from yolov7.info import conv_layers
+from yolov7.layers import conv_layers
 from yolov7.model import YOLOv7
 
 # Sampled boxes, of which bf16 keeps 8 bits through a hundred layers.
@@ -36,7 +36,6 @@ def compiled(network: YOLOv7, x: Tensor, precision: str) -> Run | Missing:
     return lambda: sampled(fast(x))
 
 
-@bodies("plain", "plain in our process", "compile")
 @pytest.mark.parametrize(("variant", "precision"), CASES.values(), ids=CASES)
 def bench_network(
     variant: str,
@@ -50,27 +49,25 @@ def bench_network(
     if device.type != "cpu":
         pytest.skip("of a machine without a GPU; bench_engine is that of the others")
     size = 64 if smoke else 640
+    x = image(size)
+    ours = open_network(
+        Runtime(weights=model(variant), device="cpu", precision=precision, engine="eager")
+    )
+    plain = model(variant).fuse()
+    process = OwnProcess("bench.baselines.plain", variant, size)
+    request.session.addfinalizer(process.close)
 
-    def contenders() -> dict[str, Run | Missing]:
-        x = image(size)
-        ours = open_network(
-            Runtime(weights=model(variant), device="cpu", precision=precision, engine="eager")
-        )
-        plain = model(variant).fuse()
-        process = OwnProcess("bench.baselines.plain", variant, size)
-        request.session.addfinalizer(process.close)
+    @torch.inference_mode()
+    def run() -> Tensor:
+        return sampled(plain(x))
 
-        @torch.inference_mode()
-        def run() -> Tensor:
-            return sampled(plain(x))
-
-        slow = Missing("takes half a minute to start")
-        return {
-            "ours": lambda: sampled(ours(x)),
-            "plain": lambda: process().view(-1, 5),
-            "plain in our process": run,
-            "compile": slow if smoke else compiled(model(variant), x, precision),
-        }
+    slow = Missing("takes half a minute to start")
+    contenders: dict[str, Run | Missing] = {
+        "ours": lambda: sampled(ours(x)),
+        "plain": lambda: process().view(-1, 5),
+        "plain in our process": run,
+        "compile": slow if smoke else compiled(model(variant), x, precision),
+    }
 
     flops = sum(layer.flops for layer in conv_layers(model(variant).fuse(), size, size))
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16

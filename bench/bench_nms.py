@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.comparison import Comparison, bodies
-from bench.race import Missing, Run, Work, captured
+from bench.comparison import Comparison, Missing
+from yolov7.benchmark.clock import Run, Work, captured
 from yolov7.boxes import cxcywh_to_xyxy
 from yolov7.kernels.nms import Detections, batched_nms, nms_reference
 
@@ -86,24 +86,21 @@ CASES = {
 }
 
 
-@bodies("eager", "torchvision")
 @pytest.mark.parametrize(("batch", "options"), CASES.values(), ids=CASES)
 def bench_nms(
     batch: int, options: dict[str, Any], compete: Comparison, device: torch.device, smoke: bool
 ) -> None:
     """Ours against the same in plain PyTorch and torchvision's, called image by image."""
-
-    def contenders() -> dict[str, Run | Missing]:
-        prediction = scene(batch, 8 * OBJECTS + 32 if smoke else ROWS, device)
-        return {
-            "ours": captured(partial(batched_nms, prediction, **options), device),
-            "eager": partial(eager, prediction, options)
-            if device.type == "cuda"
-            else Missing("on a CPU it is ours"),
-            "torchvision": partial(torchvision_loop, prediction, options)
-            if find_spec("torchvision")
-            else Missing("torchvision is not installed"),
-        }
+    prediction = scene(batch, 8 * OBJECTS + 32 if smoke else ROWS, device)
+    contenders: dict[str, Run | Missing] = {
+        "ours": captured(partial(batched_nms, prediction, **options), device),
+        "eager": partial(eager, prediction, options)
+        if device.type == "cuda"
+        else Missing("on a CPU it is ours"),
+        "torchvision": partial(torchvision_loop, prediction, options)
+        if find_spec("torchvision")
+        else Missing("torchvision is not installed"),
+    }
 
     # A sector of every row for its objectness; with every class of interest the whole row.
     row = (5 + CLASSES) * 4 if options["multi_label"] else 32

@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.comparison import Comparison, bodies
-from bench.race import Run, Work, captured, equal
+from bench.comparison import Comparison, equal
+from yolov7.benchmark.clock import Run, Work, captured
 from yolov7.kernels.layout import PitchedLayout
 from yolov7.kernels.pool import max_pool, spp, upsample
 
@@ -22,7 +22,6 @@ def resized(layout: PitchedLayout, h: int, w: int) -> PitchedLayout:
     return PitchedLayout.of(layout.n, h, w)
 
 
-@bodies("eager")
 @pytest.mark.parametrize(("operation", "batch"), CASES.values(), ids=CASES)
 def bench_pool(
     operation: str, batch: int, compete: Comparison, kernel_device: torch.device, smoke: bool
@@ -68,7 +67,7 @@ def bench_pool(
 
     moved = images.numel() + batch * channels * parts * target.h * target.w
     compete(
-        lambda: {"ours": ours(), "eager": eager()},
+        {"ours": ours(), "eager": eager()},
         agree=lambda actual, expected: equal(actual, target.to_nchw(expected)),
         work=Work(bytes=2 * moved, items=batch),
     )

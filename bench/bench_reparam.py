@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.comparison import Comparison, bodies
-from bench.race import Run, Work, close
+from bench.comparison import Comparison, close
+from yolov7.benchmark.clock import Work
 from yolov7.kernels.reparam import reparam, reparam_reference
 
 
@@ -16,7 +16,6 @@ def norm(channels: int, device: torch.device) -> Tensor:
     return torch.rand(4, channels, dtype=torch.float64, device=device) + 0.5
 
 
-@bodies("eager")
 @pytest.mark.parametrize("channels", [(128, 256), (512, 1024)], ids="{0[0]} to {0[1]}".format)
 @torch.no_grad()
 def bench_reparam(
@@ -29,11 +28,10 @@ def bench_reparam(
     pointwise = torch.randn(outputs, inputs, 1, 1, device=kernel_device)
     branches = (dense, norm(outputs, kernel_device), pointwise, norm(outputs, kernel_device), None)
 
-    def contenders() -> dict[str, Run]:
-        return {
-            "ours": partial(reparam, *branches),
-            "eager": partial(reparam_reference, *branches),
-        }
+    contenders = {
+        "ours": partial(reparam, *branches),
+        "eager": partial(reparam_reference, *branches),
+    }
 
     moved = 4 * (2 * dense.numel() + pointwise.numel())
     compete(contenders, agree=close(1e-6), work=Work(bytes=moved), whole=True)

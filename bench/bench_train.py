@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from bench.baselines.plain import OwnProcess, serve
-from bench.comparison import Comparison, bodies
-from bench.race import Missing, Run, Work, close
+from bench.comparison import Comparison, Missing, close
+from yolov7.benchmark.clock import Run, Work
 from yolov7.engine.cpu import keep_freed_memory
 from yolov7.model import YOLOv7, create_model
 from yolov7.train.config import PRESETS, preset_name
@@ -110,7 +110,6 @@ def ours(variant: str, images: Tensor) -> Callable[[], Tensor]:
     return step(variant, images, torch.channels_last, joined=images.is_cuda)
 
 
-@bodies("plain", "eager")
 @RUNS
 def bench_train_step(
     variant: str,
@@ -124,63 +123,53 @@ def bench_train_step(
     """As the loop trains, beside plain NCHW; on CUDA in bf16."""
     variant, size, batch = ("yolov7-tiny", 64, 2) if smoke else (variant, size, batch)
     images = random_images(size, batch).to(device)
-
-    def contenders() -> dict[str, Run | Missing]:
-        plain: Run | Missing = Missing("the eager step is plain on CUDA")
-        if device.type == "cpu":
-            keep_freed_memory()  # as the loop does; it serves the eager step in our process too
-            process = OwnProcess("bench.bench_train", variant, size, batch)
-            request.session.addfinalizer(process.close)
-            plain = lambda: process().squeeze()  # noqa: E731  # one of the contenders below
-        eager = step(variant, images, torch.contiguous_format)
-        return {"ours": ours(variant, images), "plain": plain, "eager": eager}
-
+    plain: Run | Missing = Missing("the eager step is plain on CUDA")
+    if device.type == "cpu":
+        keep_freed_memory()  # as the loop does; it serves the eager step in our process too
+        process = OwnProcess("bench.bench_train", variant, size, batch)
+        request.session.addfinalizer(process.close)
+        plain = lambda: process().squeeze()  # noqa: E731  # one of the contenders below
+    eager = step(variant, images, torch.contiguous_format)
+    contenders: dict[str, Run | Missing] = {
+        "ours": ours(variant, images),
+        "plain": plain,
+        "eager": eager,
+    }
     compete(contenders, agree=close(2e-2), work=Work(items=batch))
 
 
-@bodies()
 @RUNS
 def bench_loss(
     variant: str, size: int, batch: int, compete: Comparison, device: torch.device, smoke: bool
 ) -> None:
     """Assignment, loss and its gradients, of the step above."""
     variant, size, batch = ("yolov7-tiny", 64, 2) if smoke else (variant, size, batch)
+    model, loss, weights = model_and_loss(variant, size)
+    with torch.no_grad():
+        model = model.train().to(device)
+        outputs = model(torch.rand(batch, 3, size, size, device=device))
+    outputs = [x.requires_grad_() for x in outputs]
+    loss = loss.to(device)
+    truth = labels(batch, BOXES)
 
-    def contenders() -> dict[str, Run]:
-        model, loss, weights = model_and_loss(variant, size)
-        with torch.no_grad():
-            model = model.train().to(device)
-            outputs = model(torch.rand(batch, 3, size, size, device=device))
-        outputs = [x.requires_grad_() for x in outputs]
-        loss = loss.to(device)
-        truth = labels(batch, BOXES)
+    def run() -> None:
+        total = torch.stack(list(weights.weigh(loss(outputs, truth)).values())).sum()
+        torch.autograd.grad(total, outputs)
 
-        def run() -> None:
-            total = torch.stack(list(weights.weigh(loss(outputs, truth)).values())).sum()
-            torch.autograd.grad(total, outputs)
-
-        return {"ours": run}
-
-    compete(contenders, agree=None, work=Work(items=batch))
+    compete({"ours": run}, agree=None, work=Work(items=batch))
 
 
-@bodies()
 @pytest.mark.parametrize("boxes", [2000], ids="{} boxes of 8 to 64 px at 640".format)
 def bench_assignment(boxes: int, compete: Comparison, device: torch.device, smoke: bool) -> None:
     """One crowded image, 80 classes."""
-
-    def contenders() -> dict[str, Run]:
-        size = 64 if smoke else 640
-        _, loss, _ = model_and_loss("yolov7-tiny", size)
-        sides = [size // stride for stride in loss.anchors.strides]
-        raw = [torch.randn(1, 3, side, side, 5 + CLASSES, device=device) for side in sides]
-        truth = labels(1, 20 if smoke else boxes, largest=0.1, smallest=0.0125)
-        return {"ours": lambda: loss.assigner(raw, truth)}
-
-    compete(contenders, agree=None, work=Work(items=1))
+    size = 64 if smoke else 640
+    _, loss, _ = model_and_loss("yolov7-tiny", size)
+    sides = [size // stride for stride in loss.anchors.strides]
+    raw = [torch.randn(1, 3, side, side, 5 + CLASSES, device=device) for side in sides]
+    truth = labels(1, 20 if smoke else boxes, largest=0.1, smallest=0.0125)
+    compete({"ours": lambda: loss.assigner(raw, truth)}, agree=None, work=Work(items=1))
 
 
-@bodies("compile")
 @RUNS
 def bench_train_step_compiled(
     variant: str, size: int, batch: int, compete: Comparison, device: torch.device
@@ -189,12 +178,10 @@ def bench_train_step_compiled(
     if device.type != "cuda":
         pytest.skip("timed on CUDA only: it takes minutes to start")
     images = torch.rand(batch, 3, size, size, device=device)
-
-    def contenders() -> dict[str, Run]:
-        rival = step(variant, images, torch.channels_last, compiled=True)
-        return {"ours": ours(variant, images), "compile": rival}
-
-    compete(contenders, agree=close(2e-2), work=Work(items=batch))
+    rival = step(variant, images, torch.channels_last, compiled=True)
+    compete(
+        {"ours": ours(variant, images), "compile": rival}, agree=close(2e-2), work=Work(items=batch)
+    )
 
 
 if __name__ == "__main__":

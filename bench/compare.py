@@ -1,6 +1,7 @@
 """`python -m bench.compare BASE`: is the working tree faster or slower than a git ref?
 
-BASE is unpacked beside, with this tree's `bench`, so that both are measured with one yardstick.
+BASE is unpacked beside, with this tree's `bench` and `yolov7/benchmark`, so that both are measured
+with one yardstick.
 Two processes, one for each tree, run the suites in step and are timed alternately: what disturbs
 the machine disturbs both. The paired ratios of a benchmark give a bootstrap interval of their
 median at 99 %, looked at after 10, 20 and 40 rounds:
@@ -43,6 +44,7 @@ CONFIDENCE = 0.99
 MARGIN = 0.05
 LOOKS = (10, 20, 40)  # rounds after which the interval is looked at
 RESAMPLES = 4000
+YARDSTICK = ("bench", "yolov7/benchmark")
 SECONDS = 30.0  # of one benchmark at most
 
 
@@ -193,7 +195,7 @@ def compare(base: Path, head: Path, targets: Sequence[str] = ("bench",)) -> list
     """Answers for every benchmark; what is worse has been so in two pairs of processes.
 
     Args:
-        base: A tree with the head's `bench`.
+        base: A tree with the head's yardstick.
         head: A tree.
         targets: Suites, files or benchmarks as pytest takes them.
     """
@@ -213,7 +215,7 @@ def _confirmed(answer: Answer, again: dict[str, Answer]) -> Answer:
 
 
 def unpack(ref: str, folder: Path) -> None:
-    """Write the tree of a git ref, with this tree's `bench`.
+    """Write the tree of a git ref, with this tree's yardstick.
 
     Raises:
         ValueError: Git knows no such ref.
@@ -224,8 +226,9 @@ def unpack(ref: str, folder: Path) -> None:
         raise ValueError(archive.stderr.decode().strip())
     with tarfile.open(fileobj=io.BytesIO(archive.stdout)) as tar:
         tar.extractall(folder, filter="tar")
-    shutil.rmtree(folder / "bench", ignore_errors=True)
-    shutil.copytree(ROOT / "bench", folder / "bench", ignore=shutil.ignore_patterns("results"))
+    for name in YARDSTICK:
+        shutil.rmtree(folder / name, ignore_errors=True)
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("results"))
 
 
 def answer_table(answers: Sequence[Answer]) -> Table:

@@ -1,64 +1,61 @@
 """What a suite says: which contenders, how they must agree, what work they do.
 
-A benchmark is a pytest function `bench_*` with the axis `body`, whose values are the contenders.
-The first of them that runs times them all by turns; each then reports its own times to
-pytest-benchmark.
+A benchmark is a pytest function `bench_*` with the fixture `compete`, which it calls once.
 """
 
 import statistics
 from collections.abc import Callable, Mapping
-from itertools import chain
+from dataclasses import dataclass
+from typing import Any
 
 import pytest
-from pytest_benchmark.fixture import BenchmarkFixture
+import torch
+from torch import Tensor
 
-from bench.ceilings import Ceilings
-from bench.race import OURS, SMOKE, Agree, Missing, Pace, Run, Work, race
-from bench.results import Row
+from bench.results import OURS, Row
+from yolov7.benchmark.ceilings import Ceilings
+from yolov7.benchmark.clock import SMOKE, Pace, Run, Work, race
 
-Contenders = Callable[[], Mapping[str, Run | Missing]]
-Times = Mapping[str, list[float] | Missing]
+
+@dataclass(frozen=True)
+class Missing:
+    """A contender that cannot take part, and why."""
+
+    reason: str
+
+
+Contenders = Mapping[str, Run | Missing]
+Agree = Callable[[Any, Any], None]
 
 ROWS = pytest.StashKey[list[Row]]()
-TIMES = pytest.StashKey[dict[str, Times]]()
 CEILINGS = pytest.StashKey[Ceilings]()
 
 
-def bodies(*baselines: str) -> pytest.MarkDecorator:
-    """The axis of a benchmark, topmost of its decorators: ours, and what it is held against."""
-    return pytest.mark.parametrize("body", [OURS, *baselines])
-
-
-def identify(item: pytest.Item) -> tuple[str, str, str]:
-    """Suite, case and body of a benchmark."""
+def identify(item: pytest.Item) -> tuple[str, str]:
+    """Suite and case of a benchmark."""
     suite, _, case = item.name.partition("[")
-    callspec = getattr(item, "callspec", None)
-    body = str(callspec.params["body"]) if callspec else ""
-    case = case.removesuffix("]").removesuffix(body).removesuffix("-")
-    return suite.removeprefix("bench_"), case, body
+    return suite.removeprefix("bench_"), case.removesuffix("]")
 
 
-def report(config: pytest.Config, row: Row) -> None:
-    """Note a row for the table, and in the file that `--rows` names."""
-    config.stash[ROWS].append(row)
+def report(config: pytest.Config, rows: list[Row]) -> None:
+    """Note rows for the table, and in the file that `--rows` names."""
+    config.stash[ROWS].extend(rows)
     if path := config.getoption("--rows"):
         with path.open("a") as file:
-            file.write(row.as_line())
+            file.write("".join(row.as_line() for row in rows))
 
 
 class Comparison:
-    """The fixture `compete`: check contenders against each other, time them, report one.
+    """The fixture `compete`: check contenders against each other, time them, report them.
 
     Args:
         request: Of the benchmark.
-        benchmark: Of pytest-benchmark, which is given the times.
     """
 
-    def __init__(self, request: pytest.FixtureRequest, benchmark: BenchmarkFixture) -> None:
+    def __init__(self, request: pytest.FixtureRequest) -> None:
         self.config = request.config
-        self.benchmark = benchmark
         self.name = request.node.nodeid
-        self.suite, self.case, self.body = identify(request.node)
+        self.suite, self.case = identify(request.node)
         self.ceilings = request.config.stash[CEILINGS]
 
     def __call__(
@@ -69,59 +66,74 @@ class Comparison:
         work: Work | None = None,
         whole: bool = False,
     ) -> None:
-        """Report the body that is this benchmark's.
+        """Report every contender.
 
         Args:
-            contenders: Make the functions to time, by body, ours among them; called once for all.
+            contenders: The functions to time, by name, ours among them.
             agree: Compares the result of each with ours; None where there is nothing to compare.
             work: What has to be done at the least.
             whole: On CUDA too, time from call to result by the host's clock.
         """
-        clock = self.ceilings.clock
+        clock: Callable[[Run], float] = self.ceilings.clock
+        clock = self.ceilings.clock.whole if whole else clock
         turns = self.config.pluginmanager.get_plugin("turns")
         if turns is not None:
-            ours = contenders()[OURS]
+            ours = contenders[OURS]
             assert not isinstance(ours, Missing), ours.reason
-            turns.take(self.name, ours, clock.whole if whole and clock.cuda else clock.busy)
+            turns.take(self.name, ours, clock if self.ceilings.device.type == "cuda" else None)
             return
-        times = self.config.stash[TIMES]
-        group = f"{self.suite} {self.case}"
-        if group not in times:
-            times[group] = self._measure(contenders(), agree, clock.whole if whole else clock)
-        seconds = times[group][self.body]
-        if isinstance(seconds, Missing):
-            self._report(Row(self.suite, self.case, self.body, missing=seconds.reason))
-            pytest.skip(seconds.reason)
-        self._replay(seconds, group)
-        work = work or Work()
-        share = self.ceilings.share(work, statistics.median(seconds))
-        self._report(Row.of(self.suite, self.case, self.body, seconds, work, share))
-
-    def _measure(
-        self,
-        runs: Mapping[str, Run | Missing],
-        agree: Agree | None,
-        clock: Callable[[Run], float],
-    ) -> Times:
-        present = {name: run for name, run in runs.items() if not isinstance(run, Missing)}
-        absent = {name: run for name, run in runs.items() if isinstance(run, Missing)}
-        expected = present[OURS]()
-        for name, run in present.items():
-            if name != OURS:
-                result = run()
-                if agree is not None:
-                    agree(result, expected)
+        present = {name: run for name, run in contenders.items() if not isinstance(run, Missing)}
+        _check(present, agree)
         option = self.config.getoption
-        pace = SMOKE if option("--smoke") else Pace(option("--seconds"))
-        return {**race(present, clock, pace), **absent}
+        seconds = race(present, clock, SMOKE if option("--smoke") else Pace(option("--seconds")))
+        rows = [self._row(name, run, seconds, work or Work()) for name, run in contenders.items()]
+        report(self.config, rows)
 
-    def _replay(self, seconds: list[float], group: str) -> None:
-        """Give pytest-benchmark the times, by a clock that shows them one after the other."""
-        marks = chain.from_iterable((0.0, duration) for duration in seconds)
-        self.benchmark._timer = marks.__next__
-        self.benchmark.group = group
-        self.benchmark.pedantic(int, rounds=len(seconds))  # type: ignore[no-untyped-call]  # untyped
+    def _row(
+        self, name: str, run: Run | Missing, seconds: Mapping[str, list[float]], work: Work
+    ) -> Row:
+        if isinstance(run, Missing):
+            return Row(self.suite, self.case, name, missing=run.reason)
+        share = self.ceilings.share(work, statistics.median(seconds[name]))
+        return Row.of(self.suite, self.case, name, seconds[name], work, share)
 
-    def _report(self, row: Row) -> None:
-        self.benchmark.extra_info.update(row.as_dict())
-        report(self.config, row)
+
+def _check(runs: Mapping[str, Run], agree: Agree | None) -> None:
+    """Run each once, and hold what comes out against ours."""
+    expected = runs[OURS]()
+    for name, run in runs.items():
+        if name != OURS:
+            result = run()
+            if agree is not None:
+                agree(result, expected)
+
+
+def close(rms: float) -> Agree:
+    """A check of tensors, or sequences of them: relative root mean square of the difference.
+
+    Args:
+        rms: The largest that passes; NaN never does.
+    """
+
+    def agree(actual: Any, expected: Any) -> None:
+        if not isinstance(actual, Tensor):
+            for one, other in zip(actual, expected, strict=True):
+                agree(one, other)
+            return
+        assert actual.shape == expected.shape, f"{actual.shape} is not {expected.shape}"
+        a, b = actual.double(), expected.double()
+        error = float((a - b).square().mean().sqrt() / b.square().mean().sqrt().clamp_min(1e-12))
+        assert error <= rms, f"relative RMS {error:.2g} > {rms:.2g}"
+
+    return agree
+
+
+def equal(actual: Any, expected: Any) -> None:
+    """A check: the same values exactly."""
+    if isinstance(actual, Tensor):
+        assert torch.equal(actual, expected)
+    elif isinstance(actual, (tuple, list)):
+        for one, other in zip(actual, expected, strict=True):
+            equal(one, other)
+    else:
+        assert actual == expected, f"{actual} is not {expected}"

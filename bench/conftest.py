@@ -5,14 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from pytest_benchmark.fixture import BenchmarkFixture
 from rich.console import Console
 
-from bench.ceilings import Ceilings
-from bench.comparison import CEILINGS, ROWS, TIMES, Comparison, identify, report
-from bench.race import Pace
-from bench.results import Report, Row, comparison_table, read_rows
-from bench.turns import Turns
+from bench.comparison import CEILINGS, ROWS, Comparison, identify, report
+from bench.results import OURS, Report, Row, comparison_table, left_out, read_rows
+from yolov7.benchmark.ceilings import Ceilings
+from yolov7.benchmark.clock import Pace
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -25,10 +23,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[ROWS], config.stash[TIMES] = [], {}
+    config.stash[ROWS] = []
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config.stash[CEILINGS] = Ceilings(device, small=config.getoption("--smoke"))
     if handle := config.getoption("--turns"):
+        from bench.turns import Turns  # for systems that have the module resource
+
         config.pluginmanager.register(Turns(handle), "turns")
 
 
@@ -41,7 +41,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Go on behind the results that the file has."""
     if path := config.getoption("--rows"):
-        known = {(row.suite, row.case, row.body) for row in read_rows(path)}
+        known = {(row.suite, row.case) for row in read_rows(path)}
         items[:] = [item for item in items if identify(item) not in known]
 
 
@@ -52,10 +52,7 @@ def pytest_exception_interact(node: pytest.Item) -> None:
             torch.cuda.synchronize()
     except torch.AcceleratorError as error:
         reason = f"AcceleratorError: {error}".splitlines()[0]
-        culprit = identify(node)[:2]
-        for suite, case, body in map(identify, node.session.items):
-            if (suite, case) == culprit:
-                report(node.config, Row(suite, case, body, missing=reason))
+        report(node.config, [Row(*identify(node), OURS, missing=reason)])
         pytest.exit(reason)
 
 
@@ -63,7 +60,7 @@ def pytest_terminal_summary(config: pytest.Config) -> None:
     """The table, and with --save the file."""
     rows, ceilings = config.stash[ROWS], config.stash[CEILINGS]
     if rows:
-        Console(width=120).print(comparison_table(rows))
+        Console(width=120).print(comparison_table(rows), *left_out(rows), sep="\n")
     if rows and config.getoption("--save"):
         print("kept:", Report.of(ceilings.device, rows, ceilings.as_dict()).save())
 
@@ -89,10 +86,6 @@ def kernel_device(device: torch.device) -> torch.device:
 
 
 @pytest.fixture
-def compete(
-    request: pytest.FixtureRequest,
-    benchmark: BenchmarkFixture,
-    body: str,  # noqa: ARG001 - every benchmark has this axis
-) -> Comparison:
+def compete(request: pytest.FixtureRequest) -> Comparison:
     """See `Comparison`."""
-    return Comparison(request, benchmark)
+    return Comparison(request)

@@ -29,11 +29,11 @@ from typing import Any
 import pytest
 import torch
 
-from bench.ceilings import Ceilings
 from bench.layers import read
 from bench.plots import save_pictures
 from bench.results import ROOT, Report, environment, read_rows
 from yolov7.atomic import atomic
+from yolov7.benchmark.ceilings import Ceilings
 from yolov7.kernels.conv.config import user_configs
 
 SHARES = {"tests": 3.0, "tune": 4.0, "bench": 5.0, "train": 1.5}

@@ -12,7 +12,6 @@ kernel took down, goes on behind it.
 import argparse
 import itertools
 import json
-import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -21,9 +20,9 @@ from typing import Any
 
 import torch
 
-from bench.ceilings import Ceilings
-from bench.race import Run, captured
-from yolov7.benchmark import measure
+from yolov7.benchmark.ceilings import Ceilings
+from yolov7.benchmark.stages import measure
+from yolov7.benchmark.steps import step_timers
 from yolov7.engine.choose import Runtime
 from yolov7.engine.graph.planned import PlannedNetwork, described
 from yolov7.kernels import runtime
@@ -92,52 +91,28 @@ def time_jobs(device: torch.device, *, small: bool) -> Iterator[Job]:
     """A job for each step of YOLOv7's plan at batch 1 and 32, fp16."""
     ceilings = Ceilings(device, small=small)
     dtype = torch.float16 if device.type == "cuda" else torch.float32
-    rate = ceilings.flops(dtype)
     for batch in (1,) if small else BATCHES:
         model = create_model("yolov7-tiny", 3, width=0.125) if small else create_model(FIRST)
         model = model.fuse().requires_grad_(False).to(device)
         size = 64 if small else model.imgsz
         network = PlannedNetwork(model, batch, size, size, dtype=dtype, device=device)
-        plan = network.plan
         network.images.copy_(torch.rand(network.images.shape))
         network.run()
         if device.type == "cuda":
             torch.cuda.synchronize()  # what fails in here is not the first step's fault
-        runs: list[Run] = [*(run for _, run in network.launches()), network.decode]
-        for index, (step, run) in enumerate(zip(plan.steps, runs, strict=True)):
-            flops, moved = plan.step_flops(step), plan.step_bytes(step)
-            moved += plan.step_weight_bytes(step)
-            shape = "; ".join(task.describe() for task in step.tasks)
-
-            def job(
-                run: Run = run,
-                flops: int = flops,
-                moved: int = moved,
-                kind: str = step.kind,
-                batch: int = batch,
-                shape: str = shape,
-            ) -> Entry:
-                replay = captured(run, device)
-                times = [ceilings.clock(replay) for _ in range(1 if small else REPEATS)]
-                seconds = statistics.median(times)
-                floor = max(flops / rate, moved / ceilings.bandwidth)
-                return {
-                    "batch": batch,
-                    "kind": kind,
-                    "shape": shape,
-                    "us": seconds * 1e6,
-                    "roofline_us": floor * 1e6,
-                    "tflops": flops / seconds / 1e12,
-                    "gbps": moved / seconds / 1e9,
-                }
-
-            yield f"batch {batch} step {index}", job
+        timers = step_timers(network, ceilings, 1 if small else REPEATS)
+        for index, timer in enumerate(timers):
+            yield f"batch {batch} step {index}", partial(_with_batch, batch, timer)
         for engine in ("graph", "eager"):
             rounds = 1 if small else ROUNDS
             yield (
                 f"batch {batch} {engine}",
                 partial(time_engine, model, engine, size, batch, rounds),
             )
+
+
+def _with_batch(batch: int, timer: Callable[[], Entry]) -> Entry:
+    return {"batch": batch, **timer()}
 
 
 def time_engine(model: YOLOv7, engine: str, size: int, batch: int, rounds: int) -> Entry:

@@ -17,12 +17,13 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from bench.race import OURS, Clock, Missing, Pace, Run, Work, close, race
-from bench.results import Row, comparison_table
+from bench.comparison import Missing, close
+from bench.results import OURS, Row, comparison_table, left_out
+from yolov7.benchmark.clock import Clock, Pace, Run, Work, race
 from yolov7.engine.choose import Runtime, open_network
 from yolov7.errors import UserError
 from yolov7.export import Settings, export
-from yolov7.info import conv_layers
+from yolov7.layers import conv_layers
 from yolov7.model import YOLOv7, create_model
 
 
@@ -135,9 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for model in models
         for row in compare(model, options.imgsz, pace, compiled=not options.quick)
     ]
-    Console(width=120).print(comparison_table(rows))
-    for reason in sorted({f"{row.body}: {row.missing}" for row in rows if row.missing}):
-        print("left out:", reason)
+    Console(width=120).print(comparison_table(rows), *left_out(rows), sep="\n")
     return 0
 
 

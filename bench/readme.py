@@ -15,8 +15,7 @@ import torch
 
 from bench import accuracy
 from bench.plots import save_pictures
-from bench.race import OURS
-from bench.results import RESULTS, ROOT, Report, Row, environment, verdict
+from bench.results import OURS, RESULTS, ROOT, Report, Row, environment, verdict
 from yolov7.variants import VARIANTS
 
 README = ROOT / "README.md"

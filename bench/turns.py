@@ -4,14 +4,15 @@
 benchmark each waits here, ready, until it is told to take a turn, so the two are timed alternately.
 """
 
+import resource
 import statistics
+import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 
 import pytest
 
-from bench.comparison import identify
-from bench.race import OURS, Run
+from yolov7.benchmark.clock import Run
 
 TURN_SECONDS = 0.05  # short calls are repeated for so long
 MOST_CALLS = 50
@@ -29,8 +30,7 @@ class Turns:
         self.told: set[str] = set()
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        """Only what is ours is compared."""
-        items[:] = [item for item in items if identify(item)[2] == OURS]
+        """Tell what there is."""
         self.connection.send([item.nodeid for item in items])
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
@@ -39,14 +39,30 @@ class Turns:
             self.told.add(report.nodeid)
             self.connection.send((report.nodeid, _reason(report)))
 
-    def take(self, name: str, run: Run, clock: Callable[[Run], float]) -> None:
-        """Be ready, and take turns as long as they are wanted."""
+    def take(self, name: str, run: Run, clock: Callable[[Run], float] | None) -> None:
+        """Be ready, and take turns as long as they are wanted, timed by a clock or as `busy`."""
+        clock = clock or busy
         clock(run)
         calls = max(1, min(MOST_CALLS, int(TURN_SECONDS / clock(run))))
         self.told.add(name)
         self.connection.send((name, ""))
         while self.connection.recv():
             self.connection.send(statistics.median(clock(run) for _ in range(calls)))
+
+
+def busy(run: Run) -> float:
+    """Seconds of the processors that a call keeps busy, child processes included.
+
+    What else runs on the machine does not count, nor does waiting.
+    """
+    start = _processor_seconds()
+    run()
+    return _processor_seconds() - start
+
+
+def _processor_seconds() -> float:
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.process_time() + children.ru_utime + children.ru_stime
 
 
 def _reason(report: pytest.TestReport) -> str:

@@ -314,26 +314,16 @@ def test_config_that_takes_the_device_down_is_named(
 def test_benchmark_that_takes_the_device_down_ends_its_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All bodies of its case are noted: they would do it again."""
-    names = [f"bench_nms[batch {batch}-{body}]" for batch in (1, 32) for body in ("ours", "eager")]
+    """Its case is noted: it would do it again."""
     path = tmp_path / "rows.jsonl"
     config = SimpleNamespace(stash={ROWS: []}, getoption={"--rows": path}.get)
-    items: list[Any] = [
-        SimpleNamespace(
-            name=name,
-            config=config,
-            callspec=SimpleNamespace(params={"body": name.rpartition("-")[2][:-1]}),
-        )
-        for name in names
-    ]
-    items[0].session = SimpleNamespace(items=items)
-    conftest.pytest_exception_interact(items[0])
+    item: Any = SimpleNamespace(name="bench_nms[batch 1, conf 0.25]", config=config)
+    conftest.pytest_exception_interact(item)
     assert read_rows(path) == []
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
     with pytest.raises(pytest.exit.Exception, match="illegal memory access"):
-        conftest.pytest_exception_interact(items[0])
-    found = [(row.suite, row.case, row.body, row.missing) for row in read_rows(path)]
+        conftest.pytest_exception_interact(item)
     reason = "AcceleratorError: CUDA error: an illegal memory access"
-    assert found == [("nms", "batch 1", body, reason) for body in ("ours", "eager")]
+    assert read_rows(path) == [Row("nms", "batch 1, conf 0.25", "ours", missing=reason)]

@@ -5,7 +5,7 @@ from importlib.util import find_spec
 import pytest
 
 from bench.peers import compare
-from bench.race import SMOKE
+from yolov7.benchmark.clock import SMOKE
 from yolov7.model import create_model
 
 

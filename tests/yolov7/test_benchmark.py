@@ -1,15 +1,17 @@
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from yolov7 import benchmark
-from yolov7.benchmark import measure
+from yolov7.benchmark import memory, stages
+from yolov7.benchmark.stages import measure
 from yolov7.checkpoint import load_model
 from yolov7.cli import main
 from yolov7.engine.choose import Runtime
-from yolov7.info import conv_layers
+from yolov7.layers import conv_layers
 
 
 @pytest.mark.parametrize("engine", ["eager", "graph"])
@@ -18,8 +20,8 @@ def test_every_stage_is_timed(engine: str) -> None:
     timing = measure(
         Runtime(weights=model, engine=engine, device="cpu", imgsz=64), batch=2, rounds=3
     )
-    stages = {"letterbox", "upload", "network", "nms", "whole"}
-    assert set(timing.samples) == stages | ({"decode", "download"} if engine == "graph" else set())
+    named = {"letterbox", "upload", "network", "nms", "whole"}
+    assert set(timing.samples) == named | ({"decode", "download"} if engine == "graph" else set())
     assert all(len(times) == 3 and min(times) >= 0 for times in timing.samples.values())
     assert timing.samples["network"][0] > 0
     assert timing.flops == sum(layer.flops for layer in conv_layers(model, 64, 64))
@@ -28,6 +30,7 @@ def test_every_stage_is_timed(engine: str) -> None:
     assert totals["images_per_second"] > 0
     assert totals["percent_of_ceiling"] > 0
     assert {row["stage"] for row in timing.rows()} == set(timing.samples)
+    assert all(0 < step["roofline_us"] < 100 * step["us"] for step in timing.steps)
 
 
 def test_bench_writes_rows_totals_and_a_picture(
@@ -85,7 +88,7 @@ def test_the_peak_is_that_of_one_engine(
     with monkeypatch.context() as patch:
         patch.setattr(torch.cuda, "is_available", lambda: True)
         patch.setattr(torch.cuda, "device_count", lambda: 2)
-        patch.setattr(benchmark, "Detector", lambda *_, **__: events.append("built"))
+        patch.setattr(stages, "Detector", lambda *_, **__: events.append("built"))
         patch.setattr(torch.cuda, "init", lambda: events.append("init"))
         patch.setattr(torch.cuda, "reset_peak_memory_stats", events.append)
         with pytest.raises(TypeError):  # None detects nothing
@@ -94,6 +97,37 @@ def test_the_peak_is_that_of_one_engine(
     arguments = ["bench", "--engines", "eager", "--imgsz", "64", "--rounds", "1", "--device", "cpu"]
     assert main([*arguments, "--project", str(tmp_path)]) == 0
     assert "MiB of the process at most" in " ".join(capsys.readouterr().out.split())
+
+
+WITHOUT = """
+import sys
+sys.modules["resource"] = None
+from yolov7.benchmark import memory
+memory.HELD = memory.HELD / "nowhere"
+from yolov7.cli import main
+words = ["bench", "--imgsz", "64", "--device", "cpu", "--project", sys.argv[1]]
+assert main([*words, "--engines", "eager", "--rounds", "1"]) == 0
+assert main([*words, "--engine", "eager", "--soak", "0.1", "--json", sys.argv[2]]) == 0
+"""
+
+
+def test_systems_that_tell_no_memory_are_timed(tmp_path: Path) -> None:
+    """Windows has no module resource, and only Linux has /proc."""
+    command = [sys.executable, "-c", WITHOUT, str(tmp_path), str(tmp_path / "soak.json")]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    printed = " ".join(run.stdout.split())
+    assert "peak of memory unknown, first boxes" in printed
+    assert "growth of memory unknown" in printed
+    assert json.loads((tmp_path / "soak.json").read_text())["rows"][0]["growth_bytes"] is None
+
+
+def test_memory_of_the_process() -> None:
+    cpu = torch.device("cpu")
+    held, peak = memory.held_bytes(cpu), memory.peak_bytes(cpu)
+    assert held is not None
+    assert peak is not None
+    assert 1 << 20 < held <= peak
 
 
 def test_soak_reports_tail_drift_and_growth(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tests.conftest import reference_folder
 from yolov7.blocks import Conv, DownC, Elan, PoolConv, ReOrg, RepConv
 from yolov7.head import Detect
-from yolov7.info import conv_layers, parameter_count
+from yolov7.layers import conv_layers, parameter_count
 from yolov7.model import YOLOv7, create_model
 from yolov7.variants import VARIANTS, Variant, scaled
 

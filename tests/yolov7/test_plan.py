@@ -40,7 +40,7 @@ def test_launches_stay_few(plan: Plan, request: pytest.FixtureRequest) -> None:
 
 
 def test_all_the_arithmetic_is_there(plan: Plan, request: pytest.FixtureRequest) -> None:
-    from yolov7.info import conv_layers
+    from yolov7.layers import conv_layers
 
     model = fused(request.node.callspec.params["plan"])
     layers = conv_layers(model, model.imgsz, model.imgsz)

@@ -1,4 +1,4 @@
-"""`yolov7 bench`: how fast a model detects on this machine."""
+"""The verb `yolov7 bench`: its options and what it prints; yolov7/benchmark/ measures."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from yolov7.benchmark import Timing, measure, soak
+from yolov7.benchmark.stages import Timing, measure, soak
 from yolov7.checkpoint import load_model
 from yolov7.cli.options import ModelOptions
 from yolov7.detector import Detector
@@ -81,12 +81,17 @@ def _soak(options: Bench) -> dict[str, Any]:
     assert options.soak is not None
     detector = Detector(**vars(options.runtime()), batch=options.batch)
     row = soak(detector, options.soak)
+    grown = row["growth_bytes"]
+    memory = "growth of memory unknown" if grown is None else f"memory grew by {_mib(grown, 1)}"
     print(
         f"{row['frames']} frames with the engine {row['engine']}: p50 {row['p50']:.2f}, "
-        f"p99 {row['p99']:.2f}, p99.9 {row['p99.9']:.2f} ms; drift {row['drift']:.3f}, "
-        f"memory grew by {row['growth_bytes'] / 2**20:.1f} MiB"
+        f"p99 {row['p99']:.2f}, p99.9 {row['p99.9']:.2f} ms; drift {row['drift']:.3f}, {memory}"
     )
     return {"rows": [row], "totals": {"seconds": options.soak}}
+
+
+def _mib(count: int, digits: int) -> str:
+    return f"{count / 2**20:.{digits}f} MiB"
 
 
 def _print(timings: list[Timing]) -> None:
@@ -107,18 +112,19 @@ def _print(timings: list[Timing]) -> None:
         launches = f", {t['launches']} launches" if t["launches"] else ""
         reached = t["percent_of_ceiling"]
         network = f"the network at {reached} % of " if reached else "matrix products at "
-        whose = "the process" if t["device"] == "cpu" else "the device"
+        whose = "the device" if t["device"].startswith("cuda") else "the process"
+        peak = t["peak_bytes"]
+        memory = "peak of memory unknown" if peak is None else f"{_mib(peak, 0)} of {whose} at most"
         console.print(
             f"{t['engine']}: {t['images_per_second']} images/s, "
             f"{network}{t['ceiling_tflops']} TFLOP/s{launches}, "
-            f"{t['peak_bytes'] / 2**20:.0f} MiB of {whose} at most, "
-            f"first boxes after {t['startup_s']} s"
+            f"{memory}, first boxes after {t['startup_s']} s"
         )
 
 
 def _draw(options: Bench, timings: list[Timing]) -> None:
     try:
-        from yolov7.benchmark_picture import draw
+        from yolov7.benchmark.pictures import draw
     except ImportError:
         print("no picture: pip install 'yolov7-triton[plots]' brings matplotlib")
         return

@@ -14,7 +14,7 @@ from yolov7.checkpoint import load_model, save_model
 from yolov7.engine.frames import to_input
 from yolov7.engine.graph.calibrate import calibrate
 from yolov7.errors import UserError
-from yolov7.info import parameter_count
+from yolov7.layers import parameter_count
 from yolov7.letterbox import letterbox, letterbox_geometry
 from yolov7.progress import working
 from yolov7.sources import Source

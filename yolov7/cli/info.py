@@ -1,4 +1,4 @@
-"""`yolov7 info`: what a model is made of."""
+"""The verb `yolov7 info`: its options and tables, of layers and of the engine's plan."""
 
 import sys
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from rich.table import Table
 from yolov7.checkpoint import load_model
 from yolov7.engine.graph.plan import H200, make_plan
 from yolov7.errors import UserError
-from yolov7.info import conv_layers, parameter_count
+from yolov7.layers import conv_layers, parameter_count
 from yolov7.model import Form, YOLOv7, create_model
 from yolov7.runs import write_json
 from yolov7.variants import VARIANTS

@@ -1,4 +1,4 @@
-"""Contenders of one comparison, checked against each other, then timed by turns.
+"""The clock, what a turn has to do, and turns by the clock.
 
 By turns, because a machine drifts: what slows it down for a second slows all contenders alike, and
 the ratio of their medians stays. On CUDA a turn lies between two events, with the L2 cache flushed
@@ -7,27 +7,19 @@ measured unless the contender's own host work is longer than that. Elsewhere a t
 `time.perf_counter`.
 """
 
-import resource
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 Run = Callable[[], Any]
-Agree = Callable[[Any, Any], None]
 
-OURS = "ours"
 FLUSHED = 256 << 20  # bytes written between turns: four times the L2 cache of an H200
-
-
-@dataclass(frozen=True)
-class Missing:
-    """A contender that cannot take part, and why."""
-
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -69,47 +61,36 @@ class Clock:
     """Seconds that a call takes on a device."""
 
     def __init__(self, device: torch.device) -> None:
-        self.cuda = device.type == "cuda"
-        if self.cuda:
-            self._scratch = torch.empty(FLUSHED, dtype=torch.uint8, device=device)
+        self.device = device
+
+    @cached_property
+    def _scratch(self) -> Tensor:
+        return torch.empty(FLUSHED, dtype=torch.uint8, device=self.device)
 
     def __call__(self, run: Run) -> float:
         """Time one call: of the device's work on CUDA, else of the host's."""
-        if not self.cuda:
+        if self.device.type != "cuda":
             return self.whole(run)
         before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        self._scratch.zero_()
-        before.record()
-        run()
-        after.record()
+        with torch.cuda.device(self.device):
+            self._scratch.zero_()
+            before.record()
+            run()
+            after.record()
         after.synchronize()
         return before.elapsed_time(after) / 1e3
 
-    def busy(self, run: Run) -> float:
-        """Time one call: as `__call__` on CUDA, else of the processors, child processes included.
-
-        What else runs on the machine does not count, nor does waiting.
-        """
-        if self.cuda:
-            return self(run)
-        start = _processor_seconds()
-        run()
-        return _processor_seconds() - start
-
     def whole(self, run: Run) -> float:
         """Time one call by the host's clock, from an idle device until it is idle again."""
-        if self.cuda:
-            torch.cuda.synchronize()
+        self._wait()
         start = time.perf_counter()
         run()
-        if self.cuda:
-            torch.cuda.synchronize()
+        self._wait()
         return time.perf_counter() - start
 
-
-def _processor_seconds() -> float:
-    children = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return time.process_time() + children.ru_utime + children.ru_stime
+    def _wait(self) -> None:
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
 
 
 def race(
@@ -134,15 +115,16 @@ def captured(run: Run, device: torch.device) -> Run:
     """On CUDA a graph of `run` to replay: what its kernels take without the host's launches."""
     if device.type != "cuda":
         return run
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):  # whatever is compiled or allocated once
-            run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = run()
+    with torch.cuda.device(device):
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):  # whatever is compiled or allocated once
+                run()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            result = run()
 
     def replay() -> Any:
         graph.replay()
@@ -151,32 +133,6 @@ def captured(run: Run, device: torch.device) -> Run:
     return replay
 
 
-def close(rms: float) -> Agree:
-    """A check of tensors, or sequences of them: relative root mean square of the difference.
-
-    Args:
-        rms: The largest that passes; NaN never does.
-    """
-
-    def agree(actual: Any, expected: Any) -> None:
-        if not isinstance(actual, Tensor):
-            for one, other in zip(actual, expected, strict=True):
-                agree(one, other)
-            return
-        assert actual.shape == expected.shape, f"{actual.shape} is not {expected.shape}"
-        a, b = actual.double(), expected.double()
-        error = float((a - b).square().mean().sqrt() / b.square().mean().sqrt().clamp_min(1e-12))
-        assert error <= rms, f"relative RMS {error:.2g} > {rms:.2g}"
-
-    return agree
-
-
-def equal(actual: Any, expected: Any) -> None:
-    """A check: the same values exactly."""
-    if isinstance(actual, Tensor):
-        assert torch.equal(actual, expected)
-    elif isinstance(actual, (tuple, list)):
-        for one, other in zip(actual, expected, strict=True):
-            equal(one, other)
-    else:
-        assert actual == expected, f"{actual} is not {expected}"
+def percentiles(times: list[float], *shares: float) -> list[float]:
+    """Percentiles of milliseconds, rounded to a tenth of a microsecond."""
+    return [round(float(value), 4) for value in np.percentile(times, shares)]

@@ -5,36 +5,27 @@ them; the whole is what a user of `Detector` waits for. All engines take the sam
 process, and so does the matrix product that says what the device can do at most.
 """
 
-import gc
-import os
-import resource
-import sys
+import math
 import time
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.resources import as_file, files
 from typing import Any
 
 import cv2
 import numpy as np
-import torch
 
+from yolov7.benchmark.ceilings import Ceilings
+from yolov7.benchmark.clock import Clock, Pace, percentiles, race
+from yolov7.benchmark.memory import forget_peak, held_bytes, peak_bytes
 from yolov7.detector import Detector
-from yolov7.engine.choose import Runtime, open_frames
-from yolov7.engine.eager import Network
+from yolov7.engine.choose import AnyNetwork, Runtime, open_frames
 from yolov7.engine.frames import Suppression
-from yolov7.engine.graph.steps import Step
-from yolov7.info import conv_layers
+from yolov7.layers import conv_layers
 from yolov7.letterbox import Image, letterbox_geometry
 from yolov7.model import YOLOv7
 from yolov7.sources import read_image
 
 FRAME = (1080, 1920)  # height, width in pixels
-WARM_UP = 3
-MATRIX = {"cuda": 8192, "cpu": 1024}  # side of the matrices of the ceiling
-COPIED = {"cuda": 1 << 30, "cpu": 1 << 27}  # bytes of its copy
-
-Stages = Mapping[str, Callable[[], object]]
 
 
 @dataclass(frozen=True)
@@ -47,12 +38,12 @@ class Timing:
         batch: Images at a time.
         samples: Stage -> milliseconds per batch; "whole" is all of it, undivided.
         startup_s: Seconds from the model to the first boxes.
-        peak_bytes: Most memory held: on CUDA of the device, by this engine; on a CPU of the process
-            since it began, so no less than that of an engine before.
+        peak_bytes: Most memory held: on CUDA of the device, by this engine; else of the process
+            since it began, so no less than that of an engine before; None where no one tells.
         flops: Of one image, two per multiply-add; 0 where they are not known.
         ceiling: FLOP/s of a matrix product of this device and precision, in this run.
         bandwidth: Bytes per second of a copy, read and written, in this run.
-        steps: With the engine graph, each step of the plan: name, flops, bytes, ms.
+        steps: With the engine graph, each step of the plan, see `step_timers`.
     """
 
     engine: str
@@ -60,7 +51,7 @@ class Timing:
     batch: int
     samples: dict[str, list[float]]
     startup_s: float
-    peak_bytes: int
+    peak_bytes: int | None
     flops: int
     ceiling: float
     bandwidth: float
@@ -92,11 +83,6 @@ class Timing:
         }
 
 
-def percentiles(times: list[float], *shares: float) -> list[float]:
-    """Percentiles of milliseconds, rounded to a tenth of a microsecond."""
-    return [round(float(value), 4) for value in np.percentile(times, shares)]
-
-
 def sample_frame() -> Image:
     """A packaged photograph as a frame: [1080, 1920, 3] uint8, BGR."""
     with as_file(files("yolov7.assets") / "images") as folder:
@@ -115,122 +101,47 @@ def measure(runtime: Runtime, *, batch: int = 1, rounds: int = 50) -> Timing:
     Raises:
         UserError: the engine, device or precision is not to be had here.
     """
-    _forget_peak()
+    forget_peak()
     frames = [sample_frame()] * batch
     start = time.perf_counter()
     detector = Detector(**vars(runtime), batch=batch)
     (height, width) = detector(frames)[0].input_shape
     startup_s = time.perf_counter() - start
-    network, steps = detector.network, []
+    network, clock = detector.network, Clock(detector.network.device)
     where = [letterbox_geometry(FRAME, (height, width))] * batch
     stages = open_frames(network, Suppression(), batch).stages(frames, where)
-    if isinstance(network, Network) and network.engine == "graph":
-        steps = _steps(network, batch, height, width, rounds=rounds)
-    samples = _timed(stages, network.device, rounds)
-    samples |= _timed({"whole": lambda: detector(frames)}, network.device, rounds)
+    pace = Pace(math.inf, most=rounds)
+    seconds = race(stages, clock.whole, pace)
+    seconds |= race({"whole": lambda: detector(frames)}, clock.whole, pace)
+    peak = peak_bytes(network.device)  # before the ceilings, which hold memory of their own
+    ceilings = Ceilings(network.device)
     model = runtime.weights
     layers = conv_layers(model, height, width) if isinstance(model, YOLOv7) else []
     return Timing(
         network.engine,
         str(network.device),
         batch,
-        samples,
+        {stage: [1e3 * s for s in turns] for stage, turns in seconds.items()},
         startup_s,
-        memory_bytes(network.device, peak=True),
+        peak,
         sum(layer.flops for layer in layers),
-        matrix_rate(network.device, network.dtype),
-        copy_rate(network.device),
-        steps,
+        ceilings.flops(network.dtype),
+        ceilings.bandwidth,
+        _steps(network, ceilings, (batch, height, width), rounds),
     )
 
 
 def _steps(
-    network: Network, batch: int, height: int, width: int, rounds: int
+    network: AnyNetwork, ceilings: Ceilings, shape: tuple[int, int, int], rounds: int
 ) -> list[dict[str, Any]]:
-    """Medians of every step of the plan, run alone."""
+    """Every step of the plan of (batch, height, width), where there is one."""
+    if network.engine != "graph":
+        return []
+    from yolov7.benchmark.steps import step_timers
     from yolov7.engine.graph.network import GraphNetwork
 
     assert isinstance(network, GraphNetwork)
-    planned = network.planned(batch, height, width)
-    launches: list[tuple[Step, Callable[[], object]]] = [
-        *planned.launches(),
-        (planned.plan.steps[-1], planned.decode),
-    ]
-    rows = []
-    for step, run in launches:
-        times = _timed({"step": run}, network.device, rounds)["step"]
-        rows.append(
-            {
-                "name": ", ".join(task.name for task in step.tasks),
-                "kernel": step.kind,
-                "flops": planned.plan.step_flops(step),
-                "bytes": planned.plan.step_bytes(step) + planned.plan.step_weight_bytes(step),
-                "ms": round(float(np.median(times)), 5),
-            }
-        )
-    return rows
-
-
-def _timed(stages: Stages, device: torch.device, rounds: int) -> dict[str, list[float]]:
-    samples: dict[str, list[float]] = {stage: [] for stage in stages}
-    for i in range(WARM_UP + rounds):
-        for stage, run in stages.items():
-            start = _now(device)
-            run()
-            if i >= WARM_UP:
-                samples[stage].append(1e3 * (_now(device) - start))
-    return samples
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
-def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of the best of a few large square matrix products."""
-    side = MATRIX[device.type]
-    a = torch.randn(side, side, device=device, dtype=dtype)
-    best = float("inf")
-    for _ in range(8):
-        start = _now(device)
-        a @ a
-        best = min(best, _now(device) - start)
-    return 2 * side**3 / best
-
-
-def copy_rate(device: torch.device) -> float:
-    """Bytes per second that the best of a few large copies reads and writes."""
-    source = torch.zeros(COPIED[device.type], dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    best = float("inf")
-    for _ in range(8):
-        start = _now(device)
-        target.copy_(source)
-        best = min(best, _now(device) - start)
-    return 2 * source.numel() / best
-
-
-def _forget_peak() -> None:
-    """Let the peak be that of what comes; a CPU's process has one peak only."""
-    if torch.cuda.is_available():
-        gc.collect()  # a plan is part of a cycle: that of an engine before may still be there
-        torch.cuda.init()  # there is no peak to forget before
-        for index in range(torch.cuda.device_count()):
-            torch.cuda.reset_peak_memory_stats(index)
-
-
-def memory_bytes(device: torch.device, *, peak: bool = False) -> int:
-    """Memory held now or, with `peak`, at most: of the device on CUDA, of the process on a CPU."""
-    if device.type == "cuda":
-        held = torch.cuda.max_memory_allocated if peak else torch.cuda.memory_allocated
-        return held(device)
-    if peak:
-        unit = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return [timer() for timer in step_timers(network.planned(*shape), ceilings, rounds)]
 
 
 def soak(detector: Detector, seconds: float) -> dict[str, Any]:
@@ -238,22 +149,21 @@ def soak(detector: Detector, seconds: float) -> dict[str, Any]:
 
     Returns:
         frames; p50, p99 and p99.9 in ms; drift: the median of the last tenth over that of the
-        first; growth_bytes: memory at the end less that after the first tenth.
+        first; growth_bytes: memory at the end less that after the first tenth, or None.
     """
     frames = [sample_frame()] * detector.batch
     device = detector.network.device
-    for _ in range(WARM_UP):
-        detector(frames)
+    clock = Clock(device)
     times: list[float] = []
     early: int | None = None
+    detector(frames)  # warms up
     begin = time.perf_counter()
     while time.perf_counter() - begin < seconds or len(times) < 10:
-        start = _now(device)
-        detector(frames)
-        times.append(1e3 * (_now(device) - start))
+        times.append(1e3 * clock.whole(lambda: detector(frames)))
         if early is None and time.perf_counter() - begin > seconds / 10:
-            early = memory_bytes(device)
+            early = held_bytes(device)
     tenth = len(times) // 10
+    held = held_bytes(device)
     p50, p99, p999 = percentiles(times, 50, 99, 99.9)
     return {
         "engine": detector.network.engine,
@@ -262,5 +172,5 @@ def soak(detector: Detector, seconds: float) -> dict[str, Any]:
         "p99": p99,
         "p99.9": p999,
         "drift": round(float(np.median(times[-tenth:]) / np.median(times[:tenth])), 4),
-        "growth_bytes": memory_bytes(device) - (early or 0),
+        "growth_bytes": None if held is None or early is None else held - early,
     }

@@ -1,12 +1,12 @@
-"""Turns and checks of the comparisons."""
+"""Turns by the clock, and the ceilings that times are held against."""
 
 import time
 
 import pytest
 import torch
 
-from bench.ceilings import Ceilings
-from bench.race import Clock, Pace, Work, close, equal, race
+from yolov7.benchmark.ceilings import Ceilings
+from yolov7.benchmark.clock import Clock, Pace, Work, race
 
 CPU = Clock(torch.device("cpu"))
 
@@ -24,22 +24,9 @@ def test_long_turns_are_fewer() -> None:
     assert len(race({"ours": lambda: None}, CPU, Pace(10.0, 5, most=7))["ours"]) == 7
 
 
-def test_waiting_is_timed_but_keeps_no_processor_busy() -> None:
+def test_waiting_is_timed() -> None:
     assert CPU(lambda: time.sleep(0.05)) >= 0.05
-    assert CPU.busy(lambda: time.sleep(0.05)) < 0.04
-
-
-def test_wrong_results_do_not_pass() -> None:
-    a = torch.randn(3, 4)
-    close(1e-6)([a], [a])
-    equal((a, 1), (a, 1))
-    for wrong in (a + 0.1, a.where(a != a[0, 0], float("nan"))):
-        with pytest.raises(AssertionError, match="relative RMS"):
-            close(1e-3)(wrong, a)
-        with pytest.raises(AssertionError):
-            equal(wrong, a)
-    with pytest.raises(AssertionError, match="is not"):
-        close(1.0)(a, a[:1])
+    assert CPU.whole(lambda: time.sleep(0.05)) >= 0.05
 
 
 def test_share_of_the_ceilings() -> None:

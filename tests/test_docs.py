@@ -1,0 +1,124 @@
+"""The documents: what they link to is there, what they tell is true, what they show runs."""
+
+import ast
+import re
+import runpy
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from yolov7.variants import VARIANTS
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "bench" / "README.md"])
+PACKAGES = ("kernels", "yolov7", "train")
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\]\((?!\w+:)([^)#\s]*)(?:#([^)\s]+))?\)")
+VARIABLE = re.compile(r"[A-Z][A-Z0-9]*(_[A-Z0-9]+)*")
+
+
+def prose(path: Path) -> str:
+    """A document without what it shows of code."""
+    return FENCE.sub("", path.read_text())
+
+
+def anchors(path: Path) -> set[str]:
+    """What can be linked to in a document: its headings as GitHub names them."""
+    headings = re.findall(r"^#+ (.+)$", prose(path), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_somewhere(path: Path) -> None:
+    for target, anchor in LINK.findall(prose(path)):
+        there = path.parent / target if target else path
+        assert there.exists(), f"{target} is not there"
+        assert not anchor or anchor in anchors(there), f"{target} has no heading {anchor}"
+
+
+def modules(*folders: str) -> Iterator[Path]:
+    for folder in folders:
+        yield from (path for path in (ROOT / folder).rglob("*.py"))
+
+
+def variables(*folders: str) -> set[str]:
+    """Environment variables that are read: strings and constants in statements with `environ`."""
+    trees = [ast.parse(path.read_text()) for path in modules(*folders)]
+    constants = {
+        node.targets[0].id: node.value.value
+        for tree in trees
+        for node in tree.body
+        if isinstance(node, ast.Assign)
+        if isinstance(node.targets[0], ast.Name) and isinstance(node.value, ast.Constant)
+    }
+    found = set()
+    for tree in trees:
+        for statement in (node for node in ast.walk(tree) if isinstance(node, ast.stmt)):
+            own = [node for part in own_parts(statement) for node in ast.walk(part)]
+            if any(isinstance(node, ast.Attribute) and node.attr == "environ" for node in own):
+                named = [node.value for node in own if isinstance(node, ast.Constant)]
+                named += [constants.get(node.id) for node in own if isinstance(node, ast.Name)]
+                found |= {n for n in named if isinstance(n, str) and VARIABLE.fullmatch(n)}
+    return found
+
+
+def own_parts(statement: ast.stmt) -> Iterator[ast.AST]:
+    """The expressions of a statement, without the statements that it holds."""
+    yield from (n for n in ast.iter_child_nodes(statement) if not isinstance(n, ast.stmt))
+
+
+def table() -> set[str]:
+    """The variables of the table in docs/architecture.md."""
+    text = (ROOT / "docs" / "architecture.md").read_text().partition("## Environment variables")[2]
+    rows = [line.split("|")[1] for line in text.splitlines() if line.startswith("| `")]
+    return {name for row in rows for name in re.findall(r"`(\w+)`", row)}
+
+
+def test_every_variable_is_in_the_table() -> None:
+    read = variables(*PACKAGES)
+    assert {"YOLOV7_CACHE", "TORCHINDUCTOR_CACHE_DIR", "RANK"} <= read  # the search finds some
+    assert read <= table()
+    assert table() <= read | variables("tests")
+
+
+def test_floor_plan_is_that_of_the_house() -> None:
+    """It names every module of yolov7/ and of its engines, and none that is not there."""
+    text = (ROOT / "docs" / "architecture.md").read_text().partition("## Inside yolov7/")[2]
+    (_, plan), *_ = FENCE.findall(text)
+    house = ROOT / "yolov7"
+    rooms = {path.stem for path in (*house.glob("*.py"), *house.glob("engine/**/*.py"))}
+    rooms |= {path.parent.name for path in (*house.glob("*/*.py"), *house.glob("engine/*/*.py"))}
+    hidden = {"__init__", "__main__", "assets", "kernels", "train"}
+    assert rooms - hidden <= set(re.findall(r"\w+", plan))
+    assert set(re.findall(r"(\w+)(?:\.py|/)(?!\w)", plan)) <= rooms | {"formats", "bench"}
+
+
+def recipes() -> dict[str, str]:
+    """Recipe -> its Python, of docs/extend.md."""
+    _, *sections = re.split(r"^## ", (ROOT / "docs" / "extend.md").read_text(), flags=re.MULTILINE)
+    blocks = {
+        section.partition("\n")[0]: [
+            code for language, code in FENCE.findall(section) if language == "python"
+        ]
+        for section in sections
+    }
+    return {name: "\n\n".join(found) for name, found in blocks.items() if found}
+
+
+@pytest.fixture
+def variants() -> Iterator[None]:
+    """Variants that a recipe adds are gone behind it."""
+    before = dict(VARIANTS)
+    yield
+    VARIANTS.clear()
+    VARIANTS.update(before)
+
+
+@pytest.mark.parametrize("name", recipes())
+@pytest.mark.usefixtures("variants")
+def test_recipe_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "recipe.py"
+    file.write_text(recipes()[name])
+    runpy.run_path(str(file))
