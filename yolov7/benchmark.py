@@ -24,10 +24,10 @@ from yolov7.engine.choose import Runtime, open_frames
 from yolov7.engine.eager import Network
 from yolov7.engine.frames import Suppression
 from yolov7.engine.graph.steps import Step
+from yolov7.images import read_image
 from yolov7.info import conv_layers
 from yolov7.letterbox import Image, letterbox_geometry
 from yolov7.model import YOLOv7
-from yolov7.sources import read_image
 
 FRAME = (1080, 1920)  # height, width in pixels
 WARM_UP = 3

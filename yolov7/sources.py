@@ -12,35 +12,28 @@ from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from http.client import HTTPException
-from io import BytesIO
 from itertools import groupby, repeat
 from pathlib import Path
 from threading import Condition
-from typing import Any, Literal
+from typing import Literal
 from urllib.parse import urlsplit
 
 import cv2
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from yolov7.capture import Newest, ahead, frame_rate, next_frame, open_capture
 from yolov7.errors import UserError
-from yolov7.image_header import PNG, read_header
+from yolov7.images import IMAGE_SUFFIXES, decode_image, read_image, to_bgr
 from yolov7.letterbox import Image
 
-IMAGE_SUFFIXES = frozenset(
-    {".avif", ".bmp", ".dib", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".mpo", ".pbm", ".pgm"}
-    | {".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"}
-)
 VIDEO_SUFFIXES = frozenset(
     {".3gp", ".asf", ".avi", ".flv", ".gif", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg"}
     | {".ogv", ".ts", ".webm", ".wmv"}
 )
 STREAM_SCHEMES = frozenset({"rtsp", "rtsps", "rtmp", "rtp", "udp", "tcp", "srt"})
 
-MAX_PIXELS = 2**28  # 268 million: 0.8 GB once decoded
 MAX_DOWNLOAD = 2**28  # bytes of one image from a URL
 TIMEOUT_S = 10.0  # until a server has to answer
 WORKERS = 2  # threads that decode images
@@ -212,75 +205,6 @@ class Source:
         if self.on_error is None:
             raise error
         self.on_error(error)
-
-
-def read_image(path: str | Path) -> Image:
-    """Decode an image file: upright by its EXIF record, alpha dropped, 16 bits scaled to 8.
-
-    Returns:
-        [H, W, 3] uint8, BGR.
-
-    Raises:
-        UserError: The file is missing, truncated, no image, or over ``MAX_PIXELS``.
-    """
-    try:
-        data = Path(path).read_bytes()
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file: check the path") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    return decode_image(data, str(path))
-
-
-def decode_image(data: bytes, name: str) -> Image:
-    """``read_image`` for the bytes of a file; ``name`` stands in the error messages."""
-    header = read_header(BytesIO(data))
-    if header:  # known before any memory is taken for the pixels
-        _check_pixels(header.height * header.width, name)
-    broken = UserError(f"{name}: truncated, or not an image: replace the file or leave it out")
-    if not data or (data.startswith(PNG) and b"IEND" not in data[-64:]):
-        raise broken
-    try:
-        flags = cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH  # upright, three channels, 8 or 16 bits
-        image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
-    except cv2.error:  # also for what OpenCV's own limits refuse
-        raise broken from None
-    if image is None:
-        raise broken
-    return to_bgr(image, name)
-
-
-def to_bgr(array: NDArray[Any], name: str) -> Image:
-    """An 8- or 16-bit array as [H, W, 3] uint8 BGR; grey is repeated, alpha dropped.
-
-    Args:
-        array: [H, W] or [H, W, C], C = 1, 3 (BGR) or 4 (BGRA); uint8 or uint16.
-        name: Stands in the error messages.
-
-    Raises:
-        UserError: Another shape or dtype, no pixels, or over ``MAX_PIXELS``.
-    """
-    if array.ndim == 2:
-        array = array[:, :, None]
-    if array.ndim != 3 or array.shape[2] not in (1, 3, 4) or array.size == 0:
-        shape = "x".join(map(str, array.shape))
-        raise UserError(f"{name}: shape {shape} is not an image: give H x W x 1, 3 or 4")
-    _check_pixels(array.shape[0] * array.shape[1], name)
-    if array.dtype == np.uint16:
-        array = (array[:, :, :3] * np.float32(255 / 65535) + np.float32(0.5)).astype(np.uint8)
-    if array.dtype != np.uint8:
-        raise UserError(f"{name}: pixels are {array.dtype}: give 8 or 16 bits without sign")
-    if array.shape[2] == 1:
-        array = np.broadcast_to(array, (*array.shape[:2], 3))
-    return np.ascontiguousarray(array[:, :, :3])
-
-
-def _check_pixels(pixels: int, name: str) -> None:
-    if pixels > MAX_PIXELS:
-        raise UserError(
-            f"{name}: {pixels / 1e6:.0f} million pixels, over the limit of "
-            f"{MAX_PIXELS / 1e6:.0f} million: make it smaller or cut it up"
-        )
 
 
 def _items(source: object) -> Iterator[_Item]:

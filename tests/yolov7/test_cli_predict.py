@@ -10,7 +10,7 @@ import yaml
 
 from yolov7.cli import main
 from yolov7.cli.predict import Predict
-from yolov7.sources import read_image
+from yolov7.images import read_image
 
 
 @pytest.fixture(autouse=True)

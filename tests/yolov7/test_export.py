@@ -28,10 +28,10 @@ from yolov7.errors import UserError
 from yolov7.export import Exported, Settings, export, onnx_graph, write
 from yolov7.export.report import input_port, output_ports
 from yolov7.head import Detect
+from yolov7.images import read_image
 from yolov7.info import conv_layers
 from yolov7.kernels.nms import batched_nms
 from yolov7.letterbox import letterbox, letterbox_geometry
-from yolov7.sources import read_image
 from yolov7.variants import VARIANTS
 
 SAMPLES = sorted((Path(yolov7.__file__).parent / "assets" / "images").glob("*.jpg"))

@@ -10,9 +10,9 @@ from typing import Any
 import yaml
 
 from yolov7.dataset import cache, coco, yolo
-from yolov7.dataset.image_size import image_size
 from yolov7.dataset.sample import Dataset, Labels, Sample
 from yolov7.errors import UserError
+from yolov7.images import image_size
 from yolov7.progress import progress
 
 COCO_YAML = Path(__file__).parents[1] / "assets" / "coco.yaml"
@@ -211,8 +211,6 @@ def _collect(
 
 def _measure(row: _Row) -> tuple[int, int] | str:
     """Height and width of an image, or the line that says why it is skipped."""
-    if not row.path.is_file():
-        return f"{row.path}: does not exist"
     try:
         size = image_size(row.path)
     except UserError as error:

@@ -11,7 +11,7 @@ import numpy as np
 
 from yolov7.dataset.sample import Labels, Polygon
 from yolov7.errors import UserError
-from yolov7.sources import IMAGE_SUFFIXES
+from yolov7.images import IMAGE_SUFFIXES
 
 SLACK = 0.01  # fractions that rounding carried out of 0..1 are meant
 

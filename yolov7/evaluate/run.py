@@ -25,9 +25,9 @@ from yolov7.engine.choose import open_frames
 from yolov7.engine.frames import Forward, Frames, Pixels, Suppression
 from yolov7.errors import UserError
 from yolov7.evaluate.metric import Detections, Evaluation, measure
+from yolov7.images import read_image
 from yolov7.letterbox import Geometry, Image, letterbox_geometry
 from yolov7.progress import progress
-from yolov7.sources import read_image
 
 Preparation = Literal["authors", "letterbox", "square"]
 GROUP = 32  # images that share a canvas
