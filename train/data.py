@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import cv2
 import numpy as np
@@ -91,7 +91,7 @@ class ImageStore:
         longest = max(sample.height, sample.width)
         # The decoder of JPEG shrinks for nothing: a quarter of the pixels, a third of the time.
         shrink = next((factor for factor in (8, 4, 2) if longest >= factor * self.size), 1)
-        image = read_image(sample.path, shrink=shrink)
+        image: NDArray[Any] = read_image(sample.path, shrink=shrink)
         ratio = self.size / longest
         width, height = (max(1, round(side * ratio)) for side in (sample.width, sample.height))
         if image.shape[:2] != (height, width):

@@ -23,7 +23,8 @@ from yolov7 import __version__
 from yolov7.download import PUBLISHED, published_weights
 from yolov7.errors import UserError
 from yolov7.model import Form, YOLOv7
-from yolov7.unpickle import Record, StoredTensor, TorchFile, module_tensors, one_line
+from yolov7.text import one_line
+from yolov7.unpickle import Record, StoredTensor, TorchFile, module_tensors
 from yolov7.variants import VARIANTS, Downsample, Variant, scaled
 
 DEMO_WEIGHTS = "blood-cells-tiny.safetensors"  # embedded; used when no weights are named

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from yolov7.errors import UserError
+from yolov7.text import one_line
 
 # Names that are recorded, never imported: what the authors' training scripts store.
 _RECORDED = ("models.", "utils.", "torch.", "numpy.", "pathlib.", "argparse.")
@@ -212,11 +213,6 @@ class _InertUnpickler(pickle._Unpickler):  # the C one fills memory for a hostil
                 f"a storage of {numel} elements in {entry.file_size} bytes"
             )
         return _Storage(self.archive, key, dtype, numel)
-
-
-def one_line(text: object) -> str:
-    """`text`, parts of which come from a file, as a message can have it: short and printable."""
-    return "".join(c if c.isprintable() else " " for c in str(text)[:120])
 
 
 class TorchFile:

@@ -239,7 +239,7 @@ def test_images_of_a_coco_json_that_are_missing_or_of_another_size_are_listed(
     dataset = load_data(coco_data(tmp_path, content), "val")
     assert [sample.image_id for sample in dataset.samples] == [7, 3]
     missing, turned = dataset.skipped
-    assert "8.jpg: does not exist" in missing
+    assert "8.jpg: no such file" in missing
     assert "9.jpg: is 80x40, but its annotations are made for 40x80" in turned
 
 

@@ -4,9 +4,9 @@ import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import cv2
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from yolov7.checkpoint import DEMO_WEIGHTS
 from yolov7.cli.options import ModelOptions
@@ -18,7 +18,9 @@ from yolov7.evaluate import Evaluation, Predictions, Settings, measure, predict,
 from yolov7.evaluate.run import EVERYTHING, Preparation
 from yolov7.evaluate.sheet import draw_sheet
 from yolov7.progress import working
+from yolov7.results import write_image
 from yolov7.runs import check_writable, new_run, write_arguments, write_json
+from yolov7.text import printable
 
 LISTED = 10  # skipped images that are named on the terminal
 # figure -> kind, letters, IoU, area, detections: the block that pycocotools prints
@@ -156,7 +158,7 @@ def _print(evaluation: Evaluation) -> None:
     table.add_section()
     for row in evaluation.per_class:
         figures = map(_figure, (row.precision, row.recall, row.ap50, row.ap))
-        table.add_row(row.name, str(row.images), str(row.instances), *figures)
+        table.add_row(Text(printable(row.name)), str(row.images), str(row.instances), *figures)
     Console().print(table)
     stages = ", ".join(f"{name} {value:.1f}" for name, value in evaluation.speed.items())
     print(f"speed in ms per image: {stages}")
@@ -176,7 +178,7 @@ def _save(options: Val, predictions: Predictions, evaluation: Evaluation, folder
         found = to_coco(dataset.samples, detections, dataset.category_ids)
         write_json(folder / "predictions.json", found, indent=None)
     sheet = draw_sheet(dataset.samples, detections, dataset.names)
-    cv2.imwrite(str(folder / "samples.jpg"), sheet)
+    write_image(folder / "samples.jpg", sheet)
     try:
         from yolov7.evaluate.pictures import save_pictures
     except ImportError:

@@ -14,6 +14,7 @@ import pytest
 
 from yolov7.errors import UserError
 from yolov7.images import decode, decode_image, image_size, read_image
+from yolov7.images.header import read_header
 from yolov7.letterbox import Image
 
 
@@ -194,7 +195,7 @@ def test_the_limit_on_memory_is_kept_while_decoding(tmp_path: Path, suffix: str)
         [sys.executable, "-c", LIMITED, path], capture_output=True, text=True, check=True
     )
     with path.open("rb") as file:
-        found = decode.read_header(file)
+        found = read_header(file)
     assert found is not None
     assert int(done.stdout.splitlines()[1]) * 2**20 / 3000**2 <= found.cost + 0.5
 
