@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import cv2
 import numpy as np
@@ -21,9 +21,9 @@ from torch.utils.data import Dataset as TorchDataset
 
 from yolov7.cache import cache_folder
 from yolov7.dataset import Dataset, Sample
+from yolov7.images import read_image
 from yolov7.letterbox import Image
 from yolov7.progress import progress
-from yolov7.sources import read_image
 from yolov7.train.assigner import pad_labels
 from yolov7.train.augment import Augmenter
 from yolov7.train.config import Augmentation
@@ -31,11 +31,6 @@ from yolov7.train.paste import build_bank
 from yolov7.train.scene import Scene
 
 CacheKind = Literal["none", "ram", "disk"]
-REDUCED = {
-    8: cv2.IMREAD_REDUCED_COLOR_8,
-    4: cv2.IMREAD_REDUCED_COLOR_4,
-    2: cv2.IMREAD_REDUCED_COLOR_2,
-}
 STRETCH = (0.5, 1.5)  # of a batch, in multi-scale training
 READERS = 8  # threads that fill the RAM cache
 
@@ -94,14 +89,9 @@ class ImageStore:
 
     def _read(self, sample: Sample) -> Image:
         longest = max(sample.height, sample.width)
-        factor = next((f for f in REDUCED if longest >= f * self.size), 1)
-        image = None
-        if factor > 1 and sample.path.suffix.lower() in (".jpg", ".jpeg"):
-            # The decoder of JPEG shrinks for nothing: a quarter of the pixels, a third of the time.
-            data = np.fromfile(sample.path, np.uint8)
-            image = cv2.imdecode(data, REDUCED[factor]) if len(data) else None
-        if image is None:
-            image = read_image(sample.path)
+        # The decoder of JPEG shrinks for nothing: a quarter of the pixels, a third of the time.
+        shrink = next((factor for factor in (8, 4, 2) if longest >= factor * self.size), 1)
+        image: NDArray[Any] = read_image(sample.path, shrink=shrink)
         ratio = self.size / longest
         width, height = (max(1, round(side * ratio)) for side in (sample.width, sample.height))
         if image.shape[:2] != (height, width):

@@ -13,6 +13,7 @@ from yolov7.dataset import Dataset
 from yolov7.drawing import draw_boxes
 from yolov7.evaluate.sheet import draw_sheet
 from yolov7.letterbox import GREY, Image
+from yolov7.text import plot_text
 from yolov7.train.data import Batch
 from yolov7.train.report import LOSSES, Callback, Result, read_rows
 
@@ -63,13 +64,14 @@ def label_picture(dataset: Dataset, path: Path) -> None:
     counts.bar(range(len(dataset.names)), np.bincount(classes, minlength=len(dataset.names)))
     counts.set_ylabel("boxes")
     if len(dataset.names) <= 30:
-        counts.set_xticks(range(len(dataset.names)), dataset.names, rotation=90)
-    for axes, points, names in (
+        names = [plot_text(name) for name in dataset.names]
+        counts.set_xticks(range(len(names)), names, rotation=90)
+    for axes, points, sides in (
         (places, centre, ("centre x", "centre y")),
         (sizes, size, ("width", "height")),
     ):
         axes.hist2d(points[:, 0], points[:, 1], bins=50, range=((0, 1), (0, 1)), cmin=1)
-        axes.set(xlabel=f"{names[0]} / image", ylabel=f"{names[1]} / image", aspect="equal")
+        axes.set(xlabel=f"{sides[0]} / image", ylabel=f"{sides[1]} / image", aspect="equal")
     places.invert_yaxis()
     figure.savefig(path, dpi=100)
 

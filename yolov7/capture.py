@@ -3,15 +3,20 @@
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from threading import Condition, Thread
+from threading import Condition, Event, Thread
+from time import monotonic
 from typing import TypeVar
 
 import cv2
 import numpy as np
 
+from yolov7.errors import UserError
 from yolov7.letterbox import Image
+from yolov7.text import one_line
 
 WAITING = 2
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 30.0  # before a source that has dropped is opened again
+TIMEOUTS = [cv2.CAP_PROP_OPEN_TIMEOUT_MSEC, 10_000, cv2.CAP_PROP_READ_TIMEOUT_MSEC, 10_000]
 
 T = TypeVar("T")
 
@@ -40,13 +45,34 @@ def ahead(
                 future.cancel()
 
 
-def open_capture(target: str | int) -> cv2.VideoCapture | None:
-    """OpenCV's reader of a video file, camera or stream; None where it finds none."""
+def open_capture(target: str | int, name: str, hint: str) -> cv2.VideoCapture:
+    """OpenCV's reader of a video file, camera or stream.
+
+    Args:
+        target: Path, address or camera number.
+        name: Stands in the error messages.
+        hint: What to say where OpenCV finds nothing to read.
+
+    Raises:
+        UserError: It cannot be opened.
+    """
     try:
-        capture = cv2.VideoCapture(target)
-    except cv2.error:  # the number does not fit
-        return None
-    return capture if capture.isOpened() else None
+        if isinstance(target, int):
+            capture = cv2.VideoCapture(target)
+        elif cv2.CAP_FFMPEG in cv2.videoio_registry.getBackends():
+            target.encode()  # OpenCV ends the process at half a surrogate pair
+            # FFmpeg only: another reader prints addresses, with the passwords in them.
+            capture = cv2.VideoCapture(target, cv2.CAP_FFMPEG, TIMEOUTS)
+        else:
+            target.encode()
+            capture = cv2.VideoCapture(target)
+    except UnicodeEncodeError:
+        raise UserError(f"{name}: OpenCV opens only names in UTF-8: rename it") from None
+    except cv2.error:  # the number does not fit, a container that its reader trips over
+        raise UserError(f"{name}: {hint}") from None
+    if not capture.isOpened():
+        raise UserError(f"{name}: {hint}")
+    return capture
 
 
 def frame_rate(capture: cv2.VideoCapture) -> float:
@@ -56,58 +82,123 @@ def frame_rate(capture: cv2.VideoCapture) -> float:
 
 
 def next_frame(capture: cv2.VideoCapture, stride: int) -> Image | None:
-    """The next frame, None where there is none; leaves out ``stride - 1`` frames after it."""
-    ok, image = capture.read()
-    if not ok:
-        return None
-    for _ in range(stride - 1):
-        capture.grab()
+    """The next frame, None where there is none; leaves out ``stride - 1`` frames after it.
+
+    Raises:
+        UserError: OpenCV trips over what comes.
+    """
+    try:
+        ok, image = capture.read()
+        if not ok:
+            return None
+        for _ in range(stride - 1):
+            capture.grab()
+    except cv2.error as error:
+        raise UserError(f"damaged ({one_line(error.err)})") from None
     return np.asarray(image, dtype=np.uint8)
 
 
 class Newest:
     """A thread that reads a camera or stream all the time and keeps its newest frame.
 
+    Where no frame comes any more it opens the source again, after pauses of 1, 2, 4 and up to 30
+    seconds, until `retry` seconds have gone without a frame.
+
     Args:
-        capture: What it reads, and releases at the end.
+        name: Of the source, for messages.
+        connect: Opens it.
         stride: Take every n-th frame.
-        changed: Guards ``frame``; told of every new one, and of the end.
+        retry: Seconds; 0: the first interruption is the end.
+        changed: Guards ``frame`` and ``news``; told of every new one, and of the end.
 
     Attributes:
         frame: The newest frame that nobody has taken, and its number, from 1.
+        news: What the reader is to be told: lines, and at the end the error that was the reason.
         dropped: Frames that were replaced before somebody took them.
         ended: No frame comes any more.
+        fps: Frames per second; 0 where the source says nothing, or is not yet open.
     """
 
-    def __init__(self, capture: cv2.VideoCapture, stride: int, changed: Condition) -> None:
+    def __init__(
+        self,
+        name: str,
+        connect: Callable[[], cv2.VideoCapture],
+        *,
+        stride: int,
+        retry: float,
+        changed: Condition,
+    ) -> None:
         self.frame: tuple[Image, int] | None = None
+        self.news: list[str | Exception] = []
         self.dropped = 0
         self.ended = False
-        self.fps = frame_rate(capture)
+        self.fps = 0.0
+        self._name, self._connect = name, connect
+        self._stride, self._retry = stride, retry
         self._changed = changed
-        self._stopped = False
-        self._thread = Thread(target=self._run, args=(capture, stride), daemon=True)
+        self._number = 1
+        self._stopped = Event()
+        self._thread = Thread(target=self._run, daemon=True)
         self._thread.start()
 
-    def take(self) -> tuple[Image, int] | None:
-        """The newest frame, once; the caller holds ``changed``."""
-        frame, self.frame = self.frame, None
-        return frame
+    def take(self) -> tuple[tuple[Image, int] | None, list[str | Exception]]:
+        """The newest frame and the news, each once; the caller holds ``changed``."""
+        taken, self.frame, self.news = (self.frame, self.news), None, []
+        return taken
 
     def stop(self) -> None:
         """Ask the thread to end; one whose camera hangs dies with the process."""
-        self._stopped = True
+        self._stopped.set()
         self._thread.join(timeout=1)
 
-    def _run(self, capture: cv2.VideoCapture, stride: int) -> None:
-        number = 1
-        while (image := next_frame(capture, stride)) is not None and not self._stopped:
-            with self._changed:
-                self.dropped += self.frame is not None
-                self.frame = image, number
-                self._changed.notify_all()
-            number += stride
-        capture.release()
+    def _run(self) -> None:
+        error: Exception | None = None
+        try:
+            self._read_with_pauses()
+        except Exception as caught:  # of whatever kind: the reader waits for it
+            error = caught
         with self._changed:
+            if error is not None and not self._stopped.is_set():
+                self.news.append(error)
             self.ended = True
             self._changed.notify_all()
+
+    def _read_with_pauses(self) -> None:
+        last, pause = monotonic(), FIRST_PAUSE_S
+        while not self._stopped.is_set():
+            before = self._number
+            reason = UserError(f"{self._name}: no frame comes any more: check the source")
+            try:
+                self._read()
+            except UserError as error:
+                reason = error
+            if self._number > before:
+                last, pause = monotonic(), FIRST_PAUSE_S
+            left = last + self._retry - monotonic()
+            if left <= 0:
+                raise reason
+            pause = min(pause, left)
+            with self._changed:
+                self.news.append(f"{reason}; trying again in {pause:.1f} s")
+                self._changed.notify_all()
+            self._stopped.wait(pause)
+            pause = min(2 * pause, LONGEST_PAUSE_S)
+
+    def _read(self) -> None:
+        """Read until no frame comes."""
+        capture = self._connect()
+        try:
+            self.fps = frame_rate(capture)
+            while not self._stopped.is_set():
+                image = next_frame(capture, self._stride)
+                if image is None:
+                    return
+                with self._changed:
+                    self.dropped += self.frame is not None
+                    self.frame = image, self._number
+                    self._changed.notify_all()
+                self._number += self._stride
+        except UserError as error:
+            raise UserError(f"{self._name}: {error}") from None
+        finally:
+            capture.release()

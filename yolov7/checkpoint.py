@@ -22,7 +22,8 @@ from yolov7.download import PUBLISHED, published_weights
 from yolov7.errors import UserError
 from yolov7.model import Form, YOLOv7
 from yolov7.schema import from_json
-from yolov7.unpickle import Record, StoredTensor, TorchFile, module_tensors, one_line
+from yolov7.text import one_line
+from yolov7.unpickle import Record, StoredTensor, TorchFile, module_tensors
 from yolov7.variants import LARGEST_IMGSZ, VARIANTS, Variant
 
 DEMO_WEIGHTS = "blood-cells-tiny.safetensors"  # embedded; used when no weights are named

@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from yolov7.letterbox import Image
+from yolov7.text import printable
 
 # BGR. Neighbours differ in hue and lightness, so that classes 0, 1, 2 of a small set stand apart.
 PALETTE = (
@@ -71,6 +72,7 @@ def _draw_label(
     canvas: Image, text: str, corner: tuple[int, int], colour: tuple[int, int, int], line: int
 ) -> None:
     """A filled tag with text, standing on ``corner``, or hanging from it where there is no room."""
+    text = printable(text)  # OpenCV ends the process at half a surrogate pair
     scale, thickness = max(line * 0.26, 0.42), max(line // 2, 1)
     (width, height), baseline = cv2.getTextSize(text, FONT, scale, thickness)
     margin = line + 1

@@ -17,6 +17,7 @@ from yolov7.drawing import draw_boxes
 from yolov7.errors import UserError
 from yolov7.letterbox import Image
 from yolov7.sources import Frame
+from yolov7.text import printable
 
 
 @dataclass(frozen=True, eq=False, repr=False)  # tensors have no one answer to ==
@@ -93,7 +94,7 @@ class Results:
         if frame.kind != "image":
             number += f" frame {frame.number}" + (f"/{frame.total}" if frame.total else "")
         height, width = self.input_shape
-        return (
+        return printable(
             f"{'image' if frame.kind == 'image' else 'video'} {number} {frame.path}: "
             f"{height}x{width} {self.summary()}, {sum(self.speed.values()):.1f} ms"
         )

@@ -7,43 +7,41 @@ newest frame wins: a slow reader sees the present, and the frames that it missed
 
 import glob
 import urllib.request
+from base64 import b64encode
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
-from http.client import HTTPException
-from io import BytesIO
+from http.client import HTTPException, HTTPResponse
 from itertools import groupby, repeat
 from pathlib import Path
 from threading import Condition
-from typing import Any, Literal
-from urllib.parse import urlsplit
+from typing import Literal
+from urllib.parse import quote, unquote, urlsplit
 
 import cv2
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from yolov7.capture import Newest, ahead, frame_rate, next_frame, open_capture
 from yolov7.errors import UserError
-from yolov7.image_header import PNG, read_header
+from yolov7.images import IMAGE_SUFFIXES, decode_image, read_image, to_bgr
 from yolov7.letterbox import Image
+from yolov7.text import split_login, without_secrets
 
-IMAGE_SUFFIXES = frozenset(
-    {".avif", ".bmp", ".dib", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".mpo", ".pbm", ".pgm"}
-    | {".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"}
-)
 VIDEO_SUFFIXES = frozenset(
     {".3gp", ".asf", ".avi", ".flv", ".gif", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg"}
     | {".ogv", ".ts", ".webm", ".wmv"}
 )
 STREAM_SCHEMES = frozenset({"rtsp", "rtsps", "rtmp", "rtp", "udp", "tcp", "srt"})
 
-MAX_PIXELS = 2**28  # 268 million: 0.8 GB once decoded
 MAX_DOWNLOAD = 2**28  # bytes of one image from a URL
 TIMEOUT_S = 10.0  # until a server has to answer
 WORKERS = 2  # threads that decode images
+
+NO_VIDEO = "not a video that can be read: check the file"
+NO_STREAM = "cannot be opened: check that it is there"
 
 OnError = Callable[[UserError], None]
 
@@ -104,21 +102,33 @@ class Source:
             [H, W, 1 | 3 | 4] or a batch of these; BGR; 8 or 16 bit), tensor ([C, H, W] or a batch;
             RGB; uint8, or floating in 0..1), or a list of these.
         vid_stride: Take every n-th frame of a video or stream.
-        on_error: Called with the error of an item that cannot be read; the others follow. Without
-            it the error is raised.
+        retry: Seconds for which a camera or stream that has dropped is tried again.
+        on_error: Called with the error of an item that cannot be read, or of a camera or stream
+            that has ended; the others follow. Without it the error is raised.
+        on_note: Called with a line when a camera or stream has dropped and is tried again.
 
     Raises:
         UserError: An item cannot be read, and there is no ``on_error``.
     """
 
     def __init__(
-        self, source: object, *, vid_stride: int = 1, on_error: OnError | None = None
+        self,
+        source: object,
+        *,
+        vid_stride: int = 1,
+        retry: float = 0.0,
+        on_error: OnError | None = None,
+        on_note: Callable[[str], None] | None = None,
     ) -> None:
         if vid_stride < 1:
             raise UserError(f"vid_stride is {vid_stride}: give 1 or more")
+        if not retry >= 0:  # nor NaN
+            raise UserError(f"retry is {retry:g} seconds: give 0 or more")
         self.items = list(_items(source))
         self.vid_stride = vid_stride
+        self.retry = retry
         self.on_error = on_error
+        self.on_note = on_note
         self._readers: list[tuple[int, _Item, Newest]] = []
         if not self.items:
             raise UserError("the list of sources is empty: give at least one")
@@ -162,18 +172,23 @@ class Source:
                 yield Frame(image, item.name, number, len(self))
 
     def _video(self, number: int, item: _Item) -> Iterator[Frame]:
-        capture = open_capture(item.target)
-        if capture is None:
-            self._report(UserError(f"{item.name}: not a video that can be read: check the file"))
+        try:
+            capture = open_capture(item.target, item.name, NO_VIDEO)
+        except UserError as error:
+            self._report(error)
             return
         total, fps = max(int(capture.get(cv2.CAP_PROP_FRAME_COUNT)), 0), frame_rate(capture)
         position = 1
         reads = ahead(repeat(partial(next_frame, capture, self.vid_stride)), workers=1)
         # The header's count is a promise only: the end is where no frame comes any more.
         with closing(reads):
-            while (image := next(reads)) is not None:
-                yield Frame(image, item.name, number, len(self), "video", position, total, fps)
-                position += self.vid_stride
+            try:
+                while (image := next(reads)) is not None:
+                    yield Frame(image, item.name, number, len(self), "video", position, total, fps)
+                    position += self.vid_stride
+            except UserError as error:
+                self._report(UserError(f"{item.name}: {error} from frame {position} on"))
+                position = 0
         capture.release()
         if position == 1:
             self._report(UserError(f"{item.name}: holds no frame that can be read: check the file"))
@@ -183,104 +198,46 @@ class Source:
         self._readers = []
         try:
             for number, item in group:
-                capture = open_capture(item.target)
-                if capture is None:
-                    error = UserError(f"{item.name}: cannot be opened: check that it is there")
-                    self._report(error)
-                else:
-                    self._readers.append((number, item, Newest(capture, self.vid_stride, changed)))
+                connect = partial(open_capture, item.target, item.name, NO_STREAM)
+                reader = Newest(
+                    item.name, connect, stride=self.vid_stride, retry=self.retry, changed=changed
+                )
+                self._readers.append((number, item, reader))
             readers = [reader for *_, reader in self._readers]
             while True:
                 with changed:
                     changed.wait_for(
-                        lambda: all(r.ended for r in readers) or any(r.frame for r in readers)
+                        lambda: (
+                            all(r.ended for r in readers) or any(r.frame or r.news for r in readers)
+                        )
                     )
                     taken = [reader.take() for reader in readers]
-                if not any(taken):
+                if not any(frame or news for frame, news in taken):
                     return
-                for (number, item, reader), frame in zip(self._readers, taken, strict=True):
+                for (number, item, reader), (frame, news) in zip(self._readers, taken, strict=True):
                     if frame:
                         image, count = frame
                         yield Frame(
                             image, item.name, number, len(self), "live", count, 0, reader.fps
                         )
+                    for said in news:
+                        self._pass_on(said)
         finally:
             for *_, reader in self._readers:
                 reader.stop()
+
+    def _pass_on(self, news: str | Exception) -> None:
+        if isinstance(news, UserError):
+            self._report(news)
+        elif isinstance(news, Exception):
+            raise news
+        elif self.on_note is not None:
+            self.on_note(news)
 
     def _report(self, error: UserError) -> None:
         if self.on_error is None:
             raise error
         self.on_error(error)
-
-
-def read_image(path: str | Path) -> Image:
-    """Decode an image file: upright by its EXIF record, alpha dropped, 16 bits scaled to 8.
-
-    Returns:
-        [H, W, 3] uint8, BGR.
-
-    Raises:
-        UserError: The file is missing, truncated, no image, or over ``MAX_PIXELS``.
-    """
-    try:
-        data = Path(path).read_bytes()
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file: check the path") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    return decode_image(data, str(path))
-
-
-def decode_image(data: bytes, name: str) -> Image:
-    """``read_image`` for the bytes of a file; ``name`` stands in the error messages."""
-    header = read_header(BytesIO(data))
-    if header:  # known before any memory is taken for the pixels
-        _check_pixels(header.height * header.width, name)
-    broken = UserError(f"{name}: truncated, or not an image: replace the file or leave it out")
-    if not data or (data.startswith(PNG) and b"IEND" not in data[-64:]):
-        raise broken
-    try:
-        flags = cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH  # upright, three channels, 8 or 16 bits
-        image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
-    except cv2.error:  # also for what OpenCV's own limits refuse
-        raise broken from None
-    if image is None:
-        raise broken
-    return to_bgr(image, name)
-
-
-def to_bgr(array: NDArray[Any], name: str) -> Image:
-    """An 8- or 16-bit array as [H, W, 3] uint8 BGR; grey is repeated, alpha dropped.
-
-    Args:
-        array: [H, W] or [H, W, C], C = 1, 3 (BGR) or 4 (BGRA); uint8 or uint16.
-        name: Stands in the error messages.
-
-    Raises:
-        UserError: Another shape or dtype, no pixels, or over ``MAX_PIXELS``.
-    """
-    if array.ndim == 2:
-        array = array[:, :, None]
-    if array.ndim != 3 or array.shape[2] not in (1, 3, 4) or array.size == 0:
-        shape = "x".join(map(str, array.shape))
-        raise UserError(f"{name}: shape {shape} is not an image: give H x W x 1, 3 or 4")
-    _check_pixels(array.shape[0] * array.shape[1], name)
-    if array.dtype == np.uint16:
-        array = (array[:, :, :3] * np.float32(255 / 65535) + np.float32(0.5)).astype(np.uint8)
-    if array.dtype != np.uint8:
-        raise UserError(f"{name}: pixels are {array.dtype}: give 8 or 16 bits without sign")
-    if array.shape[2] == 1:
-        array = np.broadcast_to(array, (*array.shape[:2], 3))
-    return np.ascontiguousarray(array[:, :, :3])
-
-
-def _check_pixels(pixels: int, name: str) -> None:
-    if pixels > MAX_PIXELS:
-        raise UserError(
-            f"{name}: {pixels / 1e6:.0f} million pixels, over the limit of "
-            f"{MAX_PIXELS / 1e6:.0f} million: make it smaller or cut it up"
-        )
 
 
 def _items(source: object) -> Iterator[_Item]:
@@ -338,8 +295,8 @@ def _from_path(path: Path) -> Iterator[_Item]:
             missing = "matches no image or video: check the pattern"
         else:
             found, missing = [path], ""
-    except OSError as error:  # a folder that may not be read, a name that is too long
-        found, missing = [], f"cannot be read: {error.strerror}"
+    except (OSError, ValueError) as error:  # a folder that may not be read, a name too long, a NUL
+        found, missing = [], f"cannot be read: {getattr(error, 'strerror', None) or error}"
     for file in found:
         if file.suffix.lower() in VIDEO_SUFFIXES and file.exists():
             yield _Item(str(file), "video", target=str(file))
@@ -354,40 +311,55 @@ _SUFFIXES = IMAGE_SUFFIXES | VIDEO_SUFFIXES
 _REFUSALS = (OSError, ValueError, HTTPException)
 
 
-def _from_url(url: str) -> _Item:
+def _from_url(address: str) -> _Item:
+    name = without_secrets(address)
     try:
-        parts = urlsplit(url)
+        parts = urlsplit(address)
     except ValueError as error:
-        return _failing(url, _unreachable(url, error))
+        return _failing(name, _unreachable(name, error))
     suffix = Path(parts.path).suffix.lower()
     if parts.scheme in STREAM_SCHEMES:
-        return _Item(url, "live", target=url)
+        return _Item(name, "live", target=address)
     if parts.scheme not in ("http", "https"):
         known = ", ".join(sorted(STREAM_SCHEMES | {"http", "https"}))
-        return _failing(url, UserError(f"{url}: give one of {known}"))
+        return _failing(name, UserError(f"{name}: give one of {known}"))
     if suffix in VIDEO_SUFFIXES:
-        return _Item(url, "video", target=url)
+        return _Item(name, "video", target=address)
     if suffix in IMAGE_SUFFIXES:
-        return _Item(url, "image", partial(_download_image, url))
+        return _Item(name, "image", partial(_download_image, address, name))
     try:  # the name does not tell: the server does
-        with urllib.request.urlopen(url, timeout=TIMEOUT_S) as answer:
+        with _open_url(address) as answer:
             kind = answer.headers.get_content_maintype()
     except _REFUSALS as error:
-        return _failing(url, _unreachable(url, error))
+        return _failing(name, _unreachable(name, error))
     if kind == "image":
-        return _Item(url, "image", partial(_download_image, url))
-    return _Item(url, "video" if kind == "video" else "live", target=url)
+        return _Item(name, "image", partial(_download_image, address, name))
+    return _Item(name, "video" if kind == "video" else "live", target=address)
 
 
-def _download_image(url: str) -> Image:
+def _open_url(address: str) -> HTTPResponse:
+    """The answer to an address, whose user and password become a header for its host only."""
+    url, login = split_login(address)
+    parts = urlsplit(url)
+    # Letters beyond ASCII as browsers send them.
+    path, query = quote(parts.path, safe="/%:@!$&'()*+,;=~"), quote(parts.query, safe="/%?=&+,;:@")
+    request = urllib.request.Request(parts._replace(path=path, query=query).geturl())
+    if login:
+        token = b64encode(unquote(login).encode()).decode()
+        request.add_unredirected_header("Authorization", f"Basic {token}")
+    answer: HTTPResponse = urllib.request.urlopen(request, timeout=TIMEOUT_S)
+    return answer
+
+
+def _download_image(address: str, name: str) -> Image:
     try:
-        with urllib.request.urlopen(url, timeout=TIMEOUT_S) as answer:
+        with _open_url(address) as answer:
             data = answer.read(MAX_DOWNLOAD + 1)
     except _REFUSALS as error:
-        raise _unreachable(url, error) from None
+        raise _unreachable(name, error) from None
     if len(data) > MAX_DOWNLOAD:
-        raise UserError(f"{url}: over the limit of {MAX_DOWNLOAD >> 20} MB: download it yourself")
-    return decode_image(data, url)
+        raise UserError(f"{name}: over the limit of {MAX_DOWNLOAD >> 20} MB: download it yourself")
+    return decode_image(data, name)
 
 
 def _unreachable(url: str, error: Exception) -> UserError:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from yolov7.errors import UserError
+from yolov7.text import one_line
 
 # Names that are recorded, never imported: what the authors' training scripts store.
 _RECORDED = ("models.", "utils.", "torch.", "numpy.", "pathlib.", "argparse.")
@@ -99,7 +100,8 @@ class StoredTensor:
         s = self.storage
         if not s.numel:
             return torch.empty(self.shape, dtype=s.dtype)
-        data = torch.frombuffer(bytearray(s.archive.read(f"data/{s.key}")), dtype=s.dtype)
+        whole = math.prod(self.shape) == s.numel
+        data = torch.frombuffer(s.archive.read(f"data/{s.key}", keep=not whole), dtype=s.dtype)
         return data.as_strided(self.shape, self.stride, self.offset).clone()
 
 
@@ -139,6 +141,7 @@ class _Archive:
     def __init__(self, file: zipfile.ZipFile, length: int) -> None:
         self.file = file
         self.entries = {}
+        self._kept: dict[str, bytearray] = {}
         for info in file.infolist():
             if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
                 raise zipfile.BadZipFile("compressed entries")
@@ -146,8 +149,14 @@ class _Archive:
                 raise zipfile.BadZipFile("entries beyond its end")
             self.entries[info.filename.partition("/")[2]] = info
 
-    def read(self, name: str) -> bytes:
-        return self.file.read(self.entries[name])  # checks the entry's CRC
+    def read(self, name: str, *, keep: bool) -> bytearray:
+        """An entry, whose CRC is checked; kept if others are going to read it, too."""
+        if name in self._kept:
+            return self._kept[name]
+        data = bytearray(self.file.read(self.entries[name]))
+        if keep:
+            self._kept[name] = data
+        return data
 
 
 class _InertUnpickler(pickle._Unpickler):  # the C one fills memory for a hostile memo index
@@ -214,11 +223,6 @@ class _InertUnpickler(pickle._Unpickler):  # the C one fills memory for a hostil
         return _Storage(self.archive, key, dtype, numel)
 
 
-def one_line(text: object) -> str:
-    """`text`, parts of which come from a file, as a message can have it: short and printable."""
-    return "".join(c if c.isprintable() else " " for c in str(text)[:120])
-
-
 class TorchFile:
     """An opened `torch.save` file: `root` is what was saved, inert.
 
@@ -252,6 +256,10 @@ def module_tensors(root: Record) -> tuple[dict[str, StoredTensor], list[Record]]
     """Tensors of a pickled module by state-dict name, and its modules, in registration order.
 
     A module that occurs more than once is listed where it comes first.
+
+    Raises:
+        UserError: the names would grow beyond what the file holds: modules nested too deep, names
+            too long, a dictionary that several modules share.
     """
     tensors: dict[str, StoredTensor] = {}
     modules: list[Record] = []
@@ -265,6 +273,12 @@ def module_tensors(root: Record) -> tuple[dict[str, StoredTensor], list[Record]]
         if prefix.count(".") > _DEEPEST:
             raise UserError(f"refused: modules nested more than {_DEEPEST} deep")
         modules.append(module)
+        for group in ("_parameters", "_buffers", "_modules"):
+            members = module.get(group)
+            if members:
+                if id(members) in seen:
+                    raise UserError(f"refused: two modules share their {group[1:]}")
+                seen.add(id(members))
         for group in ("_parameters", "_buffers"):
             for name, value in _items(module.get(group)):
                 if isinstance(value, StoredTensor):

@@ -9,8 +9,8 @@ import pytest
 import yolov7
 from yolov7.checkpoint import load_model, save_model
 from yolov7.cli import main
+from yolov7.images import read_image
 from yolov7.results import write_image
-from yolov7.sources import read_image
 
 ASSETS = Path(yolov7.__file__).parent / "assets"
 SAMPLE = str(ASSETS / "images" / "BloodImage_00031.jpg")

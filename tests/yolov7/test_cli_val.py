@@ -170,6 +170,52 @@ def test_class_names_that_differ_are_said(
     assert "call their classes cell, dot, the data set cell, spot" in capsys.readouterr().err
 
 
+def test_classes_in_another_order_are_matched_by_name(
+    data: Path, weights: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data.write_text("names: [dot, cell]\nval: images\n")
+    for label in data.parent.glob("labels/*.txt"):
+        label.write_text("0 0.5 0.5 0.5 0.5\n0 0.2 0.2 0.2 0.2\n1 0.3 0.3 0.2 0.2\n")
+    options = ("--weights", weights, "--data", data, "--imgsz", 64, "--json", "out.json")
+    assert val(*options) == 0
+    assert "in another order: matched by name" in capsys.readouterr().out
+    rows = json.loads(Path("out.json").read_text())["per_class"]
+    assert [(row["name"], row["instances"]) for row in rows] == [("cell", 3), ("dot", 6)]
+
+
+def test_data_without_a_label_is_refused(
+    data: Path, weights: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for label in data.parent.glob("labels/*.txt"):
+        label.unlink()
+    assert val("--weights", weights, "--data", data) == 1
+    error = capsys.readouterr().err
+    assert "3 images (3 without boxes), 0 boxes of 2 classes: nothing to compare with" in error
+
+
+def test_labels_that_are_left_out_are_listed(
+    data: Path, weights: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    label = data.parent / "labels/0.txt"
+    label.write_text(label.read_text() * 2)
+    assert val("--weights", weights, "--data", data, "--imgsz", 64) == 0
+    said = capsys.readouterr()
+    assert "6 boxes of 2 classes; left out: 2 duplicate labels" in said.out
+    assert f"left out: {label}:3: says the same as a line above" in said.err
+
+
+def test_names_that_are_markup_or_mathematics_are_shown_as_they_are(
+    data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = create_model("yolov7-tiny", 2, form="deploy", width=0.25)
+    model.names = ["[/red]", r"$\frac{$"]
+    save_model(model, "names.safetensors")
+    data.write_text("names: ['[/red]', '$\\frac{$']\nval: images\n")
+    assert val("--weights", "names.safetensors", "--data", data, "--imgsz", 64) == 0
+    assert "[/red]" in capsys.readouterr().out
+    assert Path("runs/val/1/confusion_matrix.png").exists()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -15,10 +15,11 @@ from yolov7.boxes import box_iou, frame_table, in_frames
 from yolov7.engine.eager import Network
 from yolov7.engine.frames import HostFrames, Suppression
 from yolov7.errors import UserError
+from yolov7.images import read_image
 from yolov7.kernels.nms import Detections, batched_nms
 from yolov7.letterbox import Image, letterbox, letterbox_geometry
 from yolov7.results import Results
-from yolov7.sources import Source, read_image
+from yolov7.sources import Source
 from yolov7.speed import Speed
 
 SAMPLES = sorted(Path(str(files("yolov7.assets") / "images")).glob("*.jpg"))

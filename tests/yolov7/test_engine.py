@@ -17,10 +17,10 @@ from yolov7.engine.graph import planned as engine_network
 from yolov7.engine.graph.calibrate import Histogram, calibrate
 from yolov7.engine.graph.captured import FramePipeline
 from yolov7.engine.graph.planned import PlannedNetwork, with_index
+from yolov7.images import read_image
 from yolov7.kernels.conv import FP8_MAX, Stem
 from yolov7.letterbox import Image, letterbox, letterbox_geometry
 from yolov7.model import YOLOv7
-from yolov7.sources import read_image
 from yolov7.variants import VARIANTS, scaled
 
 CPU = torch.device("cpu")

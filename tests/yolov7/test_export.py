@@ -27,10 +27,10 @@ from yolov7.formats.metadata import Metadata
 from yolov7.formats.onnx import OnnxRuntime
 from yolov7.formats.pt2 import read_metadata
 from yolov7.head import Detect
+from yolov7.images import read_image
 from yolov7.kernels.nms import batched_nms
 from yolov7.layers import conv_layers
 from yolov7.letterbox import letterbox, letterbox_geometry
-from yolov7.sources import read_image
 from yolov7.variants import VARIANTS
 
 SAMPLES = sorted((Path(yolov7.__file__).parent / "assets" / "images").glob("*.jpg"))

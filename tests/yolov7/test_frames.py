@@ -31,10 +31,11 @@ from yolov7.evaluate import Settings, evaluate, predict
 from yolov7.evaluate.run import EVERYTHING
 from yolov7.export import Settings as ExportSettings
 from yolov7.export import export
+from yolov7.images import read_image
 from yolov7.kernels.nms import Detections
 from yolov7.letterbox import Image, letterbox, letterbox_geometry
 from yolov7.results import Results
-from yolov7.sources import Source, read_image
+from yolov7.sources import Source
 
 SAMPLES = sorted(Path(str(files("yolov7.assets") / "images")).glob("*.jpg"))
 SIZE = 160  # enough for cells to be found, and fast

@@ -11,9 +11,10 @@ import torch
 
 from yolov7.drawing import class_colour
 from yolov7.errors import UserError
+from yolov7.images import read_image
 from yolov7.recorder import Outputs, Recorder
 from yolov7.results import Boxes, Results
-from yolov7.sources import Frame, read_image
+from yolov7.sources import Frame
 
 NAMES = ["person", "bus", "wine glass", "fire/exit"]
 SPEED = {"pre": 1.0, "network": 4.0, "nms": 1.1}

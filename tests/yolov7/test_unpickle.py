@@ -209,6 +209,44 @@ def test_names_that_unfold_endlessly_are_not_printed(tmp_path: Path) -> None:
     assert "no tensors" in refused(torch_zip(tmp_path / "a.pt", program))
 
 
+def test_dictionaries_that_modules_share_are_refused(tmp_path: Path) -> None:
+    """3000 modules of the same 3000 tensors would have nine million names."""
+    tensor = tensor_program("1", "1")[:-1] + b"q\x01"
+    shared = b"}q\x02" + b"".join(b"V%d\nh\x01s" % i for i in range(3000))
+    one = b"V_parameters\n" + b"h\x02s"
+    child = MODULE + b")\x81}" + one + b"b"
+    children = b"}" + b"".join(b"V%d\n%bs" % (i, child) for i in range(3000))
+    program = tensor + b"0" + shared + b"0" + MODULE + b")\x81}V_modules\n" + children + b"sb."
+    path = torch_zip(tmp_path / "a.pt", program, {"0": bytes(16)})
+    tracemalloc.start()
+    assert "two modules share their parameters" in refused(path)
+    assert tracemalloc.get_traced_memory()[1] < 50e6
+    tracemalloc.stop()
+
+
+def test_a_storage_that_tensors_share_is_read_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flat = torch.arange(1000.0)
+    state = {str(i): flat[i * 10 : i * 10 + 10] for i in range(100)}
+    torch.save(state, tmp_path / "a.pt")
+    reads: list[str] = []
+    read = zipfile.ZipFile.read
+
+    def count(self: zipfile.ZipFile, name: Any, pwd: bytes | None = None) -> bytes:
+        reads.append(name.filename)
+        return read(self, name, pwd)
+
+    monkeypatch.setattr(zipfile.ZipFile, "read", count)
+    with TorchFile(tmp_path / "a.pt") as file:
+        loaded = {name: tensor.load() for name, tensor in file.root.items()}
+    assert len(reads) == 1
+    for name, tensor in state.items():
+        assert torch.equal(loaded[name], tensor)
+    loaded["0"].zero_()
+    assert loaded["1"][0] == 10  # no memory in common
+
+
 def test_endless_names_are_refused(tmp_path: Path) -> None:
     long = b"V" + b"x" * 100_000 + b"\n"
     program = MODULE + b")\x81}V_modules\n}" + long + MODULE + b")\x81ssb."

@@ -7,12 +7,14 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
+from io import TextIOWrapper
 from threading import current_thread, main_thread
 from types import ModuleType
 
 import tyro
 
 from yolov7.errors import UserError
+from yolov7.text import printable
 
 # Verb -> what it does. Each lives in the module of its name here: a dataclass named like it and
 # a function `run(options) -> exit code`. A verb's module is imported when it is asked for.
@@ -37,9 +39,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run `yolov7 VERB ...`.
 
     Returns:
-        0: done; 1: an error that the user can mend, said in one line; 130 or 143: ended by Ctrl-C
-        or SIGTERM. Wrong usage exits with 2.
+        0: done; 1: an error that the user can mend, said in one line; 130, 141 or 143: ended by Ctrl-C,
+        a closed pipe or SIGTERM. Wrong usage exits with 2.
     """
+    _bear_any_text()
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in ("-h", "--help"):
         print(_usage())
@@ -55,7 +58,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         near = get_close_matches(verb, VERBS, 1)
         hint = f"; did you mean {near[0]}?" if near else ""
-        print(f"error: no verb {verb!r}{hint} (verbs: {', '.join(VERBS)})", file=sys.stderr)
+        print(
+            f"error: no verb {printable(repr(verb))}{hint} (verbs: {', '.join(VERBS)})",
+            file=sys.stderr,
+        )
         return 2
     module = import_module(f"yolov7.cli.{verb}")
     options = tyro.cli(
@@ -75,15 +81,18 @@ class Terminated(KeyboardInterrupt):
 
 def _run(module: ModuleType, options: object) -> int:
     try:
-        return int(module.run(options))
+        code = int(module.run(options))
+        sys.stdout.flush()
+        return code
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
     except BrokenPipeError:  # `yolov7 ... | head`: nobody reads on, and nobody would read of it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except OSError as error:
         if error.errno not in _FULL:
             raise
-        where = f"{error.filename}: " if error.filename else ""
+        where = f"{printable(error.filename)}: " if error.filename else ""
         print(f"error: {where}cannot be written ({error.strerror})", file=sys.stderr)
     except Terminated:
         print("terminated", file=sys.stderr)
@@ -111,6 +120,13 @@ def _ended_by_sigterm() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _bear_any_text() -> None:
+    """Let the terminal's encoding never end a run: letters that it lacks are written as codes."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _usage() -> str:

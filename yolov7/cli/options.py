@@ -3,10 +3,8 @@
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-import yaml
-
+from yolov7.dataset.description import read_names, read_yaml
 from yolov7.engine.choose import Engine, Layout, Precision, Runtime
-from yolov7.errors import UserError
 
 
 @dataclass(kw_only=True)
@@ -49,8 +47,5 @@ def class_names(names: tuple[str, ...]) -> list[str] | None:
     """
     if len(names) != 1 or Path(names[0]).suffix not in (".yaml", ".yml"):
         return list(names) or None
-    try:
-        found = yaml.safe_load(Path(names[0]).read_text())["names"]
-        return [str(n) for n in (found.values() if isinstance(found, dict) else found)]
-    except (OSError, yaml.YAMLError, KeyError, TypeError):
-        raise UserError(f"{names[0]}: holds no list of names: give a data.yaml") from None
+    path = Path(names[0])
+    return read_names(path, read_yaml(path))

@@ -20,6 +20,7 @@ from yolov7.recorder import Outputs, Recorder
 from yolov7.results import Results
 from yolov7.runs import new_run, write_arguments
 from yolov7.sources import Source
+from yolov7.text import printable, without_secrets
 
 
 @dataclass(kw_only=True)
@@ -49,6 +50,8 @@ class Predict(ModelOptions):
     """look at three scales, one mirrored: slower, surer"""
     vid_stride: int = 1
     """take every n-th frame of videos and streams"""
+    retry: float = 0.0
+    """seconds for which a camera or stream that has dropped is tried again"""
     save_txt: bool = False
     """write labels/NAME.txt in YOLO form"""
     save_conf: bool = False
@@ -93,9 +96,16 @@ def run(options: Predict) -> int:
 
     with as_file(files("yolov7.assets") / "images") as samples:
         chosen: list[str | Path] = [*options.source] or [samples]
-        source = Source(chosen, vid_stride=options.vid_stride, on_error=report)
+        source = Source(
+            chosen,
+            vid_stride=options.vid_stride,
+            retry=options.retry,
+            on_error=report,
+            on_note=lambda line: print(f"note: {line}", file=sys.stderr),
+        )
         folder = new_run(options.project, options.name)
-        write_arguments(folder, asdict(options))
+        told = [without_secrets(source) for source in options.source]
+        write_arguments(folder, asdict(options) | {"source": told})
         with (
             Recorder(_outputs(options, folder)) as recorder,
             closing(detector.stream(source)) as results,
@@ -126,7 +136,7 @@ def _with_progress(results: Iterable[Results], source: Source) -> Iterable[Resul
 
 def _print_start(options: Predict, detector: Detector) -> None:
     names = detector.names
-    classes = ", ".join(names) if len(names) <= 5 else f"{len(names)} classes"
+    classes = printable(", ".join(names)) if len(names) <= 5 else f"{len(names)} classes"
     weights = options.weights or f"embedded demo weights {DEMO_WEIGHTS}"
     network = detector.network
     print(f"{weights} ({classes}): {network.device}, {network.precision}, {network.engine}")

@@ -1,12 +1,13 @@
 """`yolov7 val`: how accurate a model is on a data set."""
 
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import cv2
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from yolov7.checkpoint import DEMO_WEIGHTS
 from yolov7.cli.options import ModelOptions
@@ -18,9 +19,11 @@ from yolov7.evaluate import Evaluation, Predictions, Settings, measure, predict,
 from yolov7.evaluate.run import EVERYTHING, Preparation
 from yolov7.evaluate.sheet import draw_sheet
 from yolov7.progress import working
+from yolov7.results import write_image
 from yolov7.runs import check_writable, new_run, write_arguments, write_json
+from yolov7.text import printable
 
-LISTED = 10  # skipped images that are named on the terminal
+LISTED = 10  # of what is left out, named on the terminal
 # figure -> kind, letters, IoU, area, detections: the block that pycocotools prints
 COCO_BLOCK = {
     "AP": ("Precision", "AP", "0.50:0.95", "all", 100),
@@ -73,8 +76,12 @@ def run(options: Val) -> int:
         raise UserError(f"batch is {options.batch}: give 1 or more")
     network = open_network(options.runtime())
     imgsz, preparation = _preparation(options, network)
-    dataset = load_data(options.data, options.split)
-    _check_classes(network.names, dataset)
+    dataset = _matched(load_data(options.data, options.split), network.names)
+    if not dataset.boxes:
+        raise UserError(
+            f"{options.data} {options.split}: {dataset.summary()}: nothing to compare with; check "
+            f"where the labels of {dataset.samples[0].path} lie"
+        )
     weights = options.weights or f"embedded demo weights {DEMO_WEIGHTS}"
     settings = Settings(
         imgsz=imgsz,
@@ -84,7 +91,7 @@ def run(options: Val) -> int:
     )
     how = f"{network.device}, {network.precision}, {network.engine}"
     print(f"{weights}: {network.title}; {how}")
-    print(f"{options.data} {options.split}: {len(dataset.samples)} images, {settings.imgsz} px")
+    print(f"{options.data} {options.split}: {dataset.summary()}, {settings.imgsz} px")
 
     check_writable(options.json)
     folder = new_run(options.project, options.name)
@@ -95,7 +102,8 @@ def run(options: Val) -> int:
     _print(evaluation)
     _save(options, predictions, evaluation, folder)
     print(f"results in {folder}")
-    _list_skipped(dataset.skipped)
+    _list("skipped", dataset.skipped)
+    _list("left out", dataset.problems)
     return 1 if dataset.skipped else 0
 
 
@@ -119,22 +127,28 @@ def _preparation(options: Val, network: AnyNetwork) -> tuple[int, Preparation]:
     return height, "square"
 
 
-def _check_classes(names: list[str], dataset: Dataset) -> None:
+def _matched(dataset: Dataset, names: list[str]) -> Dataset:
+    """The data set with its classes as the weights count them: by name, else by position."""
     if len(names) != len(dataset.names):
         raise UserError(
             f"the weights know {len(names)} classes ({_some(names)}), the data set has "
             f"{len(dataset.names)} ({_some(dataset.names)}): give weights that were trained on it"
         )
-    if names != dataset.names:
-        print(
-            f"note: the weights call their classes {_some(names)}, "
-            f"the data set {_some(dataset.names)}; taken in this order",
-            file=sys.stderr,
-        )
+    if names == dataset.names:
+        return dataset
+    if set(names) == set(dataset.names):
+        print("note: the weights count the classes in another order: matched by name")
+        return dataset.in_order(names)
+    print(
+        f"note: the weights call their classes {_some(names)}, "
+        f"the data set {_some(dataset.names)}; taken in this order",
+        file=sys.stderr,
+    )
+    return dataset
 
 
 def _some(names: list[str]) -> str:
-    return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
+    return printable(", ".join(names[:4])) + (", ..." if len(names) > 4 else "")
 
 
 def _print(evaluation: Evaluation) -> None:
@@ -156,7 +170,7 @@ def _print(evaluation: Evaluation) -> None:
     table.add_section()
     for row in evaluation.per_class:
         figures = map(_figure, (row.precision, row.recall, row.ap50, row.ap))
-        table.add_row(row.name, str(row.images), str(row.instances), *figures)
+        table.add_row(Text(printable(row.name)), str(row.images), str(row.instances), *figures)
     Console().print(table)
     stages = ", ".join(f"{name} {value:.1f}" for name, value in evaluation.speed.items())
     print(f"speed in ms per image: {stages}")
@@ -176,7 +190,7 @@ def _save(options: Val, predictions: Predictions, evaluation: Evaluation, folder
         found = to_coco(dataset.samples, detections, dataset.category_ids)
         write_json(folder / "predictions.json", found, indent=None)
     sheet = draw_sheet(dataset.samples, detections, dataset.names)
-    cv2.imwrite(str(folder / "samples.jpg"), sheet)
+    write_image(folder / "samples.jpg", sheet)
     try:
         from yolov7.evaluate.pictures import save_pictures
     except ImportError:
@@ -185,8 +199,8 @@ def _save(options: Val, predictions: Predictions, evaluation: Evaluation, folder
         save_pictures(evaluation, folder)
 
 
-def _list_skipped(skipped: list[str]) -> None:
-    for line in skipped[:LISTED]:
-        print(f"skipped: {line}", file=sys.stderr)
-    if len(skipped) > LISTED:
-        print(f"skipped: {len(skipped) - LISTED} more images", file=sys.stderr)
+def _list(title: str, lines: Sequence[object]) -> None:
+    for line in lines[:LISTED]:
+        print(f"{title}: {line}", file=sys.stderr)
+    if len(lines) > LISTED:
+        print(f"{title}: {len(lines) - LISTED} more", file=sys.stderr)

@@ -1,69 +1,95 @@
 """The label cache: a parsed split, kept in the user's cache folder and never stale.
 
 An entry is used only while its key holds: the path, size and modification time of every image
-and label file, the class names, and the version of this format. Folders of data are never written.
+and label file as they were before they were read, the class names, and the version of this format.
+Folders of data are never written.
 """
 
 import hashlib
 import json
+import os
 import zipfile
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from yolov7.atomic import atomic
 from yolov7.cache import cache_folder
-from yolov7.dataset.sample import Dataset, Sample
+from yolov7.dataset.sample import Dataset, Problem, Sample
 from yolov7.errors import UserError
 
-VERSION = 2  # raise it whenever the same files would be read differently
+VERSION = 3  # raise it whenever the same files would be read differently
 
 
-def load(place: str, names: list[str] | None, files: list[Path] | None) -> Dataset | None:
-    """The cached split, None where there is none, it is stale or damaged.
+class Key(NamedTuple):
+    """What a split is made from, and in which state that was before it was read.
+
+    Attributes:
+        place: What the split was asked by: data set and split; one entry is kept for each.
+        digest: Of the files' paths, sizes and times of modification, and of what was stated.
+        files: Every file that the split is read from.
+    """
+
+    place: str
+    digest: str
+    files: list[Path]
+
+
+def key(place: str, stated: object, files: list[Path]) -> Key:
+    """The key of a split as its files are now; a missing file counts as missing.
 
     Args:
-        place: What the split was asked by: data set and split; one entry is kept for each.
-        names: Class names that the user stated.
-        files: Every file that the split is read from; None: those of the entry, whose first says
-            which the others are.
+        place: What the split was asked by.
+        stated: What else decides what is read, such as class names; JSON values.
+        files: Every file that the split is read from.
     """
+    digest = hashlib.sha256(json.dumps([VERSION, stated]).encode())
+    for file in files:
+        try:
+            status = os.stat(file)
+            state = f"{status.st_size} {status.st_mtime_ns}"
+        except (OSError, ValueError):
+            state = "missing"
+        digest.update(f"{file}\0{state}\0".encode(errors="surrogateescape"))
+    return Key(place, digest.hexdigest(), files)
+
+
+def load(wanted: Key) -> Dataset | None:
+    """The cached split, None where there is none, it is stale or damaged."""
     try:
-        with np.load(_entry(place), allow_pickle=False) as arrays:
-            kept = [Path(file) for file in _text(arrays["files"])]
-            if files is not None and files != kept:
-                return None
-            if arrays["key"].tobytes().decode() != _key(names, kept):
+        with np.load(_entry(wanted.place), allow_pickle=False) as arrays:
+            if arrays["key"].tobytes().decode() != wanted.digest:
                 return None
             return _unpack({name: arrays[name] for name in arrays.files})
     except (OSError, ValueError, KeyError, IndexError, EOFError, zipfile.BadZipFile):
         return None
 
 
-def store(place: str, names: list[str] | None, files: list[Path], dataset: Dataset) -> None:
-    """Keep a split, in one step; a folder that cannot be written is not an error."""
-    entry = _entry(place)
+def kept_files(place: str) -> list[Path]:
+    """The files of the entry that is kept for a place, whose first says which the others are."""
+    try:
+        with np.load(_entry(place), allow_pickle=False) as arrays:
+            return [Path(file) for file in _text(arrays["files"])]
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return []
+
+
+def store(read: Key, dataset: Dataset) -> None:
+    """Keep a split, in one step; a folder that cannot be written is not an error.
+
+    Args:
+        read: Its key, made before the files were read: what has changed since is read again.
+        dataset: The split.
+    """
+    entry = _entry(read.place)
     arrays = _pack(dataset)
-    arrays["key"] = _bytes(_key(names, files))
-    arrays["files"] = _bytes(json.dumps([str(file) for file in files]))
+    arrays["key"] = _bytes(read.digest)
+    arrays["files"] = _bytes(json.dumps([str(file) for file in read.files]))
     with suppress(UserError), atomic(entry, durable=False) as temporary:
         np.savez(temporary, allow_pickle=False, **arrays)
-
-
-def _key(names: list[str] | None, files: list[Path]) -> str:
-    """Digest of what the samples are made of; a missing file counts as missing."""
-    digest = hashlib.sha256(json.dumps([VERSION, names]).encode())
-    for file in files:
-        try:
-            status = file.stat()
-            state = f"{status.st_size} {status.st_mtime_ns}"
-        except OSError:
-            state = "missing"
-        digest.update(f"{file}\0{state}\0".encode(errors="surrogateescape"))
-    return digest.hexdigest()
 
 
 def _entry(place: str) -> Path:
@@ -92,6 +118,7 @@ def _pack(dataset: Dataset) -> dict[str, NDArray[Any]]:
     text = {
         "names": dataset.names,
         "skipped": dataset.skipped,
+        "problems": dataset.problems,
         "paths": [str(sample.path) for sample in samples],
     }
     return {
@@ -133,4 +160,6 @@ def _unpack(arrays: dict[str, NDArray[Any]]) -> Dataset:
             )
         )
         first += count
-    return Dataset(samples, text["names"], arrays["category_ids"].tolist(), text["skipped"])
+    problems = [Problem(*problem) for problem in text["problems"]]
+    ids = arrays["category_ids"].tolist()
+    return Dataset(samples, text["names"], ids, text["skipped"], problems)

@@ -1,17 +1,28 @@
 """Data sets in COCO form: one json with images, annotations and categories."""
 
 import json
+import os
+import re
+from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from math import isfinite
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from yolov7.dataset.sample import Labels, Polygon
+from yolov7.dataset.description import native
+from yolov7.dataset.sample import Labels, Polygon, Problem
 from yolov7.errors import UserError
+from yolov7.text import printable
 
-SPLITS = ("train", "val", "test")
+# How the names of files and folders call the splits.
+SPLITS = {
+    "train": frozenset({"train", "training"}),
+    "val": frozenset({"val", "valid", "validation"}),
+    "test": frozenset({"test", "testing"}),
+}
 
 T = TypeVar("T")
 
@@ -22,7 +33,7 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_bytes())
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is no valid json ({error}): download or write it again") from None
     missing = [
         key
@@ -39,18 +50,27 @@ def read_categories(
 ) -> tuple[list[str], list[int]]:
     """Class names and their category ids.
 
+    Roboflow adds a category that only stands above the others: one that nothing is annotated with,
+    and whose name is the supercategory of another, is no class.
+
     Args:
         content: The json.
         path: Where it was read, for messages.
         names: The order of the classes, from a data.yaml; None: by category id.
     """
 
-    def read(category: dict[str, Any]) -> tuple[str, int]:
-        return str(category["name"]), _whole(category, "id")
+    def read(category: dict[str, Any]) -> tuple[str, int, str]:
+        above = str(category.get("supercategory"))
+        return printable(category["name"]), _whole(category, "id"), above
 
-    by_name = dict(_each(content["categories"], "category", path, read))
-    if len(by_name) < len(content["categories"]):
-        raise UserError(f"{path}: two categories have the same name: rename one")
+    rows = _each(content["categories"], "category", path, read)
+    used = {str(a.get("category_id")) for a in content["annotations"] if isinstance(a, dict)}
+    above = {above for name, _, above in rows if above != name}
+    rows = [row for row in rows if str(row[1]) in used or row[0] not in above]
+    for noun, values in (("name", [row[0] for row in rows]), ("id", [row[1] for row in rows])):
+        if len(set(values)) < len(values):
+            raise UserError(f"{path}: two categories have the same {noun}: correct one")
+    by_name = {name: number for name, number, _ in rows}
     if names is None:
         names = sorted(by_name, key=by_name.__getitem__)
     unknown = sorted(set(by_name) ^ set(names))
@@ -65,7 +85,7 @@ def read_categories(
 class Listed(NamedTuple):
     """An image as the json lists it."""
 
-    file: str
+    file: Path
     image_id: int
     size: tuple[int, int] | None  # height, width in pixels
 
@@ -74,11 +94,18 @@ def read_images(content: dict[str, Any], path: Path) -> list[Listed]:
     """The images in the order of the json; `path` is where it was read, for messages."""
 
     def read(image: dict[str, Any]) -> Listed:
-        stated = "height" in image and "width" in image
+        stated = bool(image.get("height")) and bool(image.get("width"))
         size = (_whole(image, "height"), _whole(image, "width")) if stated else None
-        return Listed(str(image["file_name"]), _whole(image, "id"), size)
+        return Listed(native(str(image["file_name"])), _whole(image, "id"), size)
 
-    return _each(content["images"], "image", path, read)
+    found = _each(content["images"], "image", path, read)
+    numbers = Counter(image.image_id for image in found)
+    if twice := [number for number, count in numbers.items() if count > 1]:
+        raise UserError(
+            f"{path}: {len(twice)} ids belong to several images, the first is {twice[0]}: "
+            "give every image its own"
+        )
+    return found
 
 
 class _Object(NamedTuple):
@@ -92,8 +119,8 @@ class _Object(NamedTuple):
 
 def read_annotations(
     content: dict[str, Any], path: Path, category_ids: list[int]
-) -> dict[int, Labels]:
-    """The labels of every image that has any, by image id.
+) -> tuple[dict[int, Labels], list[Problem]]:
+    """The labels of every image that has any, by image id, and what is left out.
 
     Args:
         content: The json.
@@ -121,10 +148,21 @@ def read_annotations(
             area=xywh[2] * xywh[3] if area is None else float(area),
         )
 
-    by_image: dict[int, list[_Object]] = {}
-    for item in _each(content["annotations"], "annotation", path, read):
-        by_image.setdefault(item.image_id, []).append(item)
-    return {image: _labels(objects) for image, objects in by_image.items()}
+    problems: list[Problem] = []
+    by_image: dict[int, dict[tuple[Any, ...], _Object]] = {}
+    for item in _each(content["annotations"], "annotation", path, read, problems):
+        objects = by_image.setdefault(item.image_id, {})
+        what = (item.class_index, *item.xywh, item.crowd)
+        if what in objects:
+            place = f"{path}: image {item.image_id}"
+            problems.append(Problem("duplicate label", place, "two annotations are the same"))
+        elif item.xywh[2] < 0 or item.xywh[3] < 0:
+            place = f"{path}: image {item.image_id}"
+            problems.append(Problem("wrong label", place, f"a bbox of size {item.xywh[2:]}"))
+        else:
+            objects[what] = item
+    labels = {image: _labels(list(objects.values())) for image, objects in by_image.items()}
+    return labels, problems
 
 
 def _labels(objects: list[_Object]) -> Labels:
@@ -139,26 +177,39 @@ def _labels(objects: list[_Object]) -> Labels:
 
 
 def _polygons(annotation: dict[str, Any]) -> list[Polygon]:
-    """The parts of an outline; a run-length mask (crowds have them) is no outline."""
+    """The parts of an outline; a run-length mask (crowds have them) is none, nor what is no list.
+
+    The box stands beside it, so an outline that cannot be read costs no label.
+    """
     parts = annotation.get("segmentation")
     if not isinstance(parts, list):
         return []
     polygons = []
     for part in parts:
-        if len(part) % 2:
-            raise UserError(f"has a polygon of {len(part)} numbers: give x and y of every point")
-        if len(part) >= 6:
-            polygons.append(np.array(part, np.float32).reshape(-1, 2))
+        if isinstance(part, list) and len(part) >= 6 and len(part) % 2 == 0:
+            with suppress(TypeError, ValueError):
+                points = np.array(part, np.float32)
+                if points.ndim == 1 and np.isfinite(points).all():
+                    polygons.append(points.reshape(-1, 2))
     return polygons
 
 
 def _each(
-    entries: list[dict[str, Any]], noun: str, path: Path, read: Callable[[dict[str, Any]], T]
+    entries: list[dict[str, Any]],
+    noun: str,
+    path: Path,
+    read: Callable[[dict[str, Any]], T],
+    problems: list[Problem] | None = None,
 ) -> list[T]:
-    """What `read` makes of the entries; whatever it stumbles over is said with their id."""
+    """What `read` makes of the entries; whatever it stumbles over is said with their id.
+
+    It is an error where there is no list of problems.
+    """
     found: list[T] = []
-    for entry in entries:
+    for number, entry in enumerate(entries, 1):
         try:
+            if type(entry) is not dict:
+                raise UserError("is no object with fields")
             found.append(read(entry))
             continue
         except UserError as error:
@@ -168,8 +219,10 @@ def _each(
         except (TypeError, ValueError, OverflowError) as error:
             reason = f"is not as it should be: {error}"
         named = type(entry) is dict and "id" in entry
-        name = f"{noun} {entry['id']}" if named else f"{noun} number {len(found) + 1}"
-        raise UserError(f"{path} is no COCO json: {name} {reason}")
+        name = f"{noun} {entry['id']}" if named else f"{noun} number {number}"
+        if problems is None:
+            raise UserError(f"{path} is no COCO json: {name} {reason}")
+        problems.append(Problem("wrong label", str(path), f"{name} {reason}"))
     return found
 
 
@@ -186,28 +239,52 @@ def _whole(entry: dict[str, Any], key: str) -> int:
 
 
 def split_word(path: Path) -> str | None:
-    """The split that a file's name speaks of: `instances_val2017.json` is `val`."""
-    words = [split for split in SPLITS if split in path.stem.lower()]
-    return words[0] if len(words) == 1 else None
+    """The split that the name of a file, else that of its folder, speaks of.
+
+    `instances_val2017.json` and `valid/_annotations.coco.json` are `val`.
+    """
+    words = set(re.findall(r"[a-z]+", path.stem.lower()))
+    folder = {path.absolute().parent.name.lower()}
+    for said in (words, folder):
+        found = [split for split, spellings in SPLITS.items() if said & spellings]
+        if len(found) == 1:
+            return found[0]
+    return None
 
 
 def find_json(folder: Path, split: str) -> Path | None:
-    """The json of a split in a folder or in its `annotations`, None where there is none.
+    """The json of a split in a folder, in its `annotations`, or in a folder of the split's name.
 
     Raises:
         UserError: More than one could be meant.
     """
-    found = [
-        path
-        for place in (folder, folder / "annotations")
-        for path in sorted(place.glob("*.json"))
-        if split in path.stem.lower()
-    ]
+    spellings = SPLITS.get(split, frozenset({split}))
+    places = [folder, folder / "annotations", *(folder / name for name in sorted(spellings))]
+    listed = [path for place in places for path in sorted(place.glob("*.json"))]
+    listed = [path for path in listed if not path.name.startswith("._")]
+    if split in SPLITS:
+        found = [path for path in listed if split_word(path) == split]
+    else:
+        found = [path for path in listed if split in path.stem.lower()]
     instances = [path for path in found if path.stem.startswith("instances_")] or found
     if len(instances) > 1:
-        listed = ", ".join(path.name for path in instances)
-        raise UserError(f"{folder} has several files for {split} ({listed}): name one of them")
+        names = ", ".join(path.name for path in instances)
+        raise UserError(f"{folder} has several files for {split} ({names}): name one of them")
     return instances[0] if instances else None
+
+
+def find_sibling(path: Path, split: str) -> Path | None:
+    """The json of another split that lies beside one, or in the folder beside its folder."""
+    found = (find_json(folder, split) for folder in (path.parent, path.parent.parent))
+    return next((other for other in found if other is not None), None)
+
+
+def find_only_json(folder: Path) -> Path | None:
+    """The one json of a folder, or of its `annotations`, that speaks of no split."""
+    places = (folder, folder / "annotations")
+    listed = [path for place in places for path in place.glob("*.json")]
+    found = [p for p in listed if split_word(p) is None and not p.name.startswith("._")]
+    return found[0] if len(found) == 1 else None
 
 
 def find_images(path: Path, images: list[Listed], split: str) -> Path:
@@ -224,7 +301,7 @@ def find_images(path: Path, images: list[Listed], split: str) -> Path:
     files = [image.file for image in images[:20]]
     places = [root / tail for root in (path.parent, path.parent.parent) for tail in tails]
     for place in places:
-        if any((place / file).is_file() for file in files):
+        if any(os.path.isfile(place / file) for file in files):
             return place
     raise UserError(
         f"{path}: its images ({files[0] if files else 'none are named'}) were found neither "

@@ -5,14 +5,12 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import yaml
 
 from yolov7.dataset import cache, coco, yolo
-from yolov7.dataset.image_size import image_size
-from yolov7.dataset.sample import Dataset, Labels, Sample
+from yolov7.dataset.description import Description, read_description, read_yaml
+from yolov7.dataset.sample import Dataset, Labels, Problem, Sample
 from yolov7.errors import UserError
+from yolov7.images import image_size
 from yolov7.progress import progress
 
 COCO_YAML = Path(__file__).parents[1] / "assets" / "coco.yaml"
@@ -21,6 +19,7 @@ COCO_HELP = (
     "https://images.cocodataset.org/annotations/annotations_trainval2017.zip there, unpacked, "
     "or name another folder with YOLOV7_DATASETS"
 )
+TOLERATED = 0.1  # share of labels that may be wrong: beyond it they are another data set's
 READERS = 8  # threads that read headers: they wait for the disk more than they work
 
 
@@ -32,142 +31,126 @@ def load_data(spec: str | Path, split: str) -> Dataset:
         split: `train`, `val`, `test`, or another key of the `data.yaml`.
 
     Returns:
-        Its images and labels; images that cannot be read are listed in `skipped`.
+        Its images and labels. Images that cannot be read are listed in `skipped`, labels that are
+        wrong or come twice in `problems`.
 
     Raises:
-        UserError: Nothing is there, or a label or a description is wrong.
+        UserError: Nothing is there, a description is wrong, or more than a tenth of the labels.
     """
+    dataset = read_split(spec, split)
+    wrong = [problem for problem in dataset.problems if problem.kind == "wrong label"]
+    labels = len(wrong) + sum(len(sample.classes) for sample in dataset.samples)
+    if len(wrong) > TOLERATED * labels:
+        raise UserError(
+            f"{wrong[0]} ({len(wrong)} of {labels} labels are wrong; yolov7 check lists them all)"
+        )
+    return dataset
+
+
+def read_split(spec: str | Path, split: str) -> Dataset:
+    """`load_data` for whatever number of wrong labels."""
+    path = _find(spec, split)
+    if path == COCO_YAML:
+        root = Path(os.environ.get("YOLOV7_DATASETS") or "datasets") / "coco"
+        if not (root / "annotations").is_dir():
+            raise UserError(f"COCO is not in {root.absolute()}: {COCO_HELP}")
+        return _read_described(read_description(path, root), split)
+    if path.suffix.lower() == ".json":
+        return _read_coco(path, split, None)
+    return _read_described(read_description(path), split)
+
+
+def _find(spec: str | Path, split: str) -> Path:
+    """The data.yaml or COCO json that a split is described by."""
     if str(spec) == "coco":
-        return _load_coco(split)
+        return COCO_YAML
     path = Path(spec)
-    if path.is_dir():
+    if os.path.isdir(path):
         path = _description(path, split)
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise UserError(f"{path} does not exist: name a data.yaml, a COCO json or coco")
     if path.suffix.lower() == ".json":
         word = coco.split_word(path)
-        if word not in (None, split):
-            raise UserError(f"{path} is the {word} split, not {split}: say --split {word}")
-        return _read_coco(path, split, None)
-    if path.suffix.lower() in (".yaml", ".yml"):
-        return _read_yaml(path, split)
-    raise UserError(f"{path} is neither a data.yaml nor a COCO json")
-
-
-def _load_coco(split: str) -> Dataset:
-    root = Path(os.environ.get("YOLOV7_DATASETS") or "datasets") / "coco"
-    if not (root / "annotations").is_dir():
-        raise UserError(f"COCO is not in {root.absolute()}: {COCO_HELP}")
-    return _read_yaml(COCO_YAML, split, root)
+        if word in (None, split):
+            return path
+        if sibling := coco.find_sibling(path, split):
+            return sibling
+        raise UserError(f"{path} is the {word} split, not {split}: say --split {word}")
+    if path.suffix.lower() not in (".yaml", ".yml"):
+        raise UserError(f"{path} is neither a data.yaml nor a COCO json")
+    return path
 
 
 def _description(folder: Path, split: str) -> Path:
     """The file that describes a split of the data set in a folder."""
     for name in ("data.yaml", "data.yml", "dataset.yaml"):
-        if (folder / name).is_file():
+        if os.path.isfile(folder / name):
             return folder / name
-    found = coco.find_json(folder, split)
+    found = coco.find_json(folder, split) or coco.find_only_json(folder)
     if found is None:
         raise UserError(f"{folder} holds neither a data.yaml nor a COCO json for {split}")
     return found
 
 
-def _read_yaml(path: Path, split: str, root: Path | None = None) -> Dataset:
-    """Read a split of a data.yaml; `root` overrides the folder that it names."""
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is no valid yaml: {' '.join(str(error).split())}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is no data.yaml: it must name its splits and classes")
-    root = root or _root(path, content)
-    entries = content.get(split)
-    if not entries:
-        known = [
-            key for key in content if key not in ("path", "names", "nc", "category_ids", "download")
-        ]
-        raise UserError(f"{path} has no split {split}: it has {', '.join(map(str, known))}")
-    if not isinstance(entries, list):
-        entries = [entries]
-    places = [_place(root, str(entry)) for entry in entries]
+def _read_described(described: Description, split: str) -> Dataset:
+    places = described.places(split)
     if any(place.suffix.lower() == ".json" for place in places):
         if len(places) > 1:
-            raise UserError(f"{path}: {split} must be one COCO json, or images only")
-        names = _names(path, content) if "names" in content else None
-        return _read_coco(places[0], split, names)
-    return _read_yolo(places, root, _names(path, content), f"{path.absolute()}\0{split}")
+            raise UserError(f"{described.path}: {split} must be one COCO json, or images only")
+        return _read_coco(places[0], split, described.names)
+    return _read_yolo(places, described, f"{described.path.absolute()}\0{split}")
 
 
-def _root(path: Path, content: dict[str, Any]) -> Path:
-    """The folder from which the splits of a data.yaml start."""
-    stated = Path(str(content.get("path") or "."))
-    beside = path.parent / stated
-    return beside if beside.is_dir() or not stated.is_dir() else stated
-
-
-def _place(root: Path, entry: str) -> Path:
-    """Where an entry of a data.yaml leads.
-
-    Some tools write `../train/images` for a folder beside the data.yaml, others paths from the
-    working directory; both are tried where the plain reading leads nowhere.
-    """
-    places = [root / entry, root / entry.removeprefix("../"), Path(entry)]
-    return next((place for place in places if place.exists()), places[0])
-
-
-def _names(path: Path, content: dict[str, Any]) -> list[str]:
-    names = content.get("names")
-    if isinstance(names, dict):
-        if sorted(names) != list(range(len(names))):
-            raise UserError(f"{path}: the keys of names must be 0 to {len(names) - 1}")
-        names = [names[index] for index in range(len(names))]
-    if not isinstance(names, list) or not names:
-        raise UserError(f"{path} must give the names of the classes: names: [person, car]")
-    if content.get("nc", len(names)) != len(names):
-        raise UserError(f"{path}: nc is {content['nc']}, but it has {len(names)} names")
-    return [str(name) for name in names]
-
-
-def _read_yolo(places: list[Path], root: Path, names: list[str], place: str) -> Dataset:
-    images = [image for entry in places for image in yolo.list_images(entry, root)]
+def _read_yolo(places: list[Path], described: Description, place: str) -> Dataset:
+    names = described.class_names()
+    listed = [image for entry in places for image in yolo.list_images(entry, described.root)]
+    images = list(dict.fromkeys(listed))
     if not images:
-        raise UserError(f"{places[0]} holds no images: correct the path in the data.yaml")
-    labels = [yolo.label_path(image) for image in images]
-    files = [*images, *labels]
-    found = cache.load(place, names, files)
-    if found is not None:
+        raise UserError(f"{places[0]} holds no images: correct the path in {described.path.name}")
+    labels = yolo.label_paths(images)
+    key = cache.key(place, [names, described.keypoints], [*images, *labels])
+    if (found := cache.load(key)) is not None:
         return found
     ids = _image_ids(images)
     rows = [_Row(image, number) for image, number in zip(images, ids, strict=True)]
-    dataset = _collect(
-        rows,
-        lambda position, size: yolo.read_labels(labels[position], size, names),
-        names,
-        _category_ids(names),
-    )
-    cache.store(place, names, files, dataset)
+    problems: list[Problem] = []
+    if len(images) < len(listed):
+        text = f"{len(listed) - len(images)} images are listed more than once"
+        problems.append(Problem("duplicate image", str(places[0]), text))
+
+    def read(position: int, size: tuple[int, int]) -> Labels:
+        found, wrong = yolo.read_labels(labels[position], size, len(names), described.keypoints)
+        problems.extend(wrong)
+        return found
+
+    dataset = _collect(rows, read, Dataset([], names, _category_ids(names), problems=problems))
+    cache.store(key, dataset)
     return dataset
 
 
 def _read_coco(path: Path, split: str, stated: list[str] | None) -> Dataset:
     place = f"{path.absolute()}\0{split}"
-    found = cache.load(place, stated, None)
-    if found is not None:
-        return found
+    kept = cache.kept_files(place)
+    if kept[:1] == [path]:  # which says by itself what the others are
+        found = cache.load(cache.key(place, stated, kept))
+        if found is not None:
+            return found
+    before = cache.key(place, stated, [path])
     content = coco.read_json(path)
     names, category_ids = coco.read_categories(content, path, stated)
     images = coco.read_images(content, path)
     root = coco.find_images(path, images, split)
     rows = [_Row(root / image.file, image.image_id, image.size) for image in images]
-    labels = coco.read_annotations(content, path, category_ids)
+    key = cache.key(place, stated, [path, *(row.path for row in rows)])
+    labels, problems = coco.read_annotations(content, path, category_ids)
     background = Labels.background()
     dataset = _collect(
         rows,
         lambda position, _: labels.get(rows[position].image_id, background),
-        names,
-        category_ids,
+        Dataset([], names, category_ids, problems=problems),
     )
-    cache.store(place, stated, [path, *(row.path for row in rows)], dataset)
+    if before == cache.key(place, stated, [path]):  # else the json has changed meanwhile
+        cache.store(key, dataset)
     return dataset
 
 
@@ -181,13 +164,9 @@ class _Row:
 
 
 def _collect(
-    rows: list[_Row],
-    labels: Callable[[int, tuple[int, int]], Labels],
-    names: list[str],
-    category_ids: list[int],
+    rows: list[_Row], labels: Callable[[int, tuple[int, int]], Labels], dataset: Dataset
 ) -> Dataset:
     """Measure every image and join it with its labels, `labels(position, (height, width))`."""
-    dataset = Dataset([], names, category_ids)
     with ThreadPoolExecutor(READERS) as pool:
         sizes = pool.map(_measure, rows)
         shown = progress(sizes, "reading images", len(rows))
@@ -211,8 +190,6 @@ def _collect(
 
 def _measure(row: _Row) -> tuple[int, int] | str:
     """Height and width of an image, or the line that says why it is skipped."""
-    if not row.path.is_file():
-        return f"{row.path}: does not exist"
     try:
         size = image_size(row.path)
     except UserError as error:
@@ -235,7 +212,7 @@ def _image_ids(images: list[Path]) -> list[int]:
 
 def _category_ids(names: list[str]) -> list[int]:
     """COCO's own ids for COCO's 80 names, else the classes themselves."""
-    packaged = yaml.safe_load(COCO_YAML.read_text(encoding="utf-8"))
+    packaged = read_yaml(COCO_YAML)
     if names == packaged["names"]:
-        return list(packaged["category_ids"])
+        return [int(number) for number in packaged["category_ids"]]
     return list(range(len(names)))

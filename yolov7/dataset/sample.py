@@ -1,10 +1,14 @@
 """What one labelled image and one split of a data set are, in whatever form they were written."""
 
-from dataclasses import dataclass, field
+from collections import Counter
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+
+from yolov7.text import printable
 
 Polygon = NDArray[np.float32]  # [k, 2] x, y in pixels
 
@@ -58,6 +62,24 @@ class Sample(Labels):
     image_id: int
 
 
+class Problem(NamedTuple):
+    """Something wrong in a data set, which is left out or stands as it is.
+
+    Attributes:
+        kind: What it is a case of, such as "duplicate label".
+        place: The file, with its line or the id of the entry where it has such.
+        text: What is wrong.
+    """
+
+    kind: str
+    place: str
+    text: str
+
+    def __str__(self) -> str:
+        """One line."""
+        return printable(f"{self.place}: {self.text}")
+
+
 @dataclass(frozen=True, eq=False)
 class Dataset:
     """One split of a data set.
@@ -68,9 +90,42 @@ class Dataset:
         category_ids: The id that each class has in a COCO json: the json's own, the 91-based ones
             for COCO's 80 names, else the class itself.
         skipped: One line for every image that is left out: its path and why.
+        problems: What else is left out: labels that are wrong or come twice.
     """
 
     samples: list[Sample]
     names: list[str]
     category_ids: list[int]
     skipped: list[str] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+
+    @property
+    def boxes(self) -> int:
+        """Number of boxes, without regions of many objects."""
+        return sum(int((~sample.crowd).sum()) for sample in self.samples)
+
+    def summary(self) -> str:
+        """One line: `87 images (3 without boxes), 967 boxes of 3 classes; left out: 2 images`."""
+        empty = sum(not len(sample.classes) for sample in self.samples)
+        without = f" ({empty} without boxes)" if empty else ""
+        line = (
+            f"{len(self.samples)} images{without}, {self.boxes} boxes of {len(self.names)} classes"
+        )
+        counts = Counter(problem.kind for problem in self.problems)
+        counts.update(["image"] * len(self.skipped))
+        out = ", ".join(f"{number} {_plural(kind, number)}" for kind, number in counts.items())
+        return line + (f"; left out: {out}" if out else "")
+
+    def in_order(self, names: list[str]) -> "Dataset":
+        """The data set with its classes in the order of `names`, which are the same names."""
+        if names == self.names:
+            return self
+        place = {name: index for index, name in enumerate(names)}
+        number = np.array([place[name] for name in self.names], np.int64)
+        ids = [self.category_ids[self.names.index(name)] for name in names]
+        samples = [replace(sample, classes=number[sample.classes]) for sample in self.samples]
+        return replace(self, samples=samples, names=list(names), category_ids=ids)
+
+
+def _plural(noun: str, number: int) -> str:
+    return noun if number == 1 else f"{noun}es" if noun.endswith(("x", "s")) else f"{noun}s"

@@ -13,7 +13,7 @@ from torch import Tensor
 from yolov7.errors import UserError
 from yolov7.formats import Session, format_of
 from yolov7.formats.metadata import Metadata, lacking
-from yolov7.unpickle import one_line
+from yolov7.text import one_line
 
 
 class ExportedNetwork:

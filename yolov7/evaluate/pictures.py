@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from yolov7.evaluate.confusion import CONFIDENCE, IOU
 from yolov7.evaluate.metric import Evaluation
+from yolov7.text import plot_text
 
 NAMED = 20  # classes up to which each gets a colour and a name
 
@@ -25,7 +26,7 @@ def save_pictures(evaluation: Evaluation, folder: Path) -> list[Path]:
     Returns:
         The files; of a data set without a single box only the matrix.
     """
-    names = [row.name for row in evaluation.per_class]
+    names = [plot_text(row.name) for row in evaluation.per_class]
     pictures = {"confusion_matrix": confusion_picture(evaluation.confusion, names)}
     curves = evaluation.curves
     if curves.names:
@@ -33,7 +34,11 @@ def save_pictures(evaluation: Evaluation, folder: Path) -> list[Path]:
         pictures["PR_curve"] = curve_picture(
             curves.recalls,
             curves.precision_at_recall,
-            [f"{row.name} {row.ap50:.3f}" for row in evaluation.per_class if row.ap50 >= 0],
+            [
+                f"{plot_text(row.name)} {row.ap50:.3f}"
+                for row in evaluation.per_class
+                if row.ap50 >= 0
+            ],
             f"all classes, AP50 {evaluation.stats['AP50']:.3f}",
             ("recall", "precision"),
         )
@@ -42,7 +47,7 @@ def save_pictures(evaluation: Evaluation, folder: Path) -> list[Path]:
             pictures[f"{letter}_curve"] = curve_picture(
                 curves.confidences,
                 by_confidence[letter],
-                curves.names,
+                [plot_text(name) for name in curves.names],
                 best,
                 ("confidence", title),
                 evaluation.confidence,

@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import groupby, islice
 from typing import Literal
@@ -25,9 +25,9 @@ from yolov7.engine.choose import open_frames
 from yolov7.engine.frames import Forward, Frames, Pixels, Suppression
 from yolov7.errors import UserError
 from yolov7.evaluate.metric import Detections, Evaluation, measure
+from yolov7.images import read_image
 from yolov7.letterbox import Geometry, Image, letterbox_geometry
 from yolov7.progress import progress
-from yolov7.sources import read_image
 
 Preparation = Literal["authors", "letterbox", "square"]
 GROUP = 32  # images that share a canvas
@@ -118,9 +118,7 @@ def predict(network: Forward, dataset: Dataset, settings: Settings) -> Predictio
         raise UserError(f"no image can be read: {skipped[-1]}")
     read = [sample for sample, boxes in zip(samples, found, strict=True) if boxes is not None]
     speed = {stage: ms / len(read) for stage, ms in clock.items()}
-    return Predictions(
-        Dataset(read, dataset.names, dataset.category_ids, skipped), detections, speed
-    )
+    return Predictions(replace(dataset, samples=read, skipped=skipped), detections, speed)
 
 
 def plan_batches(

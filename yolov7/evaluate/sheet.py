@@ -8,8 +8,8 @@ from yolov7.dataset import Sample
 from yolov7.drawing import draw_boxes
 from yolov7.errors import UserError
 from yolov7.evaluate.metric import Detections
+from yolov7.images import read_image
 from yolov7.letterbox import Image, letterbox, letterbox_geometry
-from yolov7.sources import read_image
 
 PAIRS = 8
 COLUMNS = 2  # pairs beside each other

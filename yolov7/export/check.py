@@ -13,9 +13,9 @@ from yolov7.boxes import box_iou, frame_table, in_frames
 from yolov7.errors import UserError
 from yolov7.formats import FORMATS, Session
 from yolov7.formats.metadata import Metadata
+from yolov7.images import read_image
 from yolov7.kernels.nms import batched_nms
 from yolov7.letterbox import GREY, Geometry, Image, letterbox, letterbox_geometry
-from yolov7.sources import read_image
 
 # Relative RMS of boxes, and of scores, against PyTorch in fp32.
 TOLERANCE = {"fp32": 1e-4, "fp16": 1e-2}

@@ -11,7 +11,7 @@ from torch import Tensor
 from yolov7.device import resolve_device
 from yolov7.errors import UserError
 from yolov7.formats.metadata import LONGEST, Metadata
-from yolov7.unpickle import one_line
+from yolov7.text import one_line
 
 ENTRY = "yolov7.json"  # of the metadata among the archive's extra files
 

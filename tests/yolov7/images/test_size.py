@@ -1,3 +1,4 @@
+import zlib
 from pathlib import Path
 
 import cv2
@@ -5,9 +6,8 @@ import numpy as np
 import pytest
 
 from tests.yolov7.data_sets import HEIGHT, WIDTH, write_image
-from yolov7.dataset import image_size as image_size_module
-from yolov7.dataset.image_size import image_size
-from yolov7.sources import read_image
+from yolov7.errors import UserError
+from yolov7.images import decode, image_size, read_image
 
 
 def exif_jpeg(path: Path, orientation: int, order: str = "big") -> Path:
@@ -31,7 +31,7 @@ def test_size_is_that_of_the_upright_image(
 ) -> None:
     path = exif_jpeg(tmp_path / "x.jpg", orientation, order)
     upright = read_image(path).shape[:2]
-    monkeypatch.setattr(image_size_module, "read_image", None)  # the header must do
+    monkeypatch.setattr(decode, "read_image", None)  # the header must do
     assert image_size(path) == upright
     assert upright == ((HEIGHT, WIDTH) if orientation < 5 else (WIDTH, HEIGHT))
 
@@ -50,8 +50,8 @@ def test_size_of_a_progressive_jpeg_and_of_one_with_bytes_after_its_end(tmp_path
 
 
 @pytest.mark.parametrize("suffix", [".jpg", ".png"])
-def test_an_exif_record_that_only_the_decoder_understands(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
+def test_a_damaged_exif_record_turns_neither_the_size_nor_the_pixels(
+    tmp_path: Path, suffix: str
 ) -> None:
     if suffix == ".jpg":
         path = exif_jpeg(tmp_path / "x.jpg", 6)
@@ -61,8 +61,19 @@ def test_an_exif_record_that_only_the_decoder_understands(
         data = path.read_bytes()
         at = data.index(b"IDAT") - 4
         path.write_bytes(data[:at] + bytes(4) + b"eXIf" + bytes(4) + data[at:])
-    monkeypatch.setattr(image_size_module, "read_image", lambda _: np.zeros((3, 5, 3), np.uint8))
-    assert image_size(path) == (3, 5)
+    assert image_size(path) == read_image(path).shape[:2] == (HEIGHT, WIDTH)
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["before the pixels", "behind them"])
+def test_a_png_is_turned_by_its_exif_chunk(tmp_path: Path, late: bool) -> None:
+    path = write_image(tmp_path / "x.png")
+    data = path.read_bytes()
+    record = b"MM\0\x2a\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0"
+    chunk = len(record).to_bytes(4, "big") + b"eXIf" + record
+    chunk += zlib.crc32(chunk[4:]).to_bytes(4, "big")
+    at = data.index(b"IEND" if late else b"IDAT") - 4
+    path.write_bytes(data[:at] + chunk + data[at:])
+    assert image_size(path) == read_image(path).shape[:2] == (WIDTH, HEIGHT)
 
 
 @pytest.mark.parametrize("suffix", [".jpg", ".png"])
@@ -79,6 +90,18 @@ def test_a_truncated_file_is_judged_by_the_reader(
         asked.append(path)
         return np.zeros((3, 5, 3), np.uint8)
 
-    monkeypatch.setattr(image_size_module, "read_image", read)
+    monkeypatch.setattr(decode, "read_image", read)
     assert image_size(path) == (3, 5)
     assert asked == [path]
+
+
+def test_the_end_mark_of_a_thumbnail_is_not_that_of_the_image(tmp_path: Path) -> None:
+    path = exif_jpeg(tmp_path / "x.jpg", 1)
+    data = path.read_bytes()
+    thumbnail = b"\xff\xe2\x00\x0athumb\0\xff\xd9"
+    whole = data[:2] + thumbnail + data[2:]
+    path.write_bytes(whole)
+    assert image_size(path) == (HEIGHT, WIDTH)
+    path.write_bytes(whole[: len(whole) * 3 // 4])
+    with pytest.raises(UserError, match="truncated"):
+        image_size(path)

@@ -9,13 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from yolov7.image_header import FORMATS, read_header
+from yolov7.images.header import FORMATS, read_header
 
 HEIGHT, WIDTH = 40, 300  # 300 needs two bytes
 
 
 def encode(suffix: str) -> bytes:
-    return cv2.imencode(suffix, np.zeros((HEIGHT, WIDTH, 3), np.uint8))[1].tobytes()
+    shape = (HEIGHT, WIDTH) if suffix in (".pgm", ".pbm") else (HEIGHT, WIDTH, 3)
+    return cv2.imencode(suffix, np.zeros(shape, np.uint8))[1].tobytes()
 
 
 def animation() -> bytes:
@@ -74,7 +75,7 @@ def long_box_jp2() -> bytes:
 
 FILES: dict[str, Callable[[], bytes]] = {
     **{name: partial(encode, name) for name in (".png", ".jpg", ".bmp", ".tiff", ".gif")},
-    **{name: partial(encode, name) for name in (".jp2", ".ras")},
+    **{name: partial(encode, name) for name in (".jp2", ".ppm", ".pgm", ".pbm", ".webp", ".avif")},
     "animated webp": animation,
     "bmp from above": topdown_bmp,
     "os/2 bmp": os2_bmp,
@@ -106,7 +107,28 @@ def test_a_file_that_is_cut_short_has_a_right_header_or_none(make: Callable[[], 
         assert header is None or (header.height, header.width) == (HEIGHT, WIDTH)
 
 
-@given(st.sampled_from([start for start, _ in FORMATS]), st.binary(max_size=200))
+def avif_turned(turns: int) -> bytes:
+    """An AVIF whose decoder does not apply the quarter turns of its `irot` box."""
+    data = encode(".avif")
+    at = data.index(b"ispe") - 4
+    length = int.from_bytes(data[at : at + 4])
+    box = struct.pack(">I4sB", 9, b"irot", turns)
+    for name in (b"ipco", b"iprp", b"meta"):
+        place = data.index(name) - 4
+        size = int.from_bytes(data[place : place + 4]) + len(box)
+        data = data[:place] + size.to_bytes(4) + data[place + 4 :]
+    return data[: at + length] + box + data[at + length :]
+
+
+@pytest.mark.parametrize(("turns", "orientation"), [(0, 1), (1, 8), (2, 3), (3, 6)])
+def test_avif_says_how_it_is_turned(turns: int, orientation: int) -> None:
+    header = read_header(BytesIO(avif_turned(turns)))
+    assert header is not None
+    assert header.orientation == orientation
+    assert header.upright == ((WIDTH, HEIGHT) if turns % 2 else (HEIGHT, WIDTH))
+
+
+@given(st.sampled_from([bytes(at) + mark for at, mark, _ in FORMATS]), st.binary(max_size=200))
 def test_whatever_follows_the_first_bytes_is_borne(start: bytes, rest: bytes) -> None:
     header = read_header(BytesIO(start + rest))
     assert header is None or min(header.height, header.width) > 0
