@@ -3,7 +3,6 @@
 import math
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import cv2
 import numpy as np
@@ -14,10 +13,9 @@ from yolov7.drawing import draw_boxes
 from yolov7.evaluate.sheet import draw_sheet
 from yolov7.letterbox import GREY, Image
 from yolov7.train.data import Batch
-from yolov7.train.report import LOSSES, Callback, Result, read_rows
-
-if TYPE_CHECKING:
-    from yolov7.train.validation import Validation
+from yolov7.train.meter import LOSSES
+from yolov7.train.report import Callback, Result, read_rows
+from yolov7.train.validation import Validation
 
 SHOWN = 16  # images of a batch
 CURVES = ("box", "objectness", "classes", "lr", "AP", "AP50", "precision", "recall")
@@ -109,7 +107,7 @@ class Plotter(Callback):
     def on_epoch(
         self,
         row: dict[str, float],  # noqa: ARG002  # the callback's signature
-        validation: "Validation | None",
+        validation: Validation | None,
     ) -> None:
         """Remember the validation."""
         self.validation = validation or self.validation

@@ -6,8 +6,14 @@ import pytest
 from yolov7.dataset import Dataset, Sample
 from yolov7.model import create_model
 from yolov7.train import autoanchor
-from yolov7.train.autoanchor import Sizes, better_anchors, box_sizes, fit_anchors, possible_recall
-from yolov7.train.prepare import fit_model_anchors
+from yolov7.train.autoanchor import (
+    Sizes,
+    better_anchors,
+    box_sizes,
+    fit_anchors,
+    fit_model_anchors,
+    possible_recall,
+)
 
 ANCHORS = np.array([[[10, 13], [16, 30]], [[62, 45], [116, 90]]], np.float32)
 

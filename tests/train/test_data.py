@@ -8,18 +8,10 @@ import torch
 
 from tests.train.test_augment import NOTHING
 from yolov7.dataset import Dataset, Sample
-from yolov7.train import data as module
 from yolov7.train.config import PRESETS
-from yolov7.train.data import (
-    Batch,
-    EpochSampler,
-    ImageStore,
-    Key,
-    TrainingData,
-    build_loader,
-    rectangles,
-    stretch,
-)
+from yolov7.train.data import Batch, Loader, TrainingData, stretch
+from yolov7.train.images import CacheKind, ImageStore
+from yolov7.train.sampler import EpochSampler, Key, rectangles
 
 SHAPES = [(48, 64), (64, 48), (200, 300), (64, 64), (30, 90), (64, 80), (72, 64)]
 
@@ -51,7 +43,7 @@ def dataset(tmp_path: Path) -> Dataset:
 
 
 def epoch(data: TrainingData, sampler: EpochSampler, workers: int = 0) -> list[Batch]:
-    return list(build_loader(data, sampler, workers=workers, pin=False))
+    return list(Loader(data, sampler, workers=workers, pin=False))
 
 
 def test_batches_do_not_depend_on_workers(dataset: Dataset) -> None:
@@ -107,7 +99,7 @@ def test_rectangular_batches(dataset: Dataset) -> None:
 
 @pytest.mark.parametrize("cache", ["ram", "disk"])
 def test_caches_change_nothing(
-    dataset: Dataset, cache: module.CacheKind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    dataset: Dataset, cache: CacheKind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("YOLOV7_CACHE", str(tmp_path / "cache"))
     plain, cached = ImageStore(dataset.samples, 64), ImageStore(dataset.samples, 64, cache)
