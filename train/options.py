@@ -149,8 +149,9 @@ def resumed_options(given: Train, state: dict[str, Any]) -> Train:
         if getattr(given, name) != defaults[name]:
             setattr(options, name, getattr(given, name))
     options.resume, options.json = given.resume, given.json
-    if state["progress"]["epoch"] >= (EPOCHS if options.epochs is None else options.epochs):
+    done = state["progress"]["epoch"]
+    if done >= (EPOCHS if options.epochs is None else options.epochs):
         raise UserError(
-            f"{given.resume} has finished its {state['epoch']} epochs: give more --epochs to go on"
+            f"{given.resume} has finished its {done} epochs: give more --epochs to go on"
         )
     return options
