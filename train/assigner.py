@@ -267,7 +267,7 @@ class SimOTAAssigner(AnchorAssigner):
         cheapest = truth.new_full((b, c), torch.inf)
         cheapest_box = slots.box.new_zeros(b, c)
         takers, taker_sum = torch.zeros_like(cheapest_box), torch.zeros_like(cheapest_box)
-        block = max(1, PAIRS_PER_BLOCK[truth.device.type] // (b * c))
+        block = max(1, PAIRS_PER_BLOCK.get(truth.device.type, 1 << 19) // (b * c))
         for start in range(0, m, block):
             label = classes[:, start : start + block].long()
             iou = _pair_iou(truth[:, start : start + block], decoded)  # [B, m, C]

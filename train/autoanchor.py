@@ -21,7 +21,7 @@ def box_sizes(samples: list[Sample], size: int) -> Sizes:
     """Width and height `[n, 2]` of all boxes in images whose longer side is `size` pixels."""
     parts = [np.zeros((0, 2))]
     for sample in samples:
-        boxes = sample.boxes[~sample.crowd].astype(np.float64)
+        boxes = sample.labels.boxes[~sample.labels.crowd].astype(np.float64)
         ratio = size / max(sample.height, sample.width)
         parts.append((boxes[:, 2:] - boxes[:, :2]) * ratio)
     sizes = np.concatenate(parts)

@@ -52,7 +52,7 @@ def check_data(train: Dataset, val: Dataset) -> None:
     Raises:
         UserError: there is no box to train on, or the classes differ.
     """
-    if not sum(int((~sample.crowd).sum()) for sample in train.samples):
+    if not sum(int((~sample.labels.crowd).sum()) for sample in train.samples):
         raise UserError(
             f"the {len(train.samples)} images to train on have not a single box, the first is "
             f"{train.samples[0].path}: check where the labels lie"
@@ -101,7 +101,7 @@ class TrainingData(TorchDataset[tuple[Tensor, Tensor]]):
         self.store = ImageStore(dataset.samples, size, cache)
         bank = []
         if augmentation.paste_in:
-            counts = [sum(map(bool, sample.polygons)) for sample in dataset.samples]
+            counts = [sum(map(bool, sample.labels.polygons)) for sample in dataset.samples]
             bank = build_bank(self.store, counts, np.random.default_rng(seed))
         count = len(dataset.samples)
         self.augmenter = Augmenter(augmentation, size, self.store, count, bank)

@@ -53,7 +53,7 @@ class ImageStore:
             image = self._from_disk(sample)
         else:
             image = self._read(sample)
-        return Scene.from_labels(image, sample, sample.height, sample.width)
+        return Scene.from_labels(image, sample.labels, sample.height, sample.width)
 
     def _read(self, sample: Sample) -> Image:
         longest = max(sample.height, sample.width)

@@ -51,9 +51,9 @@ def label_picture(dataset: Dataset, path: Path) -> None:
     """How many boxes of which class there are, where they lie and how large they are."""
     from matplotlib.figure import Figure
 
-    classes = np.concatenate([sample.classes for sample in dataset.samples])
+    classes = np.concatenate([sample.labels.classes for sample in dataset.samples])
     boxes = np.concatenate(
-        [s.boxes / np.array([s.width, s.height] * 2, np.float32) for s in dataset.samples]
+        [s.labels.boxes / np.array([s.width, s.height] * 2, np.float32) for s in dataset.samples]
     )
     centre, size = (boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]
     figure = Figure(figsize=(15, 5), layout="constrained")

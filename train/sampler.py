@@ -108,6 +108,6 @@ def image_weights(dataset: Dataset, ap: NDArray[np.float64]) -> NDArray[np.float
         `[n]`, any sum.
     """
     nc = len(dataset.names)
-    counts = np.stack([np.bincount(s.classes, minlength=nc) for s in dataset.samples])
+    counts = np.stack([np.bincount(s.labels.classes, minlength=nc) for s in dataset.samples])
     weights = counts @ ((1 - ap) ** 2 / np.maximum(counts.sum(0), 1))
     return weights if weights.sum() > 0 else np.ones(len(counts))

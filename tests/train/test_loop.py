@@ -15,7 +15,7 @@ from tests.train.test_resume import end_state, interrupt
 from yolov7.checkpoint import load_model, read_metadata, save_model
 from yolov7.cli.train import run
 from yolov7.dataset import load_data
-from yolov7.engine.choose import Runtime, open_network
+from yolov7.engine.choose import AnyNetwork, Runtime, open_network
 from yolov7.errors import UserError
 from yolov7.evaluate import Settings, evaluate
 from yolov7.model import create_model
@@ -279,7 +279,7 @@ def test_wrong_use_is_explained(options: Train, tmp_path: Path) -> None:
         ({"weights": str(deploy)}, "--width, .* from scratch"),
         ({"data": ""}, "give --data"),
         ({"variant": "yolov9"}, "unknown model 'yolov9'"),
-        ({"imgsz": 70}, "no multiple of the stride 32: try 64"),
+        ({"imgsz": 99999}, "imgsz is 99999: give 1 to 32768 pixels"),
         ({"freeze": ("trunk",)}, "--freeze trunk: no such part of the network: stem"),
         ({"set": {"lr": 0.1}}, "unknown hyper-parameter 'lr'"),
         ({"variant": "yolov7-w6", "plain_loss": True}, "leave out --plain-loss"),
@@ -372,12 +372,11 @@ def test_evaluation_by_an_engine_of_ones_choice(
 ) -> None:
     asked = []
 
-    class Watched(Network):
-        def __init__(self, *arguments: Any, **options: Any) -> None:
-            super().__init__(*arguments, **options)
-            asked.append(self.engine)
+    def watched(runtime: Runtime) -> AnyNetwork:
+        asked.append(runtime.engine)
+        return open_network(runtime)
 
-    monkeypatch.setattr(validation, "Network", Watched)
+    monkeypatch.setattr(validation, "open_network", watched)
     chosen = options if engine == "eager" else replace(options, val_engine=engine)
     train(replace(chosen, epochs=1))
     assert asked == [engine]

@@ -201,7 +201,7 @@ def _collect(
                     height=size[0],
                     width=size[1],
                     image_id=row.image_id,
-                    **vars(labels(position, size)),
+                    labels=labels(position, size),
                 )
             )
     if not dataset.samples:

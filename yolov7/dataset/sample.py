@@ -41,10 +41,11 @@ class Labels:
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Sample(Labels):
+class Sample:
     """One image of a data set with its labels.
 
     Attributes:
+        labels: Its boxes.
         path: The image file.
         height: Pixels, upright (EXIF orientation applied).
         width: Pixels.
@@ -52,6 +53,7 @@ class Sample(Labels):
             the data set are numbers, else the position in the data set.
     """
 
+    labels: Labels
     path: Path
     height: int
     width: int
