@@ -25,10 +25,10 @@ def scene(images: int) -> tuple[Dataset, Detections]:
         count = int(random.integers(1, 16))
         sample = random_sample(Path(f"{index}.jpg"), index + 1, 640, count, random)
         samples.append(sample)
-        near = sample.boxes + random.normal(0, 4, (count, 4))
+        near = sample.labels.boxes + random.normal(0, 4, (count, 4))
         scores = random.uniform(0.01, 1, (2 * count, 1))
         boxes = np.concatenate([near, random.permutation(near) + 40])
-        classes = np.concatenate([sample.classes, random.integers(0, CLASSES, count)])
+        classes = np.concatenate([sample.labels.classes, random.integers(0, CLASSES, count)])
         found = np.concatenate([boxes, scores, classes[:, None]], 1)
         detections.append(found.astype(np.float32))
     names = [f"class{i}" for i in range(CLASSES)]
@@ -46,7 +46,8 @@ def by_hand(dataset: Dataset, detections: Detections) -> Callable[[], float]:
     annotations: list[dict[str, Any]] = []
     results: list[dict[str, Any]] = []
     for sample, found in zip(dataset.samples, detections, strict=True):
-        for box, label in zip(corners_to_json(sample.boxes), sample.classes, strict=True):
+        labels = sample.labels
+        for box, label in zip(corners_to_json(labels.boxes), labels.classes, strict=True):
             annotations.append(
                 {
                     "id": len(annotations) + 1,

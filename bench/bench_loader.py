@@ -12,7 +12,9 @@ from bench.data import CLASSES, random_sample
 from yolov7.benchmark.clock import Work
 from yolov7.dataset import Dataset
 from yolov7.train.config import PRESETS
-from yolov7.train.data import CacheKind, Key, TrainingData
+from yolov7.train.data import TrainingData
+from yolov7.train.images import CacheKind
+from yolov7.train.sampler import Key
 
 IMAGES, BOXES, DRAWN = 64, 8, 32
 SIDE = 320

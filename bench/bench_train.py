@@ -17,10 +17,9 @@ from yolov7.engine.cpu import keep_freed_memory
 from yolov7.model import YOLOv7, create_model
 from yolov7.train.config import PRESETS, preset_name
 from yolov7.train.ema import EMA
-from yolov7.train.loss import Loss, LossWeights
+from yolov7.train.loss import Loss, LossWeights, head_loss
 from yolov7.train.norm import join_norms
 from yolov7.train.optimizer import build_optimizer
-from yolov7.train.prepare import head_loss
 
 RUN = ("yolov7", 640, 64) if torch.cuda.is_available() else ("yolov7-tiny", 320, 16)
 RUNS = pytest.mark.parametrize(
@@ -57,7 +56,7 @@ def model_and_loss(variant: str, size: int) -> tuple[YOLOv7, Loss, LossWeights]:
         nc=CLASSES,
         size=size,
     )
-    return model, head_loss(model, hyper, plain=False), weights
+    return model, head_loss(model, plain=False), weights
 
 
 def step(

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from yolov7.dataset import Sample
+from yolov7.dataset import Labels, Sample
 
 CLASSES = 80
 
@@ -19,10 +19,12 @@ def random_sample(
         path=path,
         height=side,
         width=side,
-        classes=random.integers(0, CLASSES, boxes),
-        boxes=corners.astype(np.float32),
-        polygons=tuple([] for _ in range(boxes)),
-        crowd=np.zeros(boxes, np.bool_),
-        areas=(corners[:, 2:] - corners[:, :2]).prod(1),
+        labels=Labels(
+            classes=random.integers(0, CLASSES, boxes),
+            boxes=corners.astype(np.float32),
+            polygons=tuple([] for _ in range(boxes)),
+            crowd=np.zeros(boxes, np.bool_),
+            areas=(corners[:, 2:] - corners[:, :2]).prod(1),
+        ),
         image_id=index,
     )

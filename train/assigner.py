@@ -10,11 +10,13 @@ Candidates are ordered by level, then neighbour, anchor and box; nothing is merg
 figure 5 of arXiv 2207.02696; SimOTA is from YOLOX (arXiv 2107.08430).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from yolov7.boxes import cxcywh_to_xyxy
 
@@ -112,25 +114,10 @@ def scale_boxes(labels: Tensor, width: int, height: int) -> Tensor:
     return torch.stack([x * width, y * height, w * width, h * height], -1)
 
 
-def pad_labels(targets: Tensor, batch: int) -> Tensor:
-    """Turn a host-side label list into padded labels.
-
-    Args:
-        targets: `[n, 6]` image, class, centre x, centre y, width, height; on the CPU, any order.
-        batch: number of images.
-
-    Returns:
-        `[batch, M, 5]`, every image's boxes in the order of the list; M is at least 1.
-    """
-    image = targets[:, 0].long()
-    counts = torch.bincount(image, minlength=batch)
-    order = torch.argsort(image, stable=True)
-    first = counts.cumsum(0) - counts
-    rank = torch.arange(len(targets)) - first[image[order]]
-    padded = targets.new_zeros(batch, max(1, int(counts.numpy().max(initial=0))), 5)
-    padded[..., 0] = -1
-    padded[image[order], rank] = targets[order, 1:]
-    return padded
+def pad_labels(labels: Sequence[Tensor]) -> Tensor:
+    """The labels `[n, 5]` of every image in one tensor `[B, M, 5]`, M >= 1, padded with -1."""
+    one = labels[0].new_empty(1, 5)  # so that M is at least 1
+    return pad_sequence([*labels, one], batch_first=True, padding_value=-1)[:-1]
 
 
 class AnchorAssigner:
@@ -280,7 +267,7 @@ class SimOTAAssigner(AnchorAssigner):
         cheapest = truth.new_full((b, c), torch.inf)
         cheapest_box = slots.box.new_zeros(b, c)
         takers, taker_sum = torch.zeros_like(cheapest_box), torch.zeros_like(cheapest_box)
-        block = max(1, PAIRS_PER_BLOCK[truth.device.type] // (b * c))
+        block = max(1, PAIRS_PER_BLOCK.get(truth.device.type, 1 << 19) // (b * c))
         for start in range(0, m, block):
             label = classes[:, start : start + block].long()
             iou = _pair_iou(truth[:, start : start + block], decoded)  # [B, m, C]

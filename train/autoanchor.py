@@ -1,9 +1,11 @@
 """Anchors that fit a data set: how well the present ones do, and better ones."""
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-from yolov7.dataset import Sample
+from yolov7.dataset import Dataset, Sample
+from yolov7.model import YOLOv7
 from yolov7.train.assigner import RATIO_LIMIT
 
 ENOUGH = 0.98  # best possible recall with which anchors are kept
@@ -19,7 +21,7 @@ def box_sizes(samples: list[Sample], size: int) -> Sizes:
     """Width and height `[n, 2]` of all boxes in images whose longer side is `size` pixels."""
     parts = [np.zeros((0, 2))]
     for sample in samples:
-        boxes = sample.boxes[~sample.crowd].astype(np.float64)
+        boxes = sample.labels.boxes[~sample.labels.crowd].astype(np.float64)
         ratio = size / max(sample.height, sample.width)
         parts.append((boxes[:, 2:] - boxes[:, :2]) * ratio)
     sizes = np.concatenate(parts)
@@ -95,3 +97,17 @@ def better_anchors(
     if _fitness(boxes, fitted) <= _fitness(boxes, flat):
         return recall, None
     return recall, fitted.reshape(anchors.shape).astype(np.float32)
+
+
+def fit_model_anchors(model: YOLOv7, dataset: Dataset, size: int, seed: int) -> str:
+    """Give a model anchors that fit the data, where its own do not; say what was done."""
+    boxes = box_sizes(dataset.samples, size)
+    if not len(boxes):
+        return f"no box has {MIN_SIDE:g} pixels a side: the anchors stay"
+    recall, better = better_anchors(boxes, model.head.anchors.numpy(), seed)
+    note = f"{recall:.1%} of the boxes match an anchor"
+    if better is None:
+        return note
+    model.head.anchors.copy_(torch.from_numpy(better))
+    after = possible_recall(boxes, better.reshape(-1, 2).astype(np.float64))
+    return f"{note}: new anchors were fitted, which {after:.1%} match"

@@ -1,15 +1,55 @@
-"""The largest batch that a GPU's memory holds."""
+"""The batch that was asked for, or the largest that a GPU's memory holds."""
+
+import copy
 
 import torch
 
 from yolov7.errors import UserError
 from yolov7.model import YOLOv7
+from yolov7.train.data import STRETCH, stretched
+from yolov7.train.distributed import Ranks, share
 from yolov7.train.loss import Loss
-from yolov7.train.prepare import autocast
+from yolov7.train.options import Train
+from yolov7.train.precision import autocast
 
 CPU_BATCH = 16
 FILLED = 0.85  # of the free memory
 PROBES = (2, 6)  # batches whose memory is measured
+
+
+def batch_size(
+    options: Train,
+    model: YOLOv7,
+    loss: Loss,
+    images: int,
+    size: int,
+    dtype: torch.dtype,
+    ranks: Ranks,
+) -> int:
+    """Images of a step, on all ranks together.
+
+    Args:
+        options: the batch, and whether images grow.
+        model: stays as it is.
+        loss: of its outputs.
+        images: in the data set.
+        size: their side in pixels.
+        dtype: what the network computes in.
+        ranks: which process this is.
+
+    Raises:
+        UserError: the ranks cannot share it.
+    """
+    if options.batch % ranks.world:
+        raise UserError(f"--batch {options.batch} cannot be shared among {ranks.world} processes")
+    if options.batch:
+        return options.batch
+    side = stretched(size, model.stride, STRETCH[1] if options.multi_scale else 1.0)
+    probe = copy.deepcopy(model).train()
+    fits = share(largest_batch(probe, loss, side, model.head.anchors.device, dtype), ranks)
+    batch = min(fits, images) * ranks.world
+    ranks.say(f"batches of {batch} images")
+    return batch
 
 
 def largest_batch(

@@ -8,6 +8,11 @@ from yolov7.errors import UserError
 from yolov7.variants import Variant
 
 PresetName = Literal["p5", "p6", "tiny", "custom"]
+# What is a probability or a share: at most 1.
+SHARES = {
+    *("hsv_h", "hsv_s", "hsv_v", "scale", "flipud", "fliplr", "mosaic", "mosaic9", "mixup"),
+    *("copy_paste", "paste_in", "momentum", "warmup_momentum", "label_smoothing"),
+}
 
 
 @dataclass(frozen=True)
@@ -89,7 +94,7 @@ class HyperParameters:
         """A copy with some numbers replaced, by the names of the fields of both classes.
 
         Raises:
-            UserError: an unknown name, a number below 0.
+            UserError: an unknown name, a number below 0, a share over 1.
         """
         own = {f.name for f in fields(self)} - {"augmentation"}
         images = {f.name for f in fields(Augmentation)}
@@ -102,6 +107,8 @@ class HyperParameters:
         for name, value in values.items():
             if not value >= 0:  # nor NaN
                 raise UserError(f"hyper-parameter {name} {value:g}: give 0 or more")
+            if name in SHARES and value > 1:
+                raise UserError(f"hyper-parameter {name} {value:g}: give 0 to 1")
         augmentation: dict[str, Any] = {k: v for k, v in values.items() if k in images}
         rest: dict[str, Any] = {k: v for k, v in values.items() if k in own}
         return replace(self, augmentation=replace(self.augmentation, **augmentation), **rest)

@@ -13,7 +13,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from yolov7.train.norm import join_norms
+from yolov7.errors import UserError
+from yolov7.train.norm import KernelsName, join_norms, why_not_fused
 
 TIMEOUT = timedelta(minutes=30)  # for a rank that waits while another evaluates
 
@@ -36,6 +37,11 @@ class Ranks:
     def main(self) -> bool:
         """Whether this process writes and reports."""
         return self.rank == 0
+
+    def say(self, text: str) -> None:
+        """Print a line, once for all processes."""
+        if self.main:
+            print(text, flush=True)
 
 
 @contextmanager
@@ -80,75 +86,49 @@ def synchronise(model: nn.Module, ranks: Ranks) -> None:
             dist.broadcast(tensor, src=0)
 
 
-class _SumOverRanks(torch.autograd.Function):
-    """Sum of a tensor over all processes; its gradient is the sum of theirs."""
+def use_kernels(
+    choice: KernelsName, model: nn.Module, images: Tensor, dtype: torch.dtype, ranks: Ranks
+) -> bool:
+    """Whether norms and activations of a model run by our kernels.
 
-    @staticmethod
-    def forward(_: Any, x: Tensor) -> Tensor:
-        total = x.clone()
-        dist.all_reduce(total)
-        return total
+    Args:
+        choice: auto: on CUDA, where they work; on: on a CPU too, by their plain references.
+        model: stays as it is.
+        images: `[B, 3, H, W]` like those of the first step.
+        dtype: what the network computes in.
+        ranks: which process this is.
 
-    @staticmethod
-    def backward(_: Any, *gradients: Tensor) -> Tensor:
-        total = gradients[0].clone()
-        dist.all_reduce(total)
-        return total
-
-
-def _sum_over_ranks(x: Tensor) -> Tensor:
-    total: Tensor = _SumOverRanks.apply(x)  # type: ignore[no-untyped-call]  # torch's is untyped
-    return total
-
-
-class SyncBatchNorm(nn.BatchNorm2d):
-    """Batch norm whose statistics are those of all processes; PyTorch's runs on GPUs only."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise `[B, C, H, W]`."""
-        assert self.running_mean is not None
-        assert self.running_var is not None
-        assert self.num_batches_tracked is not None
-        assert self.momentum is not None
-        if not self.training:
-            return super().forward(x)
-        dtype = x.dtype
-        # Under autocast x is bf16, too coarse for sums.
-        x = x.to(self.running_mean.dtype)
-        count = x.numel() // x.shape[1] * dist.get_world_size()
-        total = _sum_over_ranks(x.sum((0, 2, 3)))
-        centred = x - (total / count)[:, None, None]
-        squares = _sum_over_ranks(centred.square().sum((0, 2, 3)))
-        variance = squares / count
-        with torch.no_grad():
-            self.num_batches_tracked += 1
-            self.running_mean.lerp_(total / count, self.momentum)
-            self.running_var.lerp_(squares / (count - 1), self.momentum)
-        scale = self.weight / torch.sqrt(variance + self.eps)
-        return (centred * scale[:, None, None] + self.bias[:, None, None]).to(dtype)
+    Raises:
+        UserError: they are asked for and do not work on every process.
+    """
+    if choice == "off" or (choice == "auto" and not images.is_cuda):
+        return False
+    reasons = collect(why_not_fused(model, images, dtype), ranks)
+    reason = next(filter(None, reasons), "")
+    if reason and choice == "on":
+        raise UserError(f"--kernels on: {reason}: use auto or off")
+    if reason:
+        ranks.say(f"warning: norms and activations run by PyTorch, not by our kernels: {reason}")
+    return not reason
 
 
-def synchronise_batch_norms(model: nn.Module, device: torch.device) -> None:
-    """Replace the batch norms of a model, in place, keeping their tensors."""
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            if type(child) is nn.BatchNorm2d:
-                if device.type == "cuda":
-                    convert: Any = nn.SyncBatchNorm.convert_sync_batchnorm
-                    synced: nn.Module = convert(child)
-                else:
-                    synced = SyncBatchNorm(child.num_features, child.eps, child.momentum)
-                    synced._parameters, synced._buffers = child._parameters, child._buffers
-                setattr(module, name, synced)
+def over_ranks(
+    model: nn.Module, device: torch.device, ranks: Ranks, *, sync_bn: bool, fused: bool
+) -> nn.Module:
+    """A model as it is called in training: over all processes, if there are several.
 
-
-def over_ranks(model: nn.Module, device: torch.device, ranks: Ranks, *, sync_bn: bool) -> nn.Module:
-    """A model as it is called in training: over all processes, if there are several."""
-    sync = sync_bn and ranks.world > 1
-    if device.type == "cuda":
-        join_norms(model, dist.group.WORLD if sync else None)
-    if sync:
-        synchronise_batch_norms(model, device)
+    Args:
+        model: changed in place.
+        device: where it lies.
+        ranks: which process this is.
+        sync_bn: batch norm statistics over all processes.
+        fused: batch norm and activation by our kernels.
+    """
+    synced = sync_bn and ranks.world > 1
+    if fused or (synced and device.type == "cpu"):  # PyTorch's runs on GPUs only
+        join_norms(model, synced=synced)
+    elif synced:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     if ranks.world == 1:
         return model
     # Vectors stored channels last: DDP's remark on their strides is about nothing.

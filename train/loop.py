@@ -1,6 +1,5 @@
 """The training run, from options to weights."""
 
-import copy
 import json
 import math
 from collections.abc import Sequence
@@ -8,84 +7,107 @@ from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from time import perf_counter
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from yolov7.checkpoint import load_model, save_model
+from yolov7.dataset import Dataset
 from yolov7.device import resolve_device
+from yolov7.engine.choose import fit
 from yolov7.engine.cpu import keep_freed_memory
 from yolov7.errors import UserError
 from yolov7.evaluate import Settings
 from yolov7.model import YOLOv7
 from yolov7.runs import new_run
-from yolov7.train import prepare
-from yolov7.train.autobatch import largest_batch
-from yolov7.train.config import UNCHANGED, HyperParameters
+from yolov7.train.autoanchor import fit_model_anchors
+from yolov7.train.autobatch import batch_size
+from yolov7.train.config import HyperParameters
 from yolov7.train.data import (
-    STRETCH,
-    Batch,
-    EpochSampler,
+    Augment,
+    Loader,
     TrainingData,
-    build_loader,
-    image_weights,
-    rectangles,
-    stretch,
-    stretched,
+    check_data,
+    read_data,
 )
-from yolov7.train.distributed import Ranks, collect, over_ranks, process_group, share
+from yolov7.train.distributed import (
+    Ranks,
+    collect,
+    over_ranks,
+    process_group,
+    share,
+    use_kernels,
+)
 from yolov7.train.ema import EMA
-from yolov7.train.loss import LossWeights
-from yolov7.train.optimizer import (
-    build_optimizer,
-    clip_gradients,
-    first_bad_tensor,
-    gradient_norm,
-    restore_buffers,
-    set_rates,
+from yolov7.train.loss import LossWeights, head_loss
+from yolov7.train.meter import Meter, merged
+from yolov7.train.model import build_model, fit_classes, freeze, frozen_to_eval
+from yolov7.train.options import (
+    EPOCHS,
+    Train,
+    check_numbers,
+    hyper_parameters,
+    resumed_options,
 )
-from yolov7.train.options import Train
 from yolov7.train.plots import Plotter, can_plot, save_batch
-from yolov7.train.report import Callback, CsvWriter, Meter, Result, TensorBoard, epoch_line, merged
+from yolov7.train.precision import training_dtype
+from yolov7.train.report import Callback, CsvWriter, Result, TensorBoard, epoch_line
+from yolov7.train.sampler import EpochSampler, image_weights, rectangles
 from yolov7.train.schedule import Schedule
 from yolov7.train.state import State, load_state, save_state
-from yolov7.train.validation import Validation, ValidationLoss, fitness, validate
+from yolov7.train.step import Progress, Step
+from yolov7.train.validation import Validation, fitness, validate, validation_loss
 
-MAX_SKIPPED = 20  # steps in a row without finite gradients
 PICTURED = 3  # batches that are drawn
-# What a run counts besides its epochs.
-COUNTERS = ("step", "last_step", "best", "best_epoch", "seconds", "skipped", "skipped_in_a_row")
 REPORTED = (
     *("AP", "AP50", "AP75", "precision", "recall"),
     *("val_box", "val_objectness", "val_classes"),
 )
 
 
-def train(options: Train, callbacks: Sequence[Callback] = ()) -> Result:
+def train(
+    options: Train,
+    callbacks: Sequence[Callback] = (),
+    *,
+    model: YOLOv7 | None = None,
+    data: tuple[Dataset, Dataset] | None = None,
+    augment: Augment | None = None,
+) -> Result:
     """Train a model, or go on with a run.
 
     Args:
         options: what to do.
         callbacks: told about the run, after those of the run folder.
+        model: what is trained, in place, instead of what `weights` and `variant` name; in training
+            form. A run that is resumed gives it its weights.
+        data: what to train and to evaluate on, instead of the splits of `options.data`.
+        augment: called with every training image after the augmentations of the hyper-parameters,
+            and with a generator for what is random in it: gives a `Scene` of the same size. It is
+            sent to the worker processes.
 
     Returns:
         How it went; the weights are in `weights` of the run's folder, `last` and `best`.
 
     Raises:
         UserError: the options, the data or the weights cannot be used, or the run diverged.
+        ValueError: a model is given that is in no training form, or beside weights.
     """
-    prepare.check_numbers(options)
+    check_numbers(options)
+    if model is not None and (model.form != "training" or options.weights or options.variant):
+        raise ValueError(
+            f"model= takes a model in training form, this one's is {model.form}, and neither "
+            "weights nor variant beside it"
+        )
     state: State = {}
     if options.resume is not None:
         state = load_state(Path(options.resume))
-        options = prepare.resumed_options(options, state)
+        options = resumed_options(options, state)
     device = resolve_device(options.device)
     with process_group(device) as ranks:
         if device.type == "cuda" and ranks.world > 1:
             device = torch.device("cuda", ranks.local)
-        return Run(options, device, ranks, state).train(callbacks)
+        run = Run(options, device, ranks, state, model=model, data=data, augment=augment)
+        return run.train(callbacks)
 
 
 class Run:
@@ -96,34 +118,48 @@ class Run:
         device: to train on.
         ranks: which process this is.
         state: to go on from; empty for a new run.
+        model: see `train`.
+        data: likewise.
+        augment: likewise.
     """
 
-    def __init__(self, options: Train, device: torch.device, ranks: Ranks, state: State) -> None:
+    def __init__(
+        self,
+        options: Train,
+        device: torch.device,
+        ranks: Ranks,
+        state: State,
+        *,
+        model: YOLOv7 | None = None,
+        data: tuple[Dataset, Dataset] | None = None,
+        augment: Augment | None = None,
+    ) -> None:
         self.options, self.device, self.ranks = options, device, ranks
         self.folder = Path(options.project if options.resume is None else options.resume)
-        self.epochs = prepare.EPOCHS if options.epochs is None else options.epochs
-        self.epoch = self.step = 0  # finished epochs, batches
-        self.last_step = -1  # batch of the last optimizer step
-        self.best, self.best_epoch = -1.0, 0
-        self.seconds = 0.0
-        self.skipped = self.skipped_in_a_row = 0
-        self.stats: dict[str, float] = {}
+        self.epochs = EPOCHS if options.epochs is None else options.epochs
+        self.progress = Progress()
         if device.type == "cpu":
             keep_freed_memory()
 
-        self.dataset, self.val = prepare.read_data(options)
-        for line in self.dataset.skipped:
-            self._say(f"left out: {line}")
-        self.hyper, model = self._model(state)
-        self.size = prepare.image_size(options, model)
+        self.train_set, self.val_set = data or read_data(
+            options.data, options.split, options.val_split
+        )
+        check_data(self.train_set, self.val_set)
+        for line in self.train_set.skipped:
+            ranks.say(f"left out: {line}")
+
+        self.hyper, model = self._model(state, model)
+        self.size = fit(options.imgsz or model.imgsz, model.stride)[0]
         model.imgsz = self.size
-        prepare.freeze(model, options.freeze)
+        freeze(model, options.freeze)
         if options.autoanchor and not state:
-            self._say(prepare.fit_model_anchors(model, self.dataset, self.size, options.seed))
-        self.dtype = prepare.training_dtype(options.precision, device)
-        self.model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # stub lacks it
-        self.loss = prepare.head_loss(model, self.hyper, plain=options.plain_loss)
-        self.weights = LossWeights.scaled(
+            ranks.say(fit_model_anchors(model, self.train_set, self.size, options.seed))
+        dtype = training_dtype(options.precision, device)
+        model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # stub lacks it
+        loss = head_loss(
+            model, plain=options.plain_loss, label_smoothing=self.hyper.label_smoothing
+        )
+        weights = LossWeights.scaled(
             self.hyper.box,
             self.hyper.obj,
             self.hyper.cls,
@@ -131,17 +167,19 @@ class Run:
             nc=model.head.num_classes,
             size=self.size,
         )
-        self.batch = self._batch_size()
-        self.val_loss = self._val_loss()
-        self.ema = EMA(self.model)
-        self.network = over_ranks(self.model, device, ranks, sync_bn=options.sync_bn)
-        self.sampler, self.loader = self._loader()
-        self.schedule = Schedule(
-            self.hyper, self.epochs, len(self.sampler), self.batch, options.linear_lr
+
+        count = len(self.train_set.samples)
+        batch = batch_size(options, model, loss, count, self.size, dtype, ranks)
+        self.sampler, self.loader = self._loader(model, batch, augment)
+        self.val_loss = validation_loss(
+            model, self.val_set, batch // ranks.world, weights, dtype, ranks, options.workers
         )
-        decay = self.schedule.weight_decay
-        self.optimizer = build_optimizer(self.model, options.optimizer, decay)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
+        schedule = Schedule(self.hyper, self.epochs, len(self.sampler), batch, options.linear_lr)
+        ema = EMA(model)
+        images = torch.rand(batch // ranks.world, 3, self.size, self.size, device=device)
+        fused = use_kernels(options.kernels, model, images, dtype, ranks)
+        network = over_ranks(model, device, ranks, sync_bn=options.sync_bn, fused=fused)
+        self.step = Step(model, network, ema, loss, weights, schedule, options, dtype, ranks)
         if state:
             self._restore(state)
 
@@ -154,27 +192,32 @@ class Run:
         others = callbacks if self.ranks.main else []
         for callback in (*own, *others):
             callback.on_start(self.folder, asdict(self.options))
-        stopped = ""
-        started = perf_counter() - self.seconds
+        progress, stopped = self.progress, ""
+        started = perf_counter() - progress.seconds
         while not stopped:
             row = self._train_epoch()
-            self.epoch += 1
+            progress.epoch += 1
             validation = None
             stopped = self._limit(started)
-            if stopped or self.epoch % self.options.val_every == 0:
+            if stopped or progress.epoch % self.options.val_every == 0:
                 validation = self._validate()
                 stopped = self._limit(started) or self._no_better()
-            row |= {name: self.stats[name] if validation else math.nan for name in REPORTED}
+            row |= {name: progress.stats[name] if validation else math.nan for name in REPORTED}
             # The row first: one too many is cut when the run is resumed, one too few is lost.
             for callback in own:
                 callback.on_epoch(row, validation)
             self._save()
             for callback in others:
                 callback.on_epoch(row, validation)
-            self._say(epoch_line(row, self.epochs))
-        hours = self.seconds / 3600
+            self.ranks.say(epoch_line(row, self.epochs))
         result = Result(
-            self.folder, self.epoch, self.best_epoch, self.best, self.stats, hours, stopped
+            folder=self.folder,
+            epochs=progress.epoch,
+            best_epoch=progress.best_epoch,
+            fitness=progress.best,
+            stats=progress.stats,
+            hours=progress.seconds / 3600,
+            stopped=stopped,
         )
         for callback in (*own, *others):
             callback.on_end(result)
@@ -182,95 +225,53 @@ class Run:
 
     def _train_epoch(self) -> dict[str, float]:
         """One pass over the images; its row of results.csv, without the evaluation."""
-        self.model.train()
-        prepare.frozen_to_eval(self.model, self.options.freeze)
-        self.sampler.epoch = self.epoch
-        title = f"epoch {self.epoch + 1}/{self.epochs}"
-        lr = self.schedule.at(self.epoch, self.step).lr
+        progress, step = self.progress, self.step
+        step.model.train()
+        frozen_to_eval(step.model, self.options.freeze)
+        self.sampler.epoch = progress.epoch
+        title = f"epoch {progress.epoch + 1}/{self.epochs}"
+        lr = step.schedule.at(progress.epoch, progress.step).lr
         meter = Meter(f"{title}, lr {lr:.5f}", len(self.sampler), show=self.ranks.main)
         for number, batch in enumerate(meter.follow(self.loader)):
-            if self.ranks.main and self.epoch == 0 and number < PICTURED:
-                save_batch(batch, self.dataset.names, self.folder / f"train_batch{number}.jpg")
-            terms = self._train_batch(batch)
-            report = self.weights.weigh(terms) | {k: terms[k] for k in ("matches", "overflow")}
+            if self.ranks.main and progress.epoch == 0 and number < PICTURED:
+                save_batch(batch, self.train_set.names, self.folder / f"train_batch{number}.jpg")
+            terms = step(batch, progress)
+            report = step.weights.weigh(terms) | {k: terms[k] for k in ("matches", "overflow")}
             meter.add(report, len(batch.images))
         row = merged(collect(meter.row(), self.ranks))
-        return {"epoch": self.epoch + 1, "lr": lr, **row, "skipped": self.skipped}
-
-    def _train_batch(self, batch: Batch) -> dict[str, Tensor]:
-        """Forward, backward, and where it is due the optimizer's step."""
-        rates = self.schedule.at(self.epoch, self.step)
-        set_rates(self.optimizer, rates)
-        images = batch.images.to(self.device, non_blocking=True).float().div_(255)
-        if self.options.multi_scale:
-            rng = np.random.default_rng((self.options.seed, self.epoch, self.step, 1))
-            images = stretch(images, self.model.stride, rng)
-        images = images.contiguous(memory_format=torch.channels_last)
-        with prepare.autocast(self.device, self.dtype):
-            outputs = self.network(images)
-        terms: dict[str, Tensor] = self.loss(outputs, batch.labels)
-        total = torch.stack(list(self.weights.weigh(terms).values())).sum() * self.batch
-        torch.autograd.backward(self.scaler.scale(total))
-        if self.step - self.last_step >= rates.accumulate:
-            self._optimizer_step(terms)
-            self.last_step = self.step
-        self.step += 1
-        return terms
-
-    def _optimizer_step(self, terms: dict[str, Tensor]) -> None:
-        """Step and update the moving average; gradients that are not finite are left out."""
-        self.scaler.unscale_(self.optimizer)
-        norm = gradient_norm(self.model)
-        if math.isfinite(norm):
-            clip_gradients(self.model, norm, self.options.clip)
-            self.scaler.step(self.optimizer)
-            self.ema.update(self.model)
-            self.skipped_in_a_row = 0
-        else:
-            name = first_bad_tensor(self.model, terms)
-            restore_buffers(self.model, self.ema.model)
-            self.skipped += 1
-            self.skipped_in_a_row += 1
-            self._say(f"batch {self.step}: {name} is not finite: this step is skipped")
-            if self.skipped_in_a_row >= MAX_SKIPPED:
-                raise UserError(
-                    f"{MAX_SKIPPED} steps in a row without finite gradients, {name} first: lower "
-                    "the learning rate (--set lr0 0.001), or use --precision fp32 or --clip 10"
-                )
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
+        return {"epoch": progress.epoch + 1, "lr": lr, **row, "skipped": progress.skipped}
 
     def _validate(self) -> Validation:
         """Evaluate the moving average; note whether it is the best."""
-        settings = Settings(
-            imgsz=self.size,
-            batch=32 if self.device.type == "cuda" else 4,
+        model, progress = self.step.ema.model, self.progress
+        settings = Settings(imgsz=self.size, batch=32 if self.device.type == "cuda" else 4)
+        validation = validate(
+            model, self.val_set, settings, self.device, self.ranks, self.options.val_engine
         )
-        validation = validate(self.ema.model, self.val, settings, self.device, self.ranks)
         evaluation = validation.evaluation
-        self.stats = {name: float(value) for name, value in evaluation.stats.items()}
-        self.stats |= self.val_loss(self.ema.model, self.device, self.ranks)
+        progress.stats = {name: float(value) for name, value in evaluation.stats.items()}
+        progress.stats |= self.val_loss(model, self.device, self.ranks)
         if self.options.image_weights:
             ap = np.array([max(row.ap, 0.0) for row in evaluation.per_class])
-            self.sampler.weights = image_weights(self.dataset, ap)
-        if (value := fitness(self.stats)) > self.best:
-            self.best, self.best_epoch = value, self.epoch
+            self.sampler.weights = image_weights(self.train_set, ap)
+        if (value := fitness(progress.stats)) > progress.best:
+            progress.best, progress.best_epoch = value, progress.epoch
         return validation
 
     def _limit(self, started: float) -> str:
         """Note the time; why this epoch is the last, empty: it is not."""
-        self.seconds = share(perf_counter() - started, self.ranks)
-        if self.epoch >= self.epochs:
+        self.progress.seconds = share(perf_counter() - started, self.ranks)
+        if self.progress.epoch >= self.epochs:
             return "all epochs are done"
         hours = self.options.hours
-        if hours is not None and self.seconds >= hours * 3600:
+        if hours is not None and self.progress.seconds >= hours * 3600:
             return f"{hours:g} hours have passed"
         return ""
 
     def _no_better(self) -> str:
         """Why an evaluation ends the run; empty: it does not."""
         patience = self.options.patience
-        if patience is not None and self.epoch - self.best_epoch >= patience:
+        if patience is not None and self.progress.epoch - self.progress.best_epoch >= patience:
             return f"no better model in {patience} epochs"
         return ""
 
@@ -278,127 +279,87 @@ class Run:
         """Write weights and state; the state last, so that it never is ahead of the weights."""
         if not self.ranks.main:
             return
-        about = {"epoch": self.epoch, "stats": self.stats, "training": asdict(self.options)}
-        save_model(self.ema.model, self.folder / "weights" / "last.safetensors", **about)
-        if self.best_epoch == self.epoch:
-            save_model(self.ema.model, self.folder / "weights" / "best.safetensors", **about)
+        progress, model = self.progress, self.step.ema.model
+        about = {
+            "epoch": progress.epoch,
+            "stats": progress.stats,
+            "training": asdict(self.options),
+        }
+        save_model(model, self.folder / "weights" / "last.safetensors", **about)
+        if progress.best_epoch == progress.epoch:
+            save_model(model, self.folder / "weights" / "best.safetensors", **about)
         save_state(self.folder, self._state())
 
     def _state(self) -> State:
         """All that the rest of the run depends on."""
-        pending = {n: p.grad for n, p in self.model.named_parameters() if p.grad is not None}
         weights = self.sampler.weights
         return {
-            "model": self.model.state_dict(),
-            "ema": self.ema.model.state_dict(),
-            "updates": self.ema.updates,
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "gradients": pending,  # of batches since the last step
+            **self.step.state_dict(),
+            "progress": asdict(self.progress),
             "image_weights": None if weights is None else torch.from_numpy(weights),
-            "options": asdict(self.options) | {"batch": self.batch, "resume": None},
+            "options": asdict(self.options) | {"batch": self.step.schedule.batch, "resume": None},
             "hyper": asdict(self.hyper),
-            "images": len(self.dataset.samples),
-            "counters": {name: getattr(self, name) for name in COUNTERS},
-            "epoch": self.epoch,
-            "stats": self.stats,
+            "images": len(self.train_set.samples),
         }
 
     def _restore(self, state: State) -> None:
         """Go on where a state was saved."""
-        if state["images"] != len(self.dataset.samples):
+        if state["images"] != len(self.train_set.samples):
             raise UserError(
                 f"{self.folder} was trained on {state['images']} images, now there are "
-                f"{len(self.dataset.samples)}: start a new run from its weights"
+                f"{len(self.train_set.samples)}: start a new run from its weights"
             )
-        self.model.load_state_dict(state["model"])
-        self.ema.model.load_state_dict(state["ema"])
-        self.ema.updates = state["updates"]
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
-        for name, parameter in self.model.named_parameters():
-            if name in state["gradients"]:
-                parameter.grad = state["gradients"][name].to(self.device)
+        self.step.load_state_dict(state)
         if state["image_weights"] is not None:
             self.sampler.weights = state["image_weights"].numpy()
-        for name, value in state["counters"].items():
-            setattr(self, name, value)
-        self.epoch, self.stats = state["epoch"], state["stats"]
+        self.progress = Progress(**state["progress"])
 
-    def _model(self, state: State) -> tuple[HyperParameters, YOLOv7]:
+    def _model(self, state: State, given: YOLOv7 | None) -> tuple[HyperParameters, YOLOv7]:
         """Hyper-parameters and model, of the options or of the run that is resumed."""
         if state:
-            hyper = HyperParameters.from_dict(state["hyper"])
-            return hyper, load_model(self.folder / "weights" / "last.safetensors")
-        model, notes = prepare.build_model(self.options, self.dataset.names)
-        for note in notes:
-            self._say(note)
-        return prepare.hyper_parameters(self.options, model), model
+            model = given or load_model(self.folder / "weights" / "last.safetensors")
+            return HyperParameters.from_dict(state["hyper"]), model
+        names = self.train_set.names
+        model, note = fit_classes(given or build_model(self.options, len(names)), names)
+        if note:
+            self.ranks.say(note)
+        return hyper_parameters(self.options, model.variant), model
 
-    def _batch_size(self) -> int:
-        batch = self.options.batch
-        if batch % self.ranks.world:
-            raise UserError(f"--batch {batch} cannot be shared among {self.ranks.world} processes")
-        if batch == 0:
-            probe = copy.deepcopy(self.model).train()
-            factor = STRETCH[1] if self.options.multi_scale else 1.0
-            size = stretched(self.size, self.model.stride, factor)
-            batch = largest_batch(probe, self.loss, size, self.device, self.dtype)
-            batch = min(share(batch, self.ranks), len(self.dataset.samples)) * self.ranks.world
-            self._say(f"batches of {batch} images")
-        return batch
-
-    def _loader(self) -> tuple[EpochSampler, Any]:
-        options, samples = self.options, self.dataset.samples
+    def _loader(
+        self, model: YOLOv7, batch: int, augment: Augment | None
+    ) -> tuple[EpochSampler, Loader]:
+        """Augmented images, each rank's share of every batch."""
+        options, samples = self.options, self.train_set.samples
         data = TrainingData(
-            self.dataset,
+            self.train_set,
             self.size,
             self.hyper.augmentation,
+            augment=augment,
             seed=options.seed,
             cache=options.cache,
         )
         sampler = EpochSampler(
             len(samples),
-            self.batch // self.ranks.world,
+            batch // self.ranks.world,
             self.size,
             seed=options.seed,
             rank=self.ranks.rank,
             world=self.ranks.world,
-            shapes=rectangles(samples, self.size, self.model.stride) if options.rect else None,
+            shapes=rectangles(samples, self.size, model.stride) if options.rect else None,
         )
         if options.image_weights:
-            sampler.weights = image_weights(self.dataset, np.zeros(len(self.dataset.names)))
-        workers, pin = prepare.worker_count(options), self.device.type == "cuda"
-        return sampler, build_loader(data, sampler, workers=workers, pin=pin)
-
-    def _val_loss(self) -> ValidationLoss:
-        """Batches of the evaluated images as they are, each rank's share."""
-        samples = self.val.samples
-        data = TrainingData(self.val, self.size, UNCHANGED, seed=self.options.seed)
-        sampler = EpochSampler(
-            len(samples),
-            max(1, min(self.batch // self.ranks.world, len(samples))),
-            self.size,
-            rank=self.ranks.rank,
-            world=self.ranks.world,
-            shapes=rectangles(samples, self.size, self.model.stride),
-        )
-        workers, pin = prepare.worker_count(self.options), self.device.type == "cuda"
-        loader = build_loader(data, sampler, workers=workers, pin=pin, keep=False)
-        loss = prepare.head_loss(self.model, self.hyper, plain=True, lead_only=True)
-        return ValidationLoss(loss, self.weights, loader, self.dtype)
+            ap = np.zeros(len(self.train_set.names))
+            sampler.weights = image_weights(self.train_set, ap)
+        pin = self.device.type == "cuda"
+        return sampler, Loader(data, sampler, workers=options.workers, pin=pin)
 
     def _own_callbacks(self) -> list[Callback]:
         """Those that fill the run's folder."""
-        callbacks: list[Callback] = [CsvWriter(self.folder / "results.csv", self.epoch)]
+        callbacks: list[Callback] = [CsvWriter(self.folder / "results.csv", self.progress.epoch)]
         settings = {"options": asdict(self.options), "hyper-parameters": asdict(self.hyper)}
         (self.folder / "arguments.json").write_text(json.dumps(settings, indent=2))
         if can_plot():
-            callbacks.append(Plotter(self.folder, self.dataset))
+            callbacks.append(Plotter(self.folder, self.train_set))
         if find_spec("tensorboard"):
             callbacks.append(TensorBoard(self.folder))
         return callbacks
-
-    def _say(self, text: str) -> None:
-        if self.ranks.main:
-            print(text, flush=True)

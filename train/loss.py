@@ -9,6 +9,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from yolov7.errors import UserError
+from yolov7.model import YOLOv7
 from yolov7.train.assigner import (
     AnchorAssigner,
     Anchors,
@@ -258,3 +260,24 @@ def build_loss(
         )
     kind = SimOTAAssigner if ota else AnchorAssigner
     return Loss(anchors, nc, kind(anchors, capacity=capacity), label_smoothing=label_smoothing)
+
+
+def head_loss(
+    model: YOLOv7, *, plain: bool, lead_only: bool = False, label_smoothing: float = 0.0
+) -> Loss:
+    """The loss that fits a model's head, or its lead outputs alone.
+
+    Raises:
+        UserError: the plain loss with auxiliary heads.
+    """
+    auxiliary = len(model.head.auxiliary) > 0 and not lead_only
+    if plain and auxiliary:
+        raise UserError(f"{model.variant.name} has auxiliary heads: leave out --plain-loss")
+    anchors = Anchors(model.head.anchors.detach().cpu().clone(), model.head.strides)
+    return build_loss(
+        anchors,
+        model.head.num_classes,
+        auxiliary=auxiliary,
+        ota=not plain,
+        label_smoothing=label_smoothing,
+    )

@@ -1,12 +1,31 @@
 """What a training run can be told; the command line is made of it."""
 
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
 
-from yolov7.train.config import PresetName
-from yolov7.train.data import CacheKind
+from yolov7.errors import UserError
+from yolov7.train.config import PRESETS, HyperParameters, PresetName, preset_name
+from yolov7.train.images import CacheKind
+from yolov7.train.norm import KernelsName
 from yolov7.train.optimizer import OptimizerName
-from yolov7.variants import Downsample
+from yolov7.variants import Downsample, Variant
+
+EPOCHS = 300  # where nothing is said
+# The least and the most that a number may be; what else it has to fit is checked where it is used.
+LEAST = {
+    "imgsz": 1,
+    "epochs": 1,
+    "batch": 0,
+    "clip": 0,
+    "patience": 1,
+    "hours": 0,
+    "val_every": 1,
+    "workers": 0,
+    "seed": 0,
+}
+MOST = {"seed": 2**63 - 1}  # PyTorch's generators take no more
+GEOMETRY = ("degrees", "shear", "perspective", "translate", "scale", "mosaic")
+ANEW = ("epochs", "patience", "hours", "workers", "device")  # options that a resumption takes
 
 
 @dataclass(kw_only=True)
@@ -69,12 +88,16 @@ class Train:
     """stop after the epoch in which so many hours have passed (default: no limit)"""
     val_every: int = 1
     """epochs between evaluations; the last epoch is always evaluated"""
+    val_engine: Literal["auto", "eager", "compile", "graph"] = "eager"
+    """what runs the network in evaluations, as in yolov7 val"""
     workers: int | None = None
     """processes that prepare images (default: one per core, at most 8)"""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N (default: auto, or that of the resumed run)"""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """arithmetic of the network; auto: bf16 on CUDA, fp32 on a CPU"""
+    kernels: KernelsName = "auto"
+    """batch norm and activation by our kernels; auto: on CUDA, if they agree with PyTorch there"""
     seed: int = 0
     """of everything random"""
     project: str = "runs/train"
@@ -86,3 +109,49 @@ class Train:
     device and json count; on several machines, all of them have to see the folder"""
     json: str | None = None
     """write the result to this file"""
+
+
+def check_numbers(options: Train) -> None:
+    """Refuse numbers that make no sense, before anything is read.
+
+    Raises:
+        UserError: there is one.
+    """
+    for name, least in LEAST.items():
+        value, most = getattr(options, name), MOST.get(name)
+        option = f"--{name.replace('_', '-')} {value}"
+        if value is not None and not value >= least:  # nor NaN
+            raise UserError(f"{option}: give {least} or more")
+        if value is not None and most is not None and value > most:
+            raise UserError(f"{option}: give {most} or less")
+
+
+def hyper_parameters(options: Train, variant: Variant) -> HyperParameters:
+    """The preset with the user's changes."""
+    name = options.preset
+    if name == "auto":
+        name = "custom" if options.weights else preset_name(variant)
+    hyper = PRESETS[name].with_values(options.set)
+    return hyper.with_values(dict.fromkeys(GEOMETRY, 0.0)) if options.rect else hyper
+
+
+def resumed_options(given: Train, state: dict[str, Any]) -> Train:
+    """The options of the run that is resumed, with those that are given anew: not the default.
+
+    Raises:
+        UserError: it is finished.
+    """
+    defaults = {f.name: f.default for f in fields(Train)}
+    saved = {k: v for k, v in state["options"].items() if k in defaults}
+    saved["freeze"] = tuple(saved["freeze"])
+    options = Train(**saved)
+    for name in ANEW:
+        if getattr(given, name) != defaults[name]:
+            setattr(options, name, getattr(given, name))
+    options.resume, options.json = given.resume, given.json
+    done = state["progress"]["epoch"]
+    if done >= (EPOCHS if options.epochs is None else options.epochs):
+        raise UserError(
+            f"{given.resume} has finished its {done} epochs: give more --epochs to go on"
+        )
+    return options

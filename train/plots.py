@@ -3,7 +3,6 @@
 import math
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import cv2
 import numpy as np
@@ -15,10 +14,9 @@ from yolov7.evaluate.sheet import draw_sheet
 from yolov7.letterbox import GREY, Image
 from yolov7.text import plot_text
 from yolov7.train.data import Batch
-from yolov7.train.report import LOSSES, Callback, Result, read_rows
-
-if TYPE_CHECKING:
-    from yolov7.train.validation import Validation
+from yolov7.train.meter import LOSSES
+from yolov7.train.report import Callback, Result, read_rows
+from yolov7.train.validation import Validation
 
 SHOWN = 16  # images of a batch
 CURVES = ("box", "objectness", "classes", "lr", "AP", "AP50", "precision", "recall")
@@ -54,9 +52,9 @@ def label_picture(dataset: Dataset, path: Path) -> None:
     """How many boxes of which class there are, where they lie and how large they are."""
     from matplotlib.figure import Figure
 
-    classes = np.concatenate([sample.classes for sample in dataset.samples])
+    classes = np.concatenate([sample.labels.classes for sample in dataset.samples])
     boxes = np.concatenate(
-        [s.boxes / np.array([s.width, s.height] * 2, np.float32) for s in dataset.samples]
+        [s.labels.boxes / np.array([s.width, s.height] * 2, np.float32) for s in dataset.samples]
     )
     centre, size = (boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]
     figure = Figure(figsize=(15, 5), layout="constrained")
@@ -111,7 +109,7 @@ class Plotter(Callback):
     def on_epoch(
         self,
         row: dict[str, float],  # noqa: ARG002  # the callback's signature
-        validation: "Validation | None",
+        validation: Validation | None,
     ) -> None:
         """Remember the validation."""
         self.validation = validation or self.validation

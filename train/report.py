@@ -1,28 +1,13 @@
-"""What a run tells: the progress of an epoch, results.csv, TensorBoard, a user's callbacks."""
+"""What a run tells: results.csv, TensorBoard, a user's callbacks, the line of an epoch."""
 
 import csv
 import os
-import resource
-import sys
-import time
-from collections.abc import Iterator
-from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any
 
-import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import Tensor
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
-
-    from yolov7.train.validation import Validation
-
-T = TypeVar("T")
-REFRESH_S = 1.0  # between updates of the bar, each of which reads the losses from the device
+from yolov7.train.meter import LOSSES
+from yolov7.train.validation import Validation
 
 
 @dataclass(frozen=True)
@@ -54,7 +39,7 @@ class Callback:
     def on_start(self, folder: Path, options: dict[str, Any]) -> None:
         """The run's folder exists, training begins."""
 
-    def on_epoch(self, row: dict[str, float], validation: "Validation | None") -> None:
+    def on_epoch(self, row: dict[str, float], validation: Validation | None) -> None:
         """An epoch has ended; `row` is its line of results.csv."""
 
     def on_end(self, result: Result) -> None:
@@ -81,7 +66,7 @@ class CsvWriter(Callback):
     def on_epoch(
         self,
         row: dict[str, float],
-        validation: "Validation | None",  # noqa: ARG002  # the callback's signature
+        validation: Validation | None,  # noqa: ARG002  # the callback's signature
     ) -> None:
         """Append a row."""
         new = not self.path.exists()
@@ -114,7 +99,7 @@ class TensorBoard(Callback):
     def on_epoch(
         self,
         row: dict[str, float],
-        validation: "Validation | None",  # noqa: ARG002  # the callback's signature
+        validation: Validation | None,  # noqa: ARG002  # the callback's signature
     ) -> None:
         """Add the numbers of an epoch."""
         for name, value in row.items():
@@ -124,96 +109,6 @@ class TensorBoard(Callback):
     def on_end(self, result: Result) -> None:  # noqa: ARG002  # the callback's signature
         """Close the file."""
         self.writer.close()
-
-
-@dataclass
-class Meter:
-    """Losses and times of one epoch, and its progress bar.
-
-    Args:
-        title: of the bar.
-        batches: that the epoch has.
-        show: whether to draw the bar (where standard error is a terminal).
-    """
-
-    title: str
-    batches: int
-    show: bool = True
-    images: int = 0
-    waited: float = 0.0  # seconds for data
-    seconds: float = 0.0
-    sums: dict[str, Tensor] = field(default_factory=dict)
-    done: int = 0
-
-    def follow(self, loader: "Iterable[T]") -> Iterator[T]:
-        """Pass the batches on, timing them."""
-        console = Console(stderr=True)
-        shown = self.show and console.is_terminal
-        text = (TextColumn("{task.description}"), BarColumn(None), MofNCompleteColumn())
-        columns = (*text, TimeRemainingColumn(), TextColumn("{task.fields[state]}"))
-        bar = Progress(*columns, console=console, transient=True, expand=True)
-        start = refreshed = time.perf_counter()
-        with bar if shown else nullcontext():
-            task = bar.add_task(self.title, total=self.batches, state="")
-            batches = iter(loader)
-            while True:
-                asked = time.perf_counter()
-                batch = next(batches, None)
-                now = time.perf_counter()
-                self.waited += now - asked
-                self.seconds = now - start
-                if batch is None:
-                    break
-                yield batch
-                self.done += 1
-                if shown and time.perf_counter() - refreshed > REFRESH_S:
-                    refreshed = time.perf_counter()
-                    bar.update(task, completed=self.done, state=self._state())
-
-    def add(self, values: dict[str, Tensor], images: int) -> None:
-        """Take in the figures of a batch; nothing is read from the device."""
-        self.images += images
-        for name, value in values.items():
-            value = value.detach().float()
-            self.sums[name] = self.sums[name] + value if name in self.sums else value
-
-    def row(self) -> dict[str, float]:
-        """Means over the batches, images per second, share of time spent waiting, memory."""
-        means = {k: float(v) / max(self.done, 1) for k, v in self.sums.items()}  # synchronises
-        return {
-            **means,
-            "images_per_s": self.images / max(self.seconds, 1e-9),
-            "waiting": self.waited / max(self.seconds, 1e-9),
-            "memory_gb": peak_memory() / 1e9,
-        }
-
-    def _state(self) -> str:
-        row = self.row()
-        losses = " ".join(f"{name} {row[name]:.4f}" for name in self.sums if name in LOSSES)
-        return (
-            f"{losses} {row['images_per_s']:.0f} images/s, {row['waiting']:.0%} waiting for data, "
-            f"{row['memory_gb']:.1f} GB"
-        )
-
-
-LOSSES = ("box", "objectness", "classes")
-SUMMED = ("matches", "overflow", "images_per_s")  # over ranks; of the rest the mean is taken
-
-
-def merged(rows: list[dict[str, float]]) -> dict[str, float]:
-    """One row of the rows of all ranks."""
-    return {
-        name: sum(row[name] for row in rows) / (1 if name in SUMMED else len(rows))
-        for name in rows[0]
-    }
-
-
-def peak_memory() -> float:
-    """Bytes: of the GPU's memory where one is used, else of this process's."""
-    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
-        return float(torch.cuda.max_memory_allocated())
-    unit = 1 if sys.platform == "darwin" else 1024
-    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
 
 
 def epoch_line(row: dict[str, float], epochs: int) -> str:

@@ -11,11 +11,13 @@ from yolov7.engine.choose import Runtime, open_network
 from yolov7.evaluate import Evaluation, Predictions, Settings, measure, predict
 from yolov7.evaluate.run import GROUP
 from yolov7.model import YOLOv7
-from yolov7.train.data import Batch
+from yolov7.train.config import UNCHANGED
+from yolov7.train.data import Batch, Loader, TrainingData
 from yolov7.train.distributed import Ranks, collect, synchronise
-from yolov7.train.loss import Loss, LossWeights
-from yolov7.train.prepare import autocast
-from yolov7.train.report import LOSSES, Meter, merged
+from yolov7.train.loss import Loss, LossWeights, head_loss
+from yolov7.train.meter import LOSSES, Meter, merged
+from yolov7.train.precision import autocast
+from yolov7.train.sampler import EpochSampler, rectangles
 
 FITNESS = {"AP50": 0.1, "AP": 0.9}
 
@@ -61,10 +63,50 @@ class ValidationLoss:
         return {f"val_{name}": row[name] for name in LOSSES}
 
 
+def validation_loss(
+    model: YOLOv7,
+    dataset: Dataset,
+    batch: int,
+    weights: LossWeights,
+    dtype: torch.dtype,
+    ranks: Ranks,
+    workers: int | None,
+) -> ValidationLoss:
+    """The loss of a model's lead head on images as they are, each rank's share of them.
+
+    Args:
+        model: gives the head, and the side of the images.
+        dataset: the images.
+        batch: of a rank.
+        weights: of the terms.
+        dtype: what the network computes in.
+        ranks: which process this is.
+        workers: see `Loader`.
+    """
+    samples = dataset.samples
+    sampler = EpochSampler(
+        len(samples),
+        max(1, min(batch, len(samples))),
+        model.imgsz,
+        rank=ranks.rank,
+        world=ranks.world,
+        shapes=rectangles(samples, model.imgsz, model.stride),
+    )
+    pin = model.head.anchors.is_cuda
+    data = TrainingData(dataset, model.imgsz, UNCHANGED)
+    loader = Loader(data, sampler, workers=workers, pin=pin, keep=False)
+    return ValidationLoss(head_loss(model, plain=True, lead_only=True), weights, loader, dtype)
+
+
 def validate(
-    model: YOLOv7, dataset: Dataset, settings: Settings, device: torch.device, ranks: Ranks
+    model: YOLOv7,
+    dataset: Dataset,
+    settings: Settings,
+    device: torch.device,
+    ranks: Ranks,
+    engine: str = "eager",
 ) -> Validation:
-    """Evaluate a model, which stays as it is; every rank gets the result.
+    """Evaluate a model, which stays as it is, by an engine; every rank gets the result.
 
     Images share canvases in groups of like aspect: each rank takes whole groups, so that the
     result does not depend on the number of ranks.
@@ -77,7 +119,7 @@ def validate(
     found = {}
     speed: dict[str, float] = {}
     if mine:
-        network = open_network(Runtime(weights=model, device=device, engine="eager"))
+        network = open_network(Runtime(weights=model, device=device, engine=engine))
         part = replace(dataset, samples=[samples[i] for i in mine])
         result = predict(network, part, settings)
         places = {id(samples[i]): i for i in mine}

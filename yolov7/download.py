@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import sys
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -17,8 +16,10 @@ from yolov7.cache import cache_folder
 from yolov7.errors import UserError
 from yolov7.progress import working
 
-if sys.platform != "win32":
+try:
     import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]  # a module, or none
 
 RELEASE = "https://github.com/WongKinYiu/yolov7/releases/download/v0.1/"
 _BOTH = ("yolov7", "yolov7x", "yolov7-w6", "yolov7-e6", "yolov7-d6", "yolov7-e6e")
@@ -76,7 +77,7 @@ def _locked(folder: Path) -> Iterator[None]:
     with (folder / "lock").open("w") as file:  # stays: deleting it would open a gap
         # Windows has no fcntl, and some network file systems no locks: there, only one process
         # should ask for a file that is not in the cache yet.
-        if sys.platform != "win32":
+        if fcntl is not None:
             with suppress(OSError), working(f"waiting for another download into {folder}"):
                 fcntl.flock(file, fcntl.LOCK_EX)
         yield

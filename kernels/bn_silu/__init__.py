@@ -2,7 +2,7 @@
 
 With rows m = (image, y, x) and channels c of a matrix [M, C],
 
-    z = weight (x - mean) / sqrt(var + eps) + bias,   y = act(z),   act = SiLU or LeakyReLU(0.1),
+    z = weight (x - mean) / sqrt(var + eps) + bias,  y = act(z),   act: SiLU, LeakyReLU(0.1), none,
     dz = dy act'(z),   xn = (x - mean) / sqrt(var + eps),
     dx = weight / sqrt(var + eps) (dz - (sum dz + xn sum(dz xn)) / n),
     dweight = sum(dz xn),   dbias = sum dz.
@@ -45,7 +45,7 @@ from yolov7.kernels.runtime import FLOATS, Config, launch, processors, triton, t
 
 __all__ = ["batch_norm_act", "compile_cases"]
 
-ACTIVATIONS = ("silu", "leaky_relu")
+ACTIVATIONS = ("silu", "leaky_relu", "none")
 DTYPES = {**FLOATS, "fp64": torch.float64}  # the last in plain PyTorch only
 MAX_PARTS = 256
 
@@ -227,7 +227,7 @@ def batch_norm_act(
         training: normalise by the statistics of the batch.
         momentum: share of the batch in the running statistics.
         eps: added to the variance.
-        activation: silu, or leaky_relu of slope 0.1.
+        activation: silu, leaky_relu of slope 0.1, or none.
         group: processes whose batches are normalised together (SyncBN); None for this one alone.
 
     Returns:

@@ -106,10 +106,10 @@ def _dz(dy, xn, weight, bias, ACTIVATION: tl.constexpr):
     z = xn * weight[None, :] + bias[None, :]
     if ACTIVATION == "silu":
         s = 1.0 / (1.0 + tl.exp(-z))
-        slope = s * (1.0 + z * (1.0 - s))
-    else:
-        slope = tl.where(z > 0, 1.0, 0.1)
-    return dy * slope
+        dy *= s * (1.0 + z * (1.0 - s))
+    elif ACTIVATION == "leaky_relu":
+        dy *= tl.where(z > 0, 1.0, 0.1)
+    return dy
 
 
 @triton.jit
@@ -138,8 +138,11 @@ def forward_kernel(
     _, mean, inverse, weight, bias = _load_affine(stats_ptr, weight_ptr, bias_ptr, offs_c, C, eps)
     x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
     z = (x - mean[None, :]) * inverse[None, :] * weight[None, :] + bias[None, :]
-    y = z / (1.0 + tl.exp(-z)) if ACTIVATION == "silu" else tl.where(z > 0, z, 0.1 * z)
-    tl.store(y_ptr + offs, y.to(y_ptr.dtype.element_ty), mask=mask)
+    if ACTIVATION == "silu":
+        z = z / (1.0 + tl.exp(-z))
+    elif ACTIVATION == "leaky_relu":
+        z = tl.where(z > 0, z, 0.1 * z)
+    tl.store(y_ptr + offs, z.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit

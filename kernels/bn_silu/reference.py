@@ -47,7 +47,11 @@ def forward_reference(
 ) -> Tensor:
     """act(batch norm) of x [M, C]."""
     z = _normalised(x, stats, eps)[0] * weight + bias
-    return (F.silu(z) if activation == "silu" else F.leaky_relu(z, 0.1)).to(x.dtype)
+    if activation == "silu":
+        z = F.silu(z)
+    elif activation == "leaky_relu":
+        z = F.leaky_relu(z, 0.1)
+    return z.to(x.dtype)
 
 
 def _dz_reference(dy: Tensor, xn: Tensor, weight: Tensor, bias: Tensor, activation: str) -> Tensor:
@@ -55,7 +59,9 @@ def _dz_reference(dy: Tensor, xn: Tensor, weight: Tensor, bias: Tensor, activati
     if activation == "silu":
         s = z.sigmoid()
         return _wide(dy) * s * (1 + z * (1 - s))
-    return _wide(dy) * torch.where(z > 0, 1.0, 0.1)
+    if activation == "leaky_relu":
+        return _wide(dy) * torch.where(z > 0, 1.0, 0.1)
+    return _wide(dy)
 
 
 def sums_reference(

@@ -18,6 +18,7 @@ TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "leaky_relu": lambda z: F.leaky_relu(z, 0.1),
+    "none": lambda z: z,
 }
 
 

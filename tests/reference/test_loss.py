@@ -52,13 +52,18 @@ def outputs(data: Any, form: str) -> list[torch.Tensor]:
     return [torch.from_numpy(data[f"pred{i}"]).requires_grad_() for i in range(count)]
 
 
+def padded(data: Any, batch: int) -> torch.Tensor:
+    targets = torch.from_numpy(data["targets"])
+    return pad_labels([targets[targets[:, 0] == image, 1:] for image in range(batch)])
+
+
 @pytest.mark.parametrize(("path", "form"), cases())
 def test_loss_and_gradients(reference_dir: Path, path: Path, form: str) -> None:
     data = np.load(path)
     raw = outputs(data, form)
     loss, weights = build(reference_dir, data, form)
     batch = len(raw[0])
-    items = weights.weigh(loss(raw, pad_labels(torch.from_numpy(data["targets"]), batch)))
+    items = weights.weigh(loss(raw, padded(data, batch)))
     total = torch.stack(list(items.values())).sum() * batch
     total.backward()
 
@@ -99,7 +104,7 @@ def test_matches(reference_dir: Path, path: Path, form: str) -> None:
     data = np.load(path)
     raw = [x.detach() for x in outputs(data, form)]
     loss, _ = build(reference_dir, data, form)
-    labels = pad_labels(torch.from_numpy(data["targets"]), len(raw[0]))
+    labels = padded(data, len(raw[0]))
     kinds = {"match": loss.assigner}
     if loss.auxiliary_assigner is not None:
         kinds["coarse_match"] = loss.auxiliary_assigner

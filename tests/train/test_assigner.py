@@ -204,13 +204,14 @@ def test_assignment_never_waits_for_the_device(capacity: int | None) -> None:
         int(labels.sum())
 
 
-def test_labels_are_padded_in_list_order() -> None:
-    targets = torch.tensor([[2, 7, 0.1, 0.2, 0.3, 0.4], [0, 1, 0, 0, 1, 1], [2, 8, 0, 0, 1, 1]])
-    labels = pad_labels(targets, 4)
-    assert labels.shape == (4, 2, 5)
-    assert labels[..., 0].tolist() == [[1, -1], [-1, -1], [7, 8], [-1, -1]]
-    assert torch.equal(labels[2, 0], targets[0, 1:])
-    assert pad_labels(torch.zeros(0, 6), 3).tolist() == [[[-1, 0, 0, 0, 0]]] * 3
+def test_labels_are_padded() -> None:
+    two = torch.tensor([[7, 0.1, 0.2, 0.3, 0.4], [8, 0, 0, 1, 1]])
+    one, none = torch.tensor([[1.0, 0, 0, 1, 1]]), torch.zeros(0, 5)
+    labels = pad_labels([one, none, two])
+    assert labels.shape == (3, 2, 5)
+    assert labels[..., 0].tolist() == [[1, -1], [-1, -1], [7, 8]]
+    assert torch.equal(labels[2], two)
+    assert pad_labels([none] * 3).tolist() == [[[-1] * 5]] * 3
 
 
 def test_gathered_cells() -> None:

@@ -3,11 +3,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from yolov7.dataset import Dataset, Sample
+from yolov7.dataset import Dataset, Labels, Sample
 from yolov7.model import create_model
 from yolov7.train import autoanchor
-from yolov7.train.autoanchor import Sizes, better_anchors, box_sizes, fit_anchors, possible_recall
-from yolov7.train.prepare import fit_model_anchors
+from yolov7.train.autoanchor import (
+    Sizes,
+    better_anchors,
+    box_sizes,
+    fit_anchors,
+    fit_model_anchors,
+    possible_recall,
+)
 
 ANCHORS = np.array([[[10, 13], [16, 30]], [[62, 45], [116, 90]]], np.float32)
 
@@ -19,11 +25,13 @@ def samples(sizes: Sizes, height: int = 640, width: int = 320) -> list[Sample]:
             height=height,
             width=width,
             image_id=0,
-            classes=np.zeros(len(sizes), np.int64),
-            boxes=np.concatenate([np.zeros_like(sizes), sizes], 1).astype(np.float32),
-            polygons=tuple([] for _ in sizes),
-            crowd=np.zeros(len(sizes), np.bool_),
-            areas=np.zeros(len(sizes)),
+            labels=Labels(
+                classes=np.zeros(len(sizes), np.int64),
+                boxes=np.concatenate([np.zeros_like(sizes), sizes], 1).astype(np.float32),
+                polygons=tuple([] for _ in sizes),
+                crowd=np.zeros(len(sizes), np.bool_),
+                areas=np.zeros(len(sizes)),
+            ),
         )
     ]
 

@@ -3,9 +3,7 @@ import torch
 
 from yolov7.model import YOLOv7, create_model
 from yolov7.train.autobatch import largest_batch
-from yolov7.train.config import PRESETS
-from yolov7.train.loss import Loss
-from yolov7.train.prepare import head_loss
+from yolov7.train.loss import Loss, head_loss
 
 SIZE = 320
 MEMORY = 4_000_000_000  # bytes that the search is told are free
@@ -14,7 +12,7 @@ MEMORY = 4_000_000_000  # bytes that the search is told are free
 def training_pair(device: str) -> tuple[YOLOv7, Loss]:
     model = create_model("yolov7-tiny", 2).to(device).train()
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # stub lacks it
-    return model, head_loss(model, PRESETS["tiny"], plain=False)
+    return model, head_loss(model, plain=False)
 
 
 def test_a_cpu_is_not_measured() -> None:

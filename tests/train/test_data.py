@@ -7,19 +7,11 @@ import pytest
 import torch
 
 from tests.train.test_augment import NOTHING
-from yolov7.dataset import Dataset, Sample
-from yolov7.train import data as module
+from yolov7.dataset import Dataset, Labels, Sample
 from yolov7.train.config import PRESETS
-from yolov7.train.data import (
-    Batch,
-    EpochSampler,
-    ImageStore,
-    Key,
-    TrainingData,
-    build_loader,
-    rectangles,
-    stretch,
-)
+from yolov7.train.data import Batch, Loader, TrainingData, stretch
+from yolov7.train.images import CacheKind, ImageStore
+from yolov7.train.sampler import EpochSampler, Key, rectangles
 
 SHAPES = [(48, 64), (64, 48), (200, 300), (64, 64), (30, 90), (64, 80), (72, 64)]
 
@@ -40,18 +32,20 @@ def dataset(tmp_path: Path) -> Dataset:
                 height=height,
                 width=width,
                 image_id=i,
-                classes=np.arange(count),
-                boxes=np.concatenate([corner, corner + 20], 1).astype(np.float32),
-                polygons=tuple([] for _ in range(count)),
-                crowd=np.zeros(count, np.bool_),
-                areas=np.full(count, 400.0),
+                labels=Labels(
+                    classes=np.arange(count),
+                    boxes=np.concatenate([corner, corner + 20], 1).astype(np.float32),
+                    polygons=tuple([] for _ in range(count)),
+                    crowd=np.zeros(count, np.bool_),
+                    areas=np.full(count, 400.0),
+                ),
             )
         )
     return Dataset(samples, ["a", "b", "c"], [0, 1, 2])
 
 
 def epoch(data: TrainingData, sampler: EpochSampler, workers: int = 0) -> list[Batch]:
-    return list(build_loader(data, sampler, workers=workers, pin=False))
+    return list(Loader(data, sampler, workers=workers, pin=False))
 
 
 def test_batches_do_not_depend_on_workers(dataset: Dataset) -> None:
@@ -107,7 +101,7 @@ def test_rectangular_batches(dataset: Dataset) -> None:
 
 @pytest.mark.parametrize("cache", ["ram", "disk"])
 def test_caches_change_nothing(
-    dataset: Dataset, cache: module.CacheKind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    dataset: Dataset, cache: CacheKind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("YOLOV7_CACHE", str(tmp_path / "cache"))
     plain, cached = ImageStore(dataset.samples, 64), ImageStore(dataset.samples, 64, cache)
@@ -117,7 +111,8 @@ def test_caches_change_nothing(
             assert max(a.shape) == 64
             assert a.shape == b.shape
             assert np.array_equal(a.image, b.image)
-            assert np.allclose(a.boxes, sample.boxes * 64 / max(sample.height, sample.width), 0.02)
+            scale = 64 / max(sample.height, sample.width)
+            assert np.allclose(a.boxes, sample.labels.boxes * scale, 0.02)
     reads: list[Sample] = []
     monkeypatch.setattr(cached, "_read", reads.append)
     cached(0)
@@ -144,7 +139,7 @@ def test_items_are_rgb_with_relative_labels(dataset: Dataset) -> None:
     data = TrainingData(replace(dataset, samples=[sample]), 128, NOTHING)
     image, labels = data[Key(0, 0, 0, (128, 128))]
     assert image[:, 64, 64].tolist() == [30, 20, 10]
-    centre = (sample.boxes[:, :2] + sample.boxes[:, 2:]) / 2 / 64
+    centre = (sample.labels.boxes[:, :2] + sample.labels.boxes[:, 2:]) / 2 / 64
     assert np.allclose(labels[:, 1:3], centre, atol=1e-6)
     assert labels[:, 0].tolist() == [0, 1, 2]
     assert np.allclose(labels[:, 3:], 20 / 64)

@@ -25,10 +25,8 @@ import copy, torch
 from itertools import product
 import torch.distributed as dist
 from yolov7.model import create_model
-from yolov7.train import prepare
-from yolov7.train.config import PRESETS
-from yolov7.train.distributed import synchronise_batch_norms
-from yolov7.train.norm import join_norms
+from yolov7.train.distributed import Ranks, over_ranks
+from yolov7.train.loss import head_loss
 
 # In fp32 a rounding may flip a LeakyReLU or a maximum, and with it a thousandth of a gradient.
 torch.manual_seed(0)
@@ -38,7 +36,7 @@ boxes = torch.cat([torch.rand(4, 3, 2), 0.2 + 0.3 * torch.rand(4, 3, 2)], 2)
 labels = torch.cat([torch.randint(2, (4, 3, 1)).float(), boxes], 2)
 labels[3, :, 0] = -1
 single = torch.tensor([[0, 0.5, 0.5, 0.1, 0.1]] + [[-1, 0, 0, 0, 0]] * 3).view(4, 1, 5)
-loss = prepare.head_loss(start, PRESETS["tiny"], plain=False)
+loss = head_loss(start, plain=False)
 
 def backward(network, labels, part):
     terms = loss(network(images[part]), labels[part])
@@ -50,12 +48,10 @@ labels = {"many": labels, "one": single}
 matches = {name: backward(whole[name], labels[name], slice(None)) for name in whole}
 assert matches["many"] > 20 and matches["one"] == 1, matches
 dist.init_process_group("gloo")
-for case, joined in product(whole, (False, True)):
+ranks = Ranks(dist.get_rank(), 2)
+for case, fused in product(whole, (False, True)):
     share = copy.deepcopy(start)
-    if joined:
-        join_norms(share, dist.group.WORLD)
-    synchronise_batch_norms(share, torch.device("cpu"))
-    parallel = torch.nn.parallel.DistributedDataParallel(share)
+    parallel = over_ranks(share, torch.device("cpu"), ranks, sync_bn=True, fused=fused)
     backward(parallel, labels[case], slice(2 * dist.get_rank(), 2 * dist.get_rank() + 2))
     for (name, a), b in zip(whole[case].named_parameters(), share.parameters(), strict=True):
         assert (a.grad - b.grad).abs().max() < 1e-5 * a.grad.abs().max(), (case, name)
@@ -67,7 +63,7 @@ dist.destroy_process_group()
 NORM = """
 import copy, torch
 import torch.distributed as dist
-from yolov7.train.distributed import synchronise_batch_norms
+from yolov7.train.norm import join_norms
 
 torch.manual_seed(0)
 whole = torch.nn.Sequential(torch.nn.BatchNorm2d(3, momentum=0.03))
@@ -75,7 +71,7 @@ share = copy.deepcopy(whole)
 x = (3 + 2 * torch.randn(4, 3, 8, 8)).bfloat16().requires_grad_()
 weights = torch.randn(4, 3, 8, 8)
 dist.init_process_group("gloo")
-synchronise_batch_norms(share, torch.device("cpu"))
+join_norms(share, synced=True)
 mine = slice(2 * dist.get_rank(), 2 * dist.get_rank() + 2)
 y = x.detach()[mine].requires_grad_()
 with torch.autocast("cpu", torch.bfloat16):
@@ -104,12 +100,12 @@ loop.train(Train(**{options}))
 STUCK = """
 import time
 from pathlib import Path
-original = loop.Run._train_batch
-def train_batch(self, batch):
+original = loop.Step.__call__
+def step(self, batch, progress):
     Path({folder!r}, f"rank{{self.ranks.rank}}").write_text(str(os.getpid()))
     time.sleep(0.2)
-    return original(self, batch)
-loop.Run._train_batch = train_batch
+    return original(self, batch, progress)
+loop.Step.__call__ = step
 """
 
 

@@ -15,16 +15,18 @@ from tests.train.test_resume import end_state, interrupt
 from yolov7.checkpoint import load_model, read_metadata, save_model
 from yolov7.cli.train import run
 from yolov7.dataset import load_data
-from yolov7.engine.choose import Runtime, open_network
+from yolov7.engine.choose import AnyNetwork, Runtime, open_network
 from yolov7.errors import UserError
 from yolov7.evaluate import Settings, evaluate
 from yolov7.model import create_model
-from yolov7.train import loop
+from yolov7.train import autobatch, loop, validation
 from yolov7.train.distributed import Ranks
 from yolov7.train.loop import Run, train
 from yolov7.train.options import Train
 from yolov7.train.report import Callback, Result, read_rows
+from yolov7.train.scene import Scene
 from yolov7.train.state import load_state
+from yolov7.train.step import Progress, Step
 
 
 def test_a_result_that_cannot_be_written_is_found_out_before_the_run(options: Train) -> None:
@@ -113,14 +115,14 @@ def test_losses_fall(options: Train) -> None:
 
 def poison(monkeypatch: pytest.MonkeyPatch, batches: range) -> None:
     """Make the classification loss NaN in some batches."""
-    original = Run._train_batch
+    original = Step.__call__
 
-    def train_batch(self: Run, batch: Any) -> dict[str, Tensor]:
-        nan = self.step in batches
+    def step(self: Step, batch: Any, progress: Progress) -> dict[str, Tensor]:
+        nan = progress.step in batches
         self.weights = replace(self.weights, classes=float("nan") if nan else 0.01)
-        return original(self, batch)
+        return original(self, batch, progress)
 
-    monkeypatch.setattr(Run, "_train_batch", train_batch)
+    monkeypatch.setattr(Step, "__call__", step)
 
 
 def test_a_bad_step_is_named_and_skipped(
@@ -141,17 +143,17 @@ def test_a_diverged_run_ends(options: Train, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_broken_statistics_are_restored(options: Train, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = Run._train_batch
+    original = Step.__call__
 
-    def overflow(self: Run, batch: Any) -> dict[str, Tensor]:
-        if self.step == 1:
+    def overflow(self: Step, batch: Any, progress: Progress) -> dict[str, Tensor]:
+        if progress.step == 1:
             self.weights = replace(self.weights, box=float("inf"))
             for name, buffer in self.model.named_buffers():
                 if name.endswith("running_var"):
                     buffer.fill_(float("inf"))
-        return original(self, batch)
+        return original(self, batch, progress)
 
-    monkeypatch.setattr(Run, "_train_batch", overflow)
+    monkeypatch.setattr(Step, "__call__", overflow)
     interrupt(monkeypatch, options, batches=3)
     state = load_state(Path(options.project) / "run")
     assert all(t.isfinite().all() for t in state["model"].values())
@@ -236,7 +238,7 @@ def test_an_automatic_batch_fits_the_largest_images(
         sizes.append(size)
         return 4
 
-    monkeypatch.setattr(loop, "largest_batch", largest_batch)
+    monkeypatch.setattr(autobatch, "largest_batch", largest_batch)
     for multi_scale in (False, True):
         Run(replace(options, batch=0, multi_scale=multi_scale), torch.device("cpu"), Ranks(), {})
     assert sizes == [64, 96]
@@ -259,7 +261,10 @@ def test_weights_of_other_classes_start_with_a_new_head(
     result = train(
         replace(options, weights=str(tmp_path / "seven.safetensors"), width=1.0, epochs=1)
     )
-    assert "knows 7 classes, the data 2: the detection layers start anew" in capsys.readouterr().out
+    assert (
+        "the model knows 7 classes, the data 2: the detection layers start anew"
+        in capsys.readouterr().out
+    )
     trained = load_model(result.folder / "weights" / "last.safetensors")
     assert trained.names == ["red", "blue"]
     distance = (trained.stem[0].conv.weight - model.stem[0].conv.weight).abs().max()  # type: ignore[union-attr, operator]  # modules
@@ -274,7 +279,7 @@ def test_wrong_use_is_explained(options: Train, tmp_path: Path) -> None:
         ({"weights": str(deploy)}, "--width, .* from scratch"),
         ({"data": ""}, "give --data"),
         ({"variant": "yolov9"}, "unknown model 'yolov9'"),
-        ({"imgsz": 70}, "no multiple of the stride 32: try 64"),
+        ({"imgsz": 99999}, "imgsz is 99999: give 1 to 32768 pixels"),
         ({"freeze": ("trunk",)}, "--freeze trunk: no such part of the network: stem"),
         ({"set": {"lr": 0.1}}, "unknown hyper-parameter 'lr'"),
         ({"variant": "yolov7-w6", "plain_loss": True}, "leave out --plain-loss"),
@@ -284,15 +289,18 @@ def test_wrong_use_is_explained(options: Train, tmp_path: Path) -> None:
         ({"imgsz": 0}, "--imgsz 0: give 1 or more"),
         ({"epochs": 0}, "--epochs 0: give 1 or more"),
         ({"epochs": -1}, "--epochs -1: give 1 or more"),
-        ({"clip": -1.0}, "--clip -1: give 0 or more"),
+        ({"clip": -1.0}, "--clip -1.0: give 0 or more"),
         ({"clip": float("nan")}, "--clip nan: give 0 or more"),
         ({"patience": 0}, "--patience 0: give 1 or more"),
         ({"hours": -0.5}, "--hours -0.5: give 0 or more"),
         ({"val_every": 0}, "--val-every 0: give 1 or more"),
         ({"workers": -1}, "--workers -1: give 0 or more"),
         ({"seed": -1}, "--seed -1: give 0 or more"),
+        ({"seed": 99999999999999999999}, "--seed 9{20}: give 9223372036854775807 or less"),
         ({"resume": "none", "workers": -1}, "--workers -1: give 0 or more"),
         ({"set": {"lr0": -0.01}}, "hyper-parameter lr0 -0.01: give 0 or more"),
+        ({"set": {"mosaic": 5.0}}, "hyper-parameter mosaic 5: give 0 to 1"),
+        ({"set": {"fliplr": 1.5}}, "hyper-parameter fliplr 1.5: give 0 to 1"),
     ]
     for change, message in cases:
         with pytest.raises(UserError, match=message):
@@ -306,5 +314,69 @@ def test_labels_without_a_single_box_are_refused(shapes: Path, options: Train) -
             (root / part / split).mkdir(parents=True)
         cv2.imwrite(str(root / "images" / split / "a.png"), np.zeros((32, 32, 3), np.uint8))
     (root / "data.yaml").write_text(shapes.read_text())
-    with pytest.raises(UserError, match="has 1 images but not a single box"):
+    with pytest.raises(UserError, match="the 1 images to train on have not a single box"):
         train(replace(options, data=str(root / "data.yaml")))
+
+
+def test_model_data_and_augmentation_can_be_handed_in(options: Train) -> None:
+    data = load_data(options.data, "train"), load_data(options.data, "val")
+    model = create_model("yolov7-tiny", 2, width=0.125)
+    seen = []
+
+    def augment(scene: Scene, rng: np.random.Generator) -> Scene:
+        seen.append(rng.random())
+        keep = np.zeros(len(scene.classes), np.bool_)
+        keep[:1] = True
+        return replace(scene.select(keep), image=np.full_like(scene.image, 7))
+
+    bare = replace(options, data="", width=1.0, epochs=1)
+    result = train(bare, model=model, data=data, augment=augment)
+    assert len(seen) == len(set(seen)) == 8
+    picture = cv2.imread(str(result.folder / "train_batch0.jpg"))
+    assert picture is not None
+    assert abs(int(np.median(picture)) - 7) < 3
+    trained = load_model(result.folder / "weights" / "last.safetensors")
+    assert trained.names == ["red", "blue"]
+    state = load_state(result.folder)["model"]
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    resumed = train(
+        Train(resume=str(result.folder), epochs=2, workers=0), data=data, augment=augment
+    )
+    assert resumed.epochs == 2
+    assert len(seen) == 16
+
+
+def test_what_is_handed_in_is_checked(options: Train) -> None:
+    deploy = create_model("yolov7-tiny", 2, width=0.125, form="deploy")
+    with pytest.raises(ValueError, match="takes a model in training form, this one's is deploy"):
+        train(options, model=deploy)
+    with pytest.raises(ValueError, match="neither weights nor variant"):
+        train(replace(options, weights="x.pt"), model=create_model("yolov7-tiny", 2))
+
+    def shrink(scene: Scene, _: np.random.Generator) -> Scene:
+        return replace(scene, image=scene.image[::2])
+
+    with pytest.raises(ValueError, match=r"augment made uint8 \(32, 64, 3\) of .*: keep the size"):
+        train(options, augment=shrink)
+
+    def lose(scene: Scene, _: np.random.Generator) -> Scene:
+        return replace(scene, boxes=np.zeros((9, 4), np.float32))
+
+    with pytest.raises(ValueError, match="augment gave 9 boxes, "):
+        train(options, augment=lose)
+
+
+@pytest.mark.parametrize("engine", ["eager", "graph"])
+def test_evaluation_by_an_engine_of_ones_choice(
+    engine: Any, options: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def watched(runtime: Runtime) -> AnyNetwork:
+        asked.append(runtime.engine)
+        return open_network(runtime)
+
+    monkeypatch.setattr(validation, "open_network", watched)
+    chosen = options if engine == "eager" else replace(options, val_engine=engine)
+    train(replace(chosen, epochs=1))
+    assert asked == [engine]

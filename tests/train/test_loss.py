@@ -51,7 +51,7 @@ def test_loss_never_waits_for_the_device(form: str) -> None:
 @pytest.mark.parametrize("form", FORMS)
 def test_a_batch_without_boxes_trains_objectness_only(form: str) -> None:
     raw = outputs(0, form)
-    terms = build_loss(ANCHORS, NC, **FORMS[form])(raw, pad_labels(torch.zeros(0, 6), 2))
+    terms = build_loss(ANCHORS, NC, **FORMS[form])(raw, pad_labels([torch.zeros(0, 5)] * 2))
     total(terms).backward()
     assert terms["box"] == terms["classes"] == terms["matches"] == 0
     assert terms["objectness"] > 0

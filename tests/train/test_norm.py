@@ -1,10 +1,22 @@
 import copy
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
-from yolov7.model import create_model
-from yolov7.train.norm import NormAct, join_norms
+from yolov7.errors import UserError
+from yolov7.kernels.bn_silu import batch_norm_act as original
+from yolov7.model import YOLOv7, create_model
+from yolov7.train import norm
+from yolov7.train.distributed import Ranks, use_kernels
+from yolov7.train.loop import train
+from yolov7.train.norm import NormAct, join_norms, why_not_fused
+from yolov7.train.options import Train
 
 
 @pytest.mark.parametrize("variant", ["yolov7-tiny", "yolov7-tiny-silu"])
@@ -39,3 +51,100 @@ def test_tensors_are_taken_over_not_copied() -> None:
     join_norms(model)
     join_norms(model)
     assert {name: p.data_ptr() for name, p in model.named_parameters()} == weights
+
+
+@pytest.fixture
+def tiny() -> YOLOv7:
+    torch.manual_seed(0)
+    return create_model("yolov7-tiny", 2, width=0.125)
+
+
+IMAGES = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+
+
+def broken(*_: Any, **__: Any) -> Tensor:
+    raise RuntimeError("ptxas fatal: unresolved symbol\nand forty lines more")
+
+
+def scaled(x: Tensor, *rest: Any, **options: Any) -> Tensor:
+    return original(x, *rest, **options) * 1.01
+
+
+def not_a_number(x: Tensor, *rest: Any, **options: Any) -> Tensor:
+    return original(x, *rest, **options) * torch.nan
+
+
+class _WrongGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(_: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(_: Any, *gradients: Tensor) -> Tensor:
+        return gradients[0] * 1.05
+
+
+def wrong_gradient(x: Tensor, *rest: Any, **options: Any) -> Tensor:
+    return original(_WrongGradient.apply(x), *rest, **options)  # type: ignore[no-untyped-call]  # torch's is untyped
+
+
+STANDINS: dict[str, tuple[Callable[..., Tensor], str]] = {
+    "fails": (broken, "RuntimeError: ptxas fatal: unresolved symbol"),
+    "differs": (scaled, "the output of stem.0.bn differs from PyTorch's by 1.0e-02, more than"),
+    "nan": (not_a_number, "the output of stem.0.bn differs from PyTorch's by nan, more than"),
+    "gradient": (wrong_gradient, "the gradient of .* differs from PyTorch's by 5.0e-02, more than"),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_fused_operation_is_taken_where_it_agrees(tiny: YOLOv7, dtype: torch.dtype) -> None:
+    before = {name: tensor.clone() for name, tensor in tiny.state_dict().items()}
+    assert why_not_fused(tiny, IMAGES, dtype) == ""
+    assert why_not_fused(create_model("yolov7-tiny-silu", 2, width=0.125), IMAGES, dtype) == ""
+    for name, tensor in tiny.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("standin", STANDINS)
+def test_why_the_fused_operation_is_not_taken(
+    standin: str, dtype: torch.dtype, tiny: YOLOv7, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    operation, reason = STANDINS[standin]
+    monkeypatch.setattr(norm, "batch_norm_act", operation)
+    found = why_not_fused(tiny, IMAGES, dtype)
+    assert "\n" not in found
+    with pytest.raises(UserError, match=f"^--kernels on: {reason}.*: use auto or off$"):
+        use_kernels("on", tiny, IMAGES, dtype, Ranks())
+
+
+def test_kernels_that_fail_are_one_warning(
+    options: Train,
+    tiny: YOLOv7,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(norm, "batch_norm_act", broken)
+    on_a_gpu: Any = SimpleNamespace(is_cuda=True, device=torch.device("cpu"))
+    monkeypatch.setattr(YOLOv7, "forward", lambda self, _: self.stem(IMAGES))
+    assert not use_kernels("auto", tiny, on_a_gpu, torch.float32, Ranks())
+    assert capsys.readouterr().out == (
+        "warning: norms and activations run by PyTorch, not by our kernels: RuntimeError: ptxas "
+        "fatal: unresolved symbol\n"
+    )
+    assert not use_kernels("off", tiny, on_a_gpu, torch.float32, Ranks())
+    assert not use_kernels("auto", tiny, IMAGES, torch.float32, Ranks())
+    assert not capsys.readouterr().out
+    with pytest.raises(UserError, match="--kernels on: RuntimeError: ptxas"):
+        train(replace(options, kernels="on"))
+    assert not Path(options.project).exists()
+
+
+def test_training_by_the_kernels_references(options: Train) -> None:
+    """What the kernels compute, by way of the whole run: the curve of PyTorch's norms."""
+    rows = []
+    for kernels in ("on", "off"):
+        result = train(replace(options, kernels=kernels, name=kernels, epochs=1))
+        rows.append(result.stats)
+    for name in ("val_box", "val_objectness", "val_classes"):
+        assert rows[0][name] == pytest.approx(rows[1][name], rel=1e-3)

@@ -10,16 +10,9 @@ import pytest
 import torch
 from rich.console import Console
 
-from yolov7.train import report
-from yolov7.train.report import (
-    CsvWriter,
-    Meter,
-    Result,
-    TensorBoard,
-    epoch_line,
-    merged,
-    read_rows,
-)
+from yolov7.train import meter as module
+from yolov7.train.meter import Meter, merged
+from yolov7.train.report import CsvWriter, Result, TensorBoard, epoch_line, read_rows
 
 ROW = {
     "epoch": 3.0, "lr": 0.01, "box": 0.05, "objectness": 0.02, "classes": 0.01, "matches": 40.0,
@@ -58,8 +51,8 @@ def test_the_meter_averages_over_batches() -> None:
 def test_the_bar_shows_losses_speed_and_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     screen = io.StringIO()
     console = Console(file=screen, force_terminal=True, width=160)
-    monkeypatch.setattr(report, "Console", lambda **_: console)
-    monkeypatch.setattr(report, "REFRESH_S", 0.0)
+    monkeypatch.setattr(module, "Console", lambda **_: console)
+    monkeypatch.setattr(module, "REFRESH_S", 0.0)
     meter = Meter("epoch 1/9, lr 0.01000", 3)
     for _ in meter.follow(range(3)):
         meter.add({"box": torch.tensor(0.5), "matches": torch.tensor(7)}, images=4)

@@ -14,10 +14,11 @@ from torch import Tensor
 from yolov7.cli.train import run
 from yolov7.errors import UserError
 from yolov7.train import loop
-from yolov7.train.loop import Run, train
+from yolov7.train.loop import train
 from yolov7.train.options import Train
 from yolov7.train.report import CsvWriter, Result, read_rows
 from yolov7.train.state import load_state
+from yolov7.train.step import Progress, Step
 
 
 def end_state(result: Result) -> dict[str, Tensor]:
@@ -46,15 +47,15 @@ class StoppedError(Exception):
 
 def interrupt(monkeypatch: pytest.MonkeyPatch, options: Train, batches: int) -> None:
     """Run until a number of batches is done, and die there."""
-    original = Run._train_batch
+    original = Step.__call__
 
-    def die(self: Run, batch: Any) -> dict[str, Tensor]:
-        if self.step == batches:
+    def die(self: Step, batch: Any, progress: Progress) -> dict[str, Tensor]:
+        if progress.step == batches:
             raise StoppedError
-        return original(self, batch)
+        return original(self, batch, progress)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Run, "_train_batch", die)
+        patch.setattr(Step, "__call__", die)
         with pytest.raises(StoppedError):
             train(options)
 
@@ -107,7 +108,7 @@ def test_sigkill_while_the_state_is_written(options: Train) -> None:
     done = subprocess.run([sys.executable, "-c", code], check=False, timeout=120)
     assert done.returncode == -signal.SIGKILL
     folder = Path(options.project) / "run"
-    assert load_state(folder)["epoch"] == 1
+    assert load_state(folder)["progress"]["epoch"] == 1
     assert_same(whole, train(Train(resume=str(folder), device="cpu", workers=0)))
     assert sorted(p.name for p in folder.glob("state*")) == ["state.previous.pt", "state.pt"]
 
@@ -116,7 +117,7 @@ def test_a_damaged_state_falls_back_to_the_previous_one(options: Train) -> None:
     result = train(options)
     state = result.folder / "state.pt"
     state.write_bytes(state.read_bytes()[:1000])
-    assert load_state(result.folder)["epoch"] == 1
+    assert load_state(result.folder)["progress"]["epoch"] == 1
     (result.folder / "state.previous.pt").unlink()
     with pytest.raises(UserError, match=r"cannot be resumed: state.pt is damaged"):
         load_state(result.folder)
@@ -135,7 +136,7 @@ def test_a_full_disk_leaves_the_state_before(
         patch.setattr(torch, "save", full)
         with pytest.raises(UserError, match=r"No space left on device.*--resume"):
             train(Train(resume=str(result.folder), epochs=3, device="cpu", workers=0))
-    assert load_state(result.folder)["epoch"] == 2
+    assert load_state(result.folder)["progress"]["epoch"] == 2
     assert sorted(p.name for p in result.folder.glob("state*")) == ["state.previous.pt", "state.pt"]
 
 
@@ -157,7 +158,7 @@ def test_a_disk_that_fills_between_epochs_costs_no_row(
         with pytest.raises(UserError, match=r"No space left on device: 'results.csv': the last"):
             run(options)
     folder = Path(options.project) / "run"
-    assert load_state(folder)["epoch"] == 1
+    assert load_state(folder)["progress"]["epoch"] == 1
     assert_same(whole, train(Train(resume=str(folder), workers=0)))
 
 

@@ -11,11 +11,9 @@ from yolov7.engine.choose import Runtime, open_network
 from yolov7.evaluate import Settings, evaluate, run
 from yolov7.model import create_model
 from yolov7.train import validation
-from yolov7.train.config import PRESETS
 from yolov7.train.data import Batch
 from yolov7.train.distributed import Ranks
-from yolov7.train.loss import LossWeights
-from yolov7.train.prepare import head_loss
+from yolov7.train.loss import LossWeights, head_loss
 from yolov7.train.validation import ValidationLoss, fitness, validate
 
 
@@ -58,7 +56,7 @@ def test_more_ranks_than_groups(shapes: Path, monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_network_has_the_training_precision_the_loss_fp32(dtype: torch.dtype) -> None:
     model = create_model("yolov7-w6", 2, width=0.125, depth=0.5)
-    loss = head_loss(model, PRESETS["p6"], plain=True, lead_only=True)
+    loss = head_loss(model, plain=True, lead_only=True)
     computed: set[torch.dtype] = set()
     for module in model.modules():
         if isinstance(module, nn.Conv2d):

@@ -8,7 +8,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from yolov7.dataset import Dataset, Sample
+from yolov7.dataset import Dataset, Labels, Sample
 
 WIDTH, HEIGHT = 80, 40
 BOX = "0 0.5 0.5 0.25 0.5"  # 30 10 50 30 in pixels
@@ -71,11 +71,12 @@ def assert_same(a: Dataset, b: Dataset) -> None:
     for x, y in zip(a.samples, b.samples, strict=True):
         assert (x.path, x.height, x.width, x.image_id) == (y.path, y.height, y.width, y.image_id)
         for field in ("classes", "boxes", "crowd", "areas"):
-            first, second = getattr(x, field), getattr(y, field)
+            first, second = getattr(x.labels, field), getattr(y.labels, field)
             np.testing.assert_array_equal(first, second)
             assert first.dtype == second.dtype
-        assert [len(parts) for parts in x.polygons] == [len(parts) for parts in y.polygons]
-        for first, second in zip(chain(*x.polygons), chain(*y.polygons), strict=True):
+        outlines = x.labels.polygons, y.labels.polygons
+        assert [len(parts) for parts in outlines[0]] == [len(parts) for parts in outlines[1]]
+        for first, second in zip(*(chain(*parts) for parts in outlines), strict=True):
             np.testing.assert_array_equal(first, second)
 
 
@@ -94,11 +95,13 @@ def sample(
         height=size[0],
         width=size[1],
         image_id=image_id,
-        classes=np.array(classes, np.int64),
-        boxes=array,
-        polygons=tuple([] for _ in classes),
-        crowd=np.array(crowd or [False] * len(classes), np.bool_),
-        areas=np.prod(array[:, 2:] - array[:, :2], axis=1).astype(np.float64),
+        labels=Labels(
+            classes=np.array(classes, np.int64),
+            boxes=array,
+            polygons=tuple([] for _ in classes),
+            crowd=np.array(crowd or [False] * len(classes), np.bool_),
+            areas=np.prod(array[:, 2:] - array[:, :2], axis=1).astype(np.float64),
+        ),
     )
 
 

@@ -37,22 +37,22 @@ def test_boxes_polygons_and_backgrounds_of_a_yolo_split(tmp_path: Path) -> None:
     assert (dataset.names, dataset.category_ids, dataset.skipped) == (["cell", "dot"], [0, 1], [])
     first = dataset.samples[0]
     assert (first.height, first.width) == (HEIGHT, WIDTH)
-    assert first.classes.tolist() == [0, 1]
-    np.testing.assert_allclose(first.boxes, [[30, 10, 50, 30], [8, 4, 40, 36]], rtol=1e-6)
-    np.testing.assert_allclose(first.areas, [20 * 20, 32 * 32], rtol=1e-6)
-    assert first.polygons[0] == []
+    assert first.labels.classes.tolist() == [0, 1]
+    np.testing.assert_allclose(first.labels.boxes, [[30, 10, 50, 30], [8, 4, 40, 36]], rtol=1e-6)
+    np.testing.assert_allclose(first.labels.areas, [20 * 20, 32 * 32], rtol=1e-6)
+    assert first.labels.polygons[0] == []
     np.testing.assert_allclose(
-        first.polygons[1][0], [[8, 4], [40, 4], [40, 36], [8, 36]], rtol=1e-6
+        first.labels.polygons[1][0], [[8, 4], [40, 4], [40, 36], [8, 36]], rtol=1e-6
     )
     for background in dataset.samples[1:]:
-        assert background.boxes.shape == (0, 4)
-        assert background.polygons == ()
+        assert background.labels.boxes.shape == (0, 4)
+        assert background.labels.polygons == ()
 
 
 def test_a_polygons_area_is_its_own_not_its_boxs(tmp_path: Path) -> None:
     path = yolo_data(tmp_path)
     write_label(tmp_path / "labels/val/a.txt", "1 0 0 1 0 0 1")
-    assert load_data(path, "val").samples[0].areas.tolist() == [WIDTH * HEIGHT / 2]
+    assert load_data(path, "val").samples[0].labels.areas.tolist() == [WIDTH * HEIGHT / 2]
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_forms_of_a_data_yaml_read_the_same(
     path = yolo_data(tmp_path, description)
     other = load_data(path, "val")
     assert [s.path.resolve() for s in other.samples] == [s.path for s in plain.samples]
-    assert [s.classes.tolist() for s in other.samples] == [[0, 1], [], []]
+    assert [s.labels.classes.tolist() for s in other.samples] == [[0, 1], [], []]
 
 
 def test_a_folder_stands_for_the_data_yaml_in_it(tmp_path: Path) -> None:
@@ -102,7 +102,7 @@ def test_labels_lie_beside_images_where_no_folder_is_called_images(tmp_path: Pat
     write_image(tmp_path / "all/x.png")
     write_label(tmp_path / "all/x.txt", BOX)
     (tmp_path / "data.yaml").write_text("names: [cell]\ntrain: all\n")
-    assert load_data(tmp_path, "train").samples[0].classes.tolist() == [0]
+    assert load_data(tmp_path, "train").samples[0].labels.classes.tolist() == [0]
 
 
 def test_only_the_last_folder_called_images_is_exchanged(tmp_path: Path) -> None:
@@ -110,7 +110,7 @@ def test_only_the_last_folder_called_images_is_exchanged(tmp_path: Path) -> None
     write_image(root / "images/x.png")
     write_label(root / "labels/x.txt", BOX)
     (root / "data.yaml").write_text("names: [cell]\ntrain: images\n")
-    assert load_data(root, "train").samples[0].classes.tolist() == [0]
+    assert load_data(root, "train").samples[0].labels.classes.tolist() == [0]
 
 
 def test_image_ids_are_the_numbers_that_files_are_named_by(tmp_path: Path) -> None:
@@ -201,13 +201,13 @@ def test_polygons_crowds_and_categories_of_a_coco_json(tmp_path: Path, spec: str
     assert (dataset.names, dataset.category_ids) == (["dog", "toothbrush"], [18, 90])
     first, second = dataset.samples
     assert (first.image_id, first.path.name, second.image_id) == (7, "7.jpg", 3)
-    assert first.classes.tolist() == [0, 1]
-    assert first.boxes.tolist() == [[10, 10, 70, 20], [0, 0, 80, 40]]
-    assert first.crowd.tolist() == [False, True]
-    assert first.areas.tolist() == [250, 900]
-    assert [len(parts) for parts in first.polygons] == [2, 0]
-    assert first.polygons[0][1][0].tolist() == [50, 50]
-    assert len(second.classes) == 0
+    assert first.labels.classes.tolist() == [0, 1]
+    assert first.labels.boxes.tolist() == [[10, 10, 70, 20], [0, 0, 80, 40]]
+    assert first.labels.crowd.tolist() == [False, True]
+    assert first.labels.areas.tolist() == [250, 900]
+    assert [len(parts) for parts in first.labels.polygons] == [2, 0]
+    assert first.labels.polygons[0][1][0].tolist() == [50, 50]
+    assert len(second.labels.classes) == 0
 
 
 def test_a_data_yaml_may_name_coco_jsons_and_the_order_of_classes(tmp_path: Path) -> None:
@@ -216,7 +216,7 @@ def test_a_data_yaml_may_name_coco_jsons_and_the_order_of_classes(tmp_path: Path
     path.write_text("names: [toothbrush, dog]\nval: annotations/instances_val2017.json\n")
     dataset = load_data(path, "val")
     assert (dataset.names, dataset.category_ids) == (["toothbrush", "dog"], [90, 18])
-    assert dataset.samples[0].classes.tolist() == [1, 0]
+    assert dataset.samples[0].labels.classes.tolist() == [1, 0]
     path.write_text("names: [cat, dog]\nval: annotations/instances_val2017.json\n")
     with pytest.raises(UserError, match="differ in cat, toothbrush"):
         load_data(path, "val")
@@ -296,9 +296,9 @@ def test_nulls_of_a_coco_annotation_count_as_absent(tmp_path: Path) -> None:
     content = coco_content()
     content["annotations"][0] |= {"area": None, "iscrowd": None, "segmentation": None}
     sample = load_data(coco_data(tmp_path, content), "val").samples[0]
-    assert sample.areas.tolist() == [600, 900]
-    assert sample.crowd.tolist() == [False, True]
-    assert sample.polygons[0] == []
+    assert sample.labels.areas.tolist() == [600, 900]
+    assert sample.labels.crowd.tolist() == [False, True]
+    assert sample.labels.polygons[0] == []
 
 
 def test_numbers_of_a_coco_json_may_be_written_as_text(tmp_path: Path) -> None:
@@ -311,7 +311,7 @@ def test_numbers_of_a_coco_json_may_be_written_as_text(tmp_path: Path) -> None:
                 if key in entry:
                     entry[key] = str(entry[key])
     text = load_data(coco_data(tmp_path, content), "val")
-    assert [len(sample.classes) for sample in text.samples] == [2, 0]
+    assert [len(sample.labels.classes) for sample in text.samples] == [2, 0]
     assert_same(text, plain)
 
 
@@ -343,7 +343,8 @@ def test_coco_by_name_says_where_it_belongs_and_is_found_there(
     categories = [{"id": number, "name": name} for number, name in pairs]
     coco_data(tmp_path / "here/coco", coco_content() | {"categories": categories})
     monkeypatch.setenv("YOLOV7_DATASETS", str(tmp_path / "here"))
-    assert load_data("coco", "val").samples[0].classes.tolist() == [16, 79]  # dog, toothbrush
+    (first, *_) = load_data("coco", "val").samples
+    assert first.labels.classes.tolist() == [16, 79]  # dog, toothbrush
     with pytest.raises(UserError, match="has no split test: it has train, val"):
         load_data("coco", "test")
 
@@ -360,9 +361,9 @@ def test_both_forms_of_real_data_say_the_same(data_dir: Path, split: str) -> Non
     assert len(yolo.samples) == {"train": 205, "val": 87, "test": 72}[split]
     for a, b in zip(yolo.samples, coco.samples, strict=True):
         assert (a.path, a.height, a.width) == (b.path, b.height, b.width)
-        assert a.classes.tolist() == b.classes.tolist()
+        assert a.labels.classes.tolist() == b.labels.classes.tolist()
         # labels are written with six decimals of 640
-        np.testing.assert_allclose(a.boxes, b.boxes, atol=1e-3)
+        np.testing.assert_allclose(a.labels.boxes, b.labels.boxes, atol=1e-3)
 
 
 @pytest.mark.parametrize(("split", "boxes", "crowds"), [("train", 705, 6), ("val", 815, 11)])
@@ -370,10 +371,11 @@ def test_real_coco_annotations(data_dir: Path, split: str, boxes: int, crowds: i
     dataset = load_data(data_dir / "coco-tiny", split)
     assert len(dataset.samples) == 80
     assert dataset.category_ids == load_category_ids()
-    assert sum(len(sample.classes) for sample in dataset.samples) == boxes
-    assert sum(int(sample.crowd.sum()) for sample in dataset.samples) == crowds
+    assert sum(len(sample.labels.classes) for sample in dataset.samples) == boxes
+    assert sum(int(sample.labels.crowd.sum()) for sample in dataset.samples) == crowds
     for sample in dataset.samples:
-        for box, parts, crowd in zip(sample.boxes, sample.polygons, sample.crowd, strict=True):
+        labels = sample.labels
+        for box, parts, crowd in zip(labels.boxes, labels.polygons, labels.crowd, strict=True):
             assert crowd == (not parts)
             if parts:  # the outline reaches to the sides of its box
                 points = np.concatenate(parts)

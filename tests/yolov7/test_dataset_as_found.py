@@ -36,7 +36,7 @@ def read(root: Path, description: str) -> Dataset:
 
 
 def classes(dataset: Dataset) -> list[list[int]]:
-    return [sample.classes.tolist() for sample in dataset.samples]
+    return [sample.labels.classes.tolist() for sample in dataset.samples]
 
 
 # data.yaml
@@ -257,8 +257,8 @@ def test_a_file_of_labels_that_is_no_text_is_left_out(tmp_path: Path) -> None:
 )
 def test_of_a_pose_the_box_is_read(tmp_path: Path, shape: str, numbers: str) -> None:
     dataset = with_labels(tmp_path, f"{BOX} {numbers}\n", f"kpt_shape: {shape}\n")
-    np.testing.assert_allclose(dataset.samples[0].boxes, [[30, 10, 50, 30]], rtol=1e-6)
-    assert dataset.samples[0].polygons == ([],)
+    np.testing.assert_allclose(dataset.samples[0].labels.boxes, [[30, 10, 50, 30]], rtol=1e-6)
+    assert dataset.samples[0].labels.polygons == ([],)
     with pytest.raises(UserError, match="by kpt_shape a label has"):
         with_labels(tmp_path, f"{BOX} 0.5 0.5\n", f"kpt_shape: {shape}\n")
 
@@ -363,8 +363,8 @@ def test_an_outline_that_is_none_costs_no_box(tmp_path: Path, outline: object) -
     content = coco_content()
     content["annotations"][0]["segmentation"] = outline
     sample = load_data(coco_data(tmp_path, content), "val").samples[0]
-    assert sample.polygons == ([], [])
-    assert sample.classes.tolist() == [0, 1]
+    assert sample.labels.polygons == ([], [])
+    assert sample.labels.classes.tolist() == [0, 1]
 
 
 def test_windows_paths_and_sizes_of_zero_in_a_json(tmp_path: Path) -> None:

@@ -128,7 +128,7 @@ def test_what_a_network_sees_is_mapped_back_to_the_image(
         pixel = max(one.height, one.width) / imgsz  # of the network, in pixels of the image
         rows = boxes[np.argsort(boxes[:, 5])]
         assert rows[:, 5].tolist() == [0, 1]
-        np.testing.assert_allclose(rows[:, :4], one.boxes, atol=1.6 * pixel)
+        np.testing.assert_allclose(rows[:, :4], one.labels.boxes, atol=1.6 * pixel)
         np.testing.assert_allclose(rows[:, 4], 0.9, rtol=1e-6)
 
 

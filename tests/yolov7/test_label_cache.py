@@ -91,7 +91,7 @@ def test_the_cache_of_a_coco_json_is_never_stale(tmp_path: Path, what: str) -> N
         content = coco_content()
         content["annotations"].pop()
         path.write_text(json.dumps(content))
-        assert [len(s.classes) for s in load_data(path, "val").samples] == [1, 0]
+        assert [len(s.labels.classes) for s in load_data(path, "val").samples] == [1, 0]
     else:
         (tmp_path / "val2017/3.jpg").unlink()
         assert [s.image_id for s in load_data(path, "val").samples] == [7]

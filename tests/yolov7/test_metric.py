@@ -27,8 +27,8 @@ def shaken(dataset: Dataset, seed: int = 0) -> list[np.ndarray]:
     rng = np.random.default_rng(seed)
     detections = []
     for one in dataset.samples:
-        boxes = one.boxes[rng.random(len(one.boxes)) < 0.85].astype(np.float64)
-        classes = one.classes[: len(boxes)].copy()
+        boxes = one.labels.boxes[rng.random(len(one.labels.boxes)) < 0.85].astype(np.float64)
+        classes = one.labels.classes[: len(boxes)].copy()
         sides = np.tile(boxes[:, 2:] - boxes[:, :2], 2)
         boxes += rng.normal(0, 0.06, boxes.shape) * sides
         confused = rng.random(len(classes)) < 0.1
@@ -57,7 +57,7 @@ def by_hand(annotations: Path, results: list[dict[str, Any]]) -> dict[str, float
 def test_real_coco_annotations_give_the_figures_of_pycocotools(data_dir: Path, split: str) -> None:
     folder = data_dir / "coco-tiny"
     dataset = load_data(folder, split)
-    assert any(one.crowd.any() for one in dataset.samples)
+    assert any(one.labels.crowd.any() for one in dataset.samples)
     detections = shaken(dataset)
     stats = measure(dataset, detections).stats
     results = to_coco(dataset.samples, detections, dataset.category_ids)

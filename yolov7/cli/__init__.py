@@ -39,8 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run `yolov7 VERB ...`.
 
     Returns:
-        0: done; 1: an error that the user can mend, said in one line; 130, 141 or 143: ended by Ctrl-C,
-        a closed pipe or SIGTERM. Wrong usage exits with 2.
+        0: done; 1: an error that the user can mend, said in one line; 130, 141 or 143: ended by
+        Ctrl-C, a closed pipe or SIGTERM. Wrong usage exits with 2.
     """
     _bear_any_text()
     words = list(sys.argv[1:] if arguments is None else arguments)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from yolov7.atomic import atomic
 from yolov7.cache import cache_folder
-from yolov7.dataset.sample import Dataset, Problem, Sample
+from yolov7.dataset.sample import Dataset, Labels, Problem, Sample
 from yolov7.errors import UserError
 
 VERSION = 3  # raise it whenever the same files would be read differently
@@ -113,7 +113,7 @@ def _concat(arrays: list[Any], dtype: Any, width: int = 0) -> NDArray[Any]:
 def _pack(dataset: Dataset) -> dict[str, NDArray[Any]]:
     """The split as a few flat arrays: values of all samples after one another, and counts."""
     samples = dataset.samples
-    outlines = [outline for sample in samples for outline in sample.polygons]
+    outlines = [outline for sample in samples for outline in sample.labels.polygons]
     parts = [part for outline in outlines for part in outline]
     text = {
         "names": dataset.names,
@@ -125,12 +125,12 @@ def _pack(dataset: Dataset) -> dict[str, NDArray[Any]]:
         "text": _bytes(json.dumps(text)),
         "category_ids": np.array(dataset.category_ids, np.int64),
         "images": np.array(
-            [(s.height, s.width, s.image_id, len(s.classes)) for s in samples], np.int64
+            [(s.height, s.width, s.image_id, len(s.labels.classes)) for s in samples], np.int64
         ).reshape(-1, 4),
-        "classes": _concat([s.classes for s in samples], np.int64),
-        "boxes": _concat([s.boxes for s in samples], np.float32, 4),
-        "crowd": _concat([s.crowd for s in samples], np.bool_),
-        "areas": _concat([s.areas for s in samples], np.float64),
+        "classes": _concat([s.labels.classes for s in samples], np.int64),
+        "boxes": _concat([s.labels.boxes for s in samples], np.float32, 4),
+        "crowd": _concat([s.labels.crowd for s in samples], np.bool_),
+        "areas": _concat([s.labels.areas for s in samples], np.float64),
         "outlines": np.array([len(outline) for outline in outlines], np.int64),
         "parts": np.array([len(part) for part in parts], np.int64),
         "points": _concat(parts, np.float32, 2),
@@ -155,8 +155,10 @@ def _unpack(arrays: dict[str, NDArray[Any]]) -> Dataset:
                 height=height,
                 width=width,
                 image_id=image_id,
-                polygons=tuple(polygons[first : first + count]),
-                **{name: values[position] for name, values in split.items()},
+                labels=Labels(
+                    polygons=tuple(polygons[first : first + count]),
+                    **{name: values[position] for name, values in split.items()},
+                ),
             )
         )
         first += count

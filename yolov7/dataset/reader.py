@@ -39,7 +39,7 @@ def load_data(spec: str | Path, split: str) -> Dataset:
     """
     dataset = read_split(spec, split)
     wrong = [problem for problem in dataset.problems if problem.kind == "wrong label"]
-    labels = len(wrong) + sum(len(sample.classes) for sample in dataset.samples)
+    labels = len(wrong) + sum(len(sample.labels.classes) for sample in dataset.samples)
     if len(wrong) > TOLERATED * labels:
         raise UserError(
             f"{wrong[0]} ({len(wrong)} of {labels} labels are wrong; yolov7 check lists them all)"
@@ -180,7 +180,7 @@ def _collect(
                     height=size[0],
                     width=size[1],
                     image_id=row.image_id,
-                    **vars(labels(position, size)),
+                    labels=labels(position, size),
                 )
             )
     if not dataset.samples:

@@ -45,10 +45,11 @@ class Labels:
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Sample(Labels):
+class Sample:
     """One image of a data set with its labels.
 
     Attributes:
+        labels: Its boxes.
         path: The image file.
         height: Pixels, upright (EXIF orientation applied).
         width: Pixels.
@@ -56,6 +57,7 @@ class Sample(Labels):
             the data set are numbers, else the position in the data set.
     """
 
+    labels: Labels
     path: Path
     height: int
     width: int
@@ -102,11 +104,11 @@ class Dataset:
     @property
     def boxes(self) -> int:
         """Number of boxes, without regions of many objects."""
-        return sum(int((~sample.crowd).sum()) for sample in self.samples)
+        return sum(int((~sample.labels.crowd).sum()) for sample in self.samples)
 
     def summary(self) -> str:
         """One line: `87 images (3 without boxes), 967 boxes of 3 classes; left out: 2 images`."""
-        empty = sum(not len(sample.classes) for sample in self.samples)
+        empty = sum(not len(sample.labels.classes) for sample in self.samples)
         without = f" ({empty} without boxes)" if empty else ""
         line = (
             f"{len(self.samples)} images{without}, {self.boxes} boxes of {len(self.names)} classes"
@@ -123,7 +125,10 @@ class Dataset:
         place = {name: index for index, name in enumerate(names)}
         number = np.array([place[name] for name in self.names], np.int64)
         ids = [self.category_ids[self.names.index(name)] for name in names]
-        samples = [replace(sample, classes=number[sample.classes]) for sample in self.samples]
+        samples = [
+            replace(sample, labels=replace(sample.labels, classes=number[sample.labels.classes]))
+            for sample in self.samples
+        ]
         return replace(self, samples=samples, names=list(names), category_ids=ids)
 
 

@@ -33,8 +33,9 @@ def confusion_matrix(
     matrix = np.zeros((classes + 1, classes + 1), np.int64)
     for sample, found in zip(samples, detections, strict=True):
         found = found[found[:, 4] >= CONFIDENCE]
-        boxes, crowds = sample.boxes[~sample.crowd], sample.boxes[sample.crowd]
-        truth = sample.classes[~sample.crowd]
+        labels = sample.labels
+        boxes, crowds = labels.boxes[~labels.crowd], labels.boxes[labels.crowd]
+        truth = labels.classes[~labels.crowd]
         predicted = found[:, 5].astype(np.int64)
         rows, columns = _pair(found[:, :4], boxes)
         np.add.at(matrix, (predicted[rows], truth[columns]), 1)

@@ -147,7 +147,7 @@ def measure(
 
     per_class = []
     for index, name in enumerate(names):
-        found = [sample.classes[~sample.crowd] == index for sample in samples]
+        found = [sample.labels.classes[~sample.labels.crowd] == index for sample in samples]
         row = shown.index(index) if index in shown else None
         by_iou = evaluator.eval["precision"][:, :, index, ALL_AREAS, -1]
         per_class.append(
@@ -198,16 +198,16 @@ def _run_pycocotools(dataset: Dataset, detections: Sequence[Detections]) -> COCO
         annotation |= {"id": number, "area": width * height, "iscrowd": 0}
     labelled: list[dict[str, Any]] = []
     for sample in samples:
-        boxes = sample.boxes.astype(np.float64)
+        boxes = sample.labels.boxes.astype(np.float64)
         for row, (x1, y1, x2, y2) in enumerate(boxes.tolist()):
             labelled.append(
                 {
                     "id": len(labelled) + 1,
                     "image_id": sample.image_id,
-                    "category_id": int(sample.classes[row]),
+                    "category_id": int(sample.labels.classes[row]),
                     "bbox": [x1, y1, x2 - x1, y2 - y1],
-                    "area": float(sample.areas[row]),
-                    "iscrowd": int(sample.crowd[row]),
+                    "area": float(sample.labels.areas[row]),
+                    "iscrowd": int(sample.labels.crowd[row]),
                 }
             )
     with contextlib.redirect_stdout(io.StringIO()):  # it prints every step

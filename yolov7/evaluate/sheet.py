@@ -39,9 +39,9 @@ def draw_sheet(
         except UserError:  # gone meanwhile
             continue
         sure = found[found[:, 4] >= CONFIDENCE]
-        labels = [names[label] for label in sample.classes]
+        labels = [names[label] for label in sample.labels.classes]
         texts = [f"{names[int(label)]} {score:.2f}" for *_, score, label in sure]
-        truth = draw_boxes(image, sample.boxes, labels, sample.classes.tolist())
+        truth = draw_boxes(image, sample.labels.boxes, labels, sample.labels.classes.tolist())
         said = draw_boxes(image, sure[:, :4], texts, sure[:, 5].astype(int).tolist())
         pairs.append(np.concatenate([_in_cell(one) for one in (truth, said)], 1))
     blank = np.full((CELL, 2 * CELL, 3), 255, np.uint8)
