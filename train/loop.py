@@ -149,7 +149,7 @@ class Run:
             ranks.say(f"left out: {line}")
 
         self.hyper, model = self._model(state, model)
-        self.size = fit(options.imgsz or model.imgsz, model.stride)[0]
+        self.size = fit(options.imgsz, model)[0]
         model.imgsz = self.size
         freeze(model, options.freeze)
         if options.autoanchor and not state:

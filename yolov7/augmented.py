@@ -4,9 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from yolov7.engine.choose import fit
 from yolov7.engine.frames import Forward
-from yolov7.letterbox import GREY
+from yolov7.letterbox import GREY, round_up
 
 VIEWS = ((1.0, False), (0.83, True), (0.67, False))  # scale, mirrored
 
@@ -32,8 +31,8 @@ class Augmented:
             if scale != 1:
                 size = (round(height * scale), round(width * scale))
                 view = F.interpolate(view, size=size, mode="bilinear", align_corners=False)
-                rounded = fit(size, self.stride)
-                border = (0, rounded[1] - size[1], 0, rounded[0] - size[0])
+                below, right = (round_up(side, self.stride) - side for side in size)
+                border = (0, right, 0, below)
                 view = F.pad(view, border, value=GREY / 255)
             boxes = self.network(view)
             boxes[..., :4] /= scale

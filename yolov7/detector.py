@@ -106,7 +106,7 @@ class Detector:
             raise UserError(f"overlap is {overlap}: give at least 0 and less than 1")
         self.network = open_network(runtime)
         self.names, self.stride, self.batch = self.network.names, self.network.stride, batch
-        self.imgsz = fit(self.network.imgsz if imgsz is None else imgsz, self.stride)
+        self.imgsz = fit(imgsz, self.network)
         if classes is not None:
             kept = replace(kept, classes=_class_numbers(classes, self.names))
         self._frames = self._open_frames(kept, tile, overlap, augment)

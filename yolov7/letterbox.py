@@ -79,6 +79,11 @@ def letterbox_geometry(
     return Geometry((height, width), (ratio, ratio), (half_x, half_y), (new_h, new_w), border)
 
 
+def round_up(side: int, stride: int) -> int:
+    """The next multiple of `stride`."""
+    return -(-side // stride) * stride
+
+
 def letterbox(image: Image, geometry: Geometry) -> Image:
     """Scale an image and fill up with grey, the image in the middle.
 

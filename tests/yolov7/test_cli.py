@@ -71,9 +71,39 @@ def test_info_shows_the_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert main(["info", "yolov7", "--plan", "--form", "deploy"]) == 1
 
 
-def test_info_refuses_a_size_that_is_no_multiple(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["info", "yolov7-w6", "--imgsz", "96"]) == 1
-    assert "not a multiple of the model's stride 64" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    "verb",
+    [
+        ["info", "yolov7-tiny"],
+        ["convert", "--weights", str(ASSETS / DEMO_WEIGHTS), "--output", "x.safetensors"],
+        ["predict", "--nosave"],
+        ["export", "--output", "x.onnx"],
+        ["bench", "--engine", "eager"],
+        ["val", "--data", "coco"],
+    ],
+    ids=lambda verb: verb[0],
+)
+def test_imgsz_means_one_thing_in_every_verb(
+    verb: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Rounded up to the stride; 0 is no size, and not the model's own."""
+    monkeypatch.chdir(tmp_path)
+    for size in ("0", "5000"):
+        assert main([*verb, "--imgsz", size]) == 1
+        assert capsys.readouterr().err == f"error: imgsz is {size}: give 1 to 4096 pixels\n"
+
+
+def test_info_and_convert_round_the_size_up(tmp_path: Path) -> None:
+    path = tmp_path / "info.json"
+    assert main(["info", "yolov7-w6", "--imgsz", "96", "--json", str(path)]) == 0
+    assert json.loads(path.read_text())["totals"]["imgsz"] == 128
+    output = tmp_path / "x.safetensors"
+    words = ["--weights", str(ASSETS / DEMO_WEIGHTS), "--output", str(output)]
+    assert main(["convert", *words, "--imgsz", "100"]) == 0
+    assert load_model(output).imgsz == 128
 
 
 def test_convert_fuses_and_halves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -119,8 +149,6 @@ def test_convert_never_replaces_its_input(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--imgsz", "0"), "--imgsz 0: give a multiple of the model's stride 32"),
-        (("--imgsz", "100"), "--imgsz 100: give a multiple of the model's stride 32"),
         (("--precision", "fp8", "--calibrate", "in", "--images", "0"), "--images 0: give 1 or"),
         (("--precision", "fp8", "--calibrate", "in", "--images", "-1"), "--images -1: give 1 or"),
         (("--precision", "fp8", "--calibrate", "in"), "in: a folder without images"),

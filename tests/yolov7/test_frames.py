@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tests.yolov7.data_sets import sample
 from tests.yolov7.networks import StandIn
-from yolov7 import Detector, sources
+from yolov7 import Detector, create_model, sources
 from yolov7.checkpoint import load_model
 from yolov7.dataset import Dataset, load_data
 from yolov7.engine import frames as frames_module
@@ -423,11 +423,13 @@ def test_suppression_out_of_range(wrong: dict[str, Any], message: str) -> None:
 
 
 def test_imgsz_has_one_rule() -> None:
-    assert fit(300, 32) == (320, 320)
-    assert fit((1, 640), 64) == (64, 640)
+    p5, p6 = create_model("yolov7-tiny", width=0.125), create_model("yolov7-w6", width=0.0625)
+    assert fit(300, p5) == (320, 320)
+    assert fit((1, 640), p6) == (64, 640)
+    assert fit(None, p5) == (640, 640)
     for wrong in (0, -5, 10**6, (640, 0)):
-        with pytest.raises(UserError, match=r"imgsz is .*: give 1 to 32768 pixels"):
-            fit(wrong, 32)
+        with pytest.raises(UserError, match=r"imgsz is .*: give 1 to 4096 pixels"):
+            fit(wrong, p5)
 
 
 def test_a_device_that_is_lost_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from yolov7.checkpoint import load_model, save_model
+from yolov7.engine.choose import fit
 from yolov7.engine.frames import to_input
 from yolov7.engine.graph.calibrate import calibrate
 from yolov7.errors import UserError
@@ -40,7 +41,8 @@ class Convert:
     fuse: bool = False
     """fold batch norms, RepConv branches and implicit vectors: smaller, no longer trainable"""
     imgsz: int | None = None
-    """image side to keep as the default (None: the weights' own)"""
+    """image side to keep as the default, rounded up to the model's stride (None: that of the
+    weights)"""
 
 
 def run(options: Convert) -> int:
@@ -55,12 +57,7 @@ def run(options: Convert) -> int:
     if options.images < 1:
         raise UserError(f"--images {options.images}: give 1 or more")
     model = load_model(options.weights, variant=options.variant)
-    if options.imgsz is not None:
-        model.imgsz = options.imgsz
-    if model.imgsz < 1 or model.imgsz % model.stride:
-        raise UserError(
-            f"--imgsz {model.imgsz}: give a multiple of the model's stride {model.stride}"
-        )
+    model.imgsz, _ = fit(options.imgsz, model)
     if options.calibrate is not None:
         with working(f"calibrating on images of {options.calibrate}"):
             batches = _batches(options.calibrate, options.images, model.imgsz)

@@ -1,6 +1,5 @@
 """`yolov7 export`: a model as a file for another runtime."""
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -8,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from yolov7.checkpoint import DEMO_WEIGHTS, load_model
-from yolov7.engine.choose import fit
 from yolov7.export import Settings, Suppression, export
 from yolov7.formats import FORMATS
 from yolov7.progress import working
@@ -59,21 +57,10 @@ class Export:
 def run(options: Export) -> int:
     """Export, compare with PyTorch, and say what there is now."""
     model = load_model(options.weights, variant=options.variant)
-    imgsz = None
-    if options.imgsz is not None:
-        wanted = options.imgsz
-        wanted = (wanted, wanted) if isinstance(wanted, int) else wanted
-        imgsz = fit(wanted, model.stride)
-        if imgsz != wanted:
-            print(
-                f"note: {wanted[0]} x {wanted[1]} pixels rounded up to {imgsz[0]} x {imgsz[1]}, "
-                f"multiples of the stride {model.stride}",
-                file=sys.stderr,
-            )
     stem = Path(options.weights or DEMO_WEIGHTS).stem
     settings = Settings(
         kind=options.format,
-        imgsz=imgsz,
+        imgsz=options.imgsz,
         batch=options.batch,
         precision=options.precision,
         layout=options.layout,

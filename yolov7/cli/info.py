@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from yolov7.checkpoint import load_model
+from yolov7.engine.choose import fit
 from yolov7.engine.graph.plan import H200, make_plan
 from yolov7.errors import UserError
 from yolov7.layers import conv_layers, parameter_count
@@ -27,7 +28,8 @@ class Info:
     model: Annotated[str, tyro.conf.Positional]
     """a variant, such as yolov7-w6, or a weights file"""
     imgsz: int | None = None
-    """side of the square image in pixels (None: the model's own)"""
+    """side of the square image in pixels, rounded up to the model's stride (None: the model's
+    own)"""
     form: Form = "fused"
     """with training branches, as published, or folded for inference"""
     classes: int = 80
@@ -43,9 +45,7 @@ class Info:
 def run(options: Info) -> int:
     """Print the table; write the JSON that was asked for."""
     model = _model(options)
-    size = options.imgsz or model.imgsz
-    if size < 1 or size % model.stride:
-        raise UserError(f"--imgsz {size} is not a multiple of the model's stride {model.stride}")
+    size, _ = fit(options.imgsz, model)
     result = _show_plan(model, options.batch, size) if options.plan else _show_layers(model, size)
     write_json(options.json, result)
     return 0

@@ -110,8 +110,7 @@ def run(options: Val) -> int:
 def _preparation(options: Val, network: AnyNetwork) -> tuple[int, Preparation]:
     """The images' longer side in pixels and how they are prepared, as far as a file allows."""
     if not isinstance(network, ExportedNetwork):
-        imgsz = network.imgsz if options.imgsz is None else options.imgsz
-        return fit(imgsz, network.stride)[0], options.preparation
+        return fit(options.imgsz, network)[0], options.preparation
     height, width = network.imgsz
     if height != width:
         raise UserError(f"{options.weights}: takes {height} x {width} pixels; val needs a square")

@@ -4,7 +4,7 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 
@@ -16,7 +16,9 @@ from yolov7.engine.frames import Forward, Frames, HostFrames, Suppression
 from yolov7.errors import UserError
 from yolov7.formats import SUFFIXES
 from yolov7.kernels.runtime import FLOATS, HAS_TRITON
+from yolov7.letterbox import round_up
 from yolov7.model import YOLOv7
+from yolov7.variants import LARGEST_IMGSZ
 
 OLDEST = (8, 0)  # compute capability that the kernels are made for
 
@@ -125,16 +127,35 @@ def resolve_precision(name: str, device: torch.device, engine: str = "eager") ->
     return name
 
 
-def fit(size: int | tuple[int, int], stride: int) -> tuple[int, int]:
-    """What `--imgsz` means everywhere: (height, width), each rounded up to the model's stride.
+class Sized(Protocol):
+    """A model, or what runs one."""
+
+    @property
+    def imgsz(self) -> int | tuple[int, int]:
+        """Side, or (height, width), of the images that it is meant for, in pixels."""
+        ...
+
+    @property
+    def stride(self) -> int:
+        """Sides of its input are multiples of this."""
+        ...
+
+
+def fit(size: int | tuple[int, int] | None, model: Sized) -> tuple[int, int]:
+    """What `--imgsz` means in every verb: (height, width), each rounded up to the model's stride.
+
+    Args:
+        size: Both sides, or (height, width), in pixels; None: what the model is meant for.
+        model: Whose input it is.
 
     Raises:
         UserError: A side below 1, or over 32768 pixels.
     """
-    sides = (size, size) if isinstance(size, int) else size
-    if not all(1 <= side <= 32768 for side in sides):
-        raise UserError(f"imgsz is {size}: give 1 to 32768 pixels")
-    height, width = (-(-side // stride) * stride for side in sides)
+    wanted = model.imgsz if size is None else size
+    sides = (wanted, wanted) if isinstance(wanted, int) else wanted
+    if not all(1 <= side <= LARGEST_IMGSZ for side in sides):
+        raise UserError(f"imgsz is {wanted}: give 1 to {LARGEST_IMGSZ} pixels")
+    height, width = (round_up(side, model.stride) for side in sides)
     return height, width
 
 

@@ -113,7 +113,7 @@ def _metadata(model: YOLOv7, settings: Settings) -> Metadata:
             variant=model.variant.name,
             names=list(model.names),
             stride=model.stride,
-            imgsz=fit(settings.imgsz or model.imgsz, model.stride),
+            imgsz=fit(settings.imgsz, model),
             batch=settings.batch,
             precision=settings.precision,
             layout=settings.layout if nms is None else "detections",
