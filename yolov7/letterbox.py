@@ -1,6 +1,7 @@
 """Letterbox on the CPU: fit an image into the network's input without changing its aspect."""
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import cv2
 import numpy as np
@@ -42,6 +43,7 @@ class Geometry:
         return replace(self, frame=frame, ratio=(ratio_x, ratio_y))
 
 
+@lru_cache(maxsize=256)  # a video asks for the same one again and again
 def letterbox_geometry(
     shape: tuple[int, int],
     size: int | tuple[int, int],
