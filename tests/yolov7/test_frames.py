@@ -1,28 +1,33 @@
 """The one way from frames to boxes: both forms of it, and what happens where one fails."""
 
+import copy
 import subprocess
 import sys
 import threading
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from importlib.resources import files
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tests.yolov7.data_sets import sample
 from tests.yolov7.networks import StandIn
 from yolov7 import Detector, create_model, sources
 from yolov7.checkpoint import load_model
 from yolov7.dataset import Dataset, load_data
-from yolov7.engine import frames as frames_module
 from yolov7.engine.choose import Runtime, fit, open_frames, open_network
+from yolov7.engine.eager import fold_on
+from yolov7.engine.faults import require_living_device
 from yolov7.engine.frames import Found, HostFrames, Suppression, to_input
+from yolov7.engine.graph import captured
 from yolov7.engine.graph import network as graph_module
 from yolov7.engine.graph.network import CapturedFrames, GraphNetwork
 from yolov7.engine.graph.planned import PlannedNetwork
@@ -32,7 +37,9 @@ from yolov7.evaluate.run import EVERYTHING
 from yolov7.export import Settings as ExportSettings
 from yolov7.export import export
 from yolov7.images import read_image
+from yolov7.kernels.letterbox import letterbox as letterbox_kernel
 from yolov7.kernels.nms import Detections
+from yolov7.kernels.reparam import reparam
 from yolov7.letterbox import Image, letterbox, letterbox_geometry
 from yolov7.results import Results
 from yolov7.sources import Source
@@ -205,7 +212,7 @@ def test_no_memory_in_a_forward_alone_falls_back_too(monkeypatch: pytest.MonkeyP
     torch.testing.assert_close(decoded, open_network(Runtime(device="cpu"))(x), rtol=1e-3, atol=0.1)
 
 
-@pytest.mark.parametrize("what", ["boxes", "objectness", "NaN", "suppression"])
+@pytest.mark.parametrize("what", ["boxes", "objectness", "NaN", "suppression", "letterbox"])
 def test_a_first_batch_that_is_wrong_is_found(
     what: str, images: list[Image], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -226,8 +233,16 @@ def test_a_first_batch_that_is_wrong_is_found(
 
     expected = detect(open_network(Runtime(device="cpu")), images, Suppression())
     monkeypatch.setattr(PlannedNetwork, "decode", decode)
+    if what == "letterbox":
+        real_letterbox = letterbox_kernel
+
+        def mirrored(pixels: Tensor, table: Tensor, x: Tensor) -> None:
+            real_letterbox(pixels, table, x)
+            x.copy_(x.flip(1))  # BGR
+
+        monkeypatch.setattr(captured, "letterbox", mirrored)
     network = graph_network(required=False, guarded=True)
-    reason = "references" if what == "suppression" else "relative RMS"
+    reason = {"suppression": "references", "letterbox": "OpenCV's"}.get(what, "relative RMS")
     with pytest.warns(UserWarning, match=reason):
         found = detect(network, images, Suppression())
     assert network.engine == "eager"
@@ -298,6 +313,38 @@ def test_suppression_that_fails_or_is_wrong_is_left_to_the_cpu(images: list[Imag
     sure(run_by(frames, images[:1]), expected[:1])
     frames._suppress = broken  # after the first batch nothing is compared any more
     sure(run_by(frames, images), expected)
+
+
+@pytest.mark.parametrize("fault", ["none", "raises", "wrong"])
+def test_folding_that_fails_or_is_wrong_is_left_to_the_cpu(
+    fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A RepConv has two kinds of branches, a convolution one: kernels of 1x1 and 3x3."""
+    torch.manual_seed(0)
+    model = create_model("yolov7", 3, form="training", width=0.125)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_var.uniform_(0.5, 1.5)  # type: ignore[union-attr]  # it has one
+    expected = copy.deepcopy(model).fuse().state_dict()
+    real, calls = reparam, count()
+
+    def planted(*branches: Any) -> Any:
+        if fault == "raises":
+            broken()
+        weight, bias = real(*branches)
+        return (weight * 1.001 if next(calls) == 4 else weight), bias  # of the third block, there
+
+    with monkeypatch.context() as patch:
+        patch.setattr("yolov7.blocks.reparam", planted if fault != "none" else real)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            fold_on(model, torch.device("cpu"))
+    reasons = {"none": [], "raises": ["ptxas"], "wrong": ["other weights than on the CPU"]}[fault]
+    assert len(caught) == len(reasons)
+    for warning, reason in zip(caught, reasons, strict=True):
+        assert reason in str(warning.message)
+    for name, tensor in model.fuse().state_dict().items():
+        assert torch.equal(tensor, expected[name]), name
 
 
 # one cache of plans, one lock, first calls from several threads
@@ -387,9 +434,9 @@ def test_a_video_comes_frame_by_frame_from_the_graph(images: list[Image]) -> Non
                 yield frame
 
     results = detector.stream(Counting([images[0][:64, :64]] * 50))
-    for count in (1, 2, 3):
+    for taken in (1, 2, 3):
         next(results)
-        assert len(read) <= count + 1  # one more is under way
+        assert len(read) <= taken + 1  # one more is under way
     results.close()
 
 
@@ -438,7 +485,7 @@ def test_a_device_that_is_lost_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torch.cuda, "synchronize", lost)
     with pytest.raises(UserError, match=r"cuda has failed .*: start again, with --engine eager"):
-        frames_module.require_living_device(torch.device("cuda"), "RuntimeError")
+        require_living_device(torch.device("cuda"), "RuntimeError")
 
 
 def test_found_says_what_belongs_to_whom() -> None:

@@ -1,11 +1,15 @@
 """A fused model made ready to run in PyTorch: device, precision, memory layout."""
 
-from collections.abc import Callable
+import copy
+import warnings
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
+from yolov7.blocks import Conv, RepConv
 from yolov7.engine.cpu import Decoder, can_pack, keep_freed_memory, pack_convolutions
+from yolov7.engine.faults import first_line, require_living_device
 from yolov7.kernels.runtime import FLOATS
 from yolov7.model import YOLOv7
 
@@ -43,7 +47,7 @@ class Network:
         self.names, self.stride, self.imgsz = model.names, model.stride, model.imgsz
         anchors = model.head.anchors.to(self.device, torch.float32)
         if device.type == "cuda":
-            model.to(device)  # which folds faster
+            fold_on(model, device)
         model = model.fuse().requires_grad_(False).to(device, self.dtype)
         model.head.anchors = anchors  # 459 pixels would be 460 in bf16
         parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -72,3 +76,36 @@ class Network:
     ) -> Callable[[Tensor], Tensor]:
         decode = Decoder(model.head)
         return lambda x: decode(outputs(x))
+
+
+@torch.no_grad()
+def fold_on(model: YOLOv7, device: torch.device) -> None:
+    """Bring a model to a GPU and fuse it there, by a kernel.
+
+    Everything else is compared with what comes of this: so it has to agree with the CPU on a block
+    of each kind first. Where it does not, or cannot be had, there is a warning, and the model stays
+    where it is.
+    """
+    try:
+        for block in _one_of_each(model):
+            there, here = copy.deepcopy(block).to(device), copy.deepcopy(block).cpu()
+            there.fuse()
+            here.fuse()
+            for a, b in zip(there.parameters(), here.parameters(), strict=True):
+                if not torch.allclose(a.cpu(), b, rtol=1e-5, atol=1e-6):
+                    raise ArithmeticError("other weights than on the CPU")
+        model.to(device).fuse()
+    except Exception as error:  # whatever a compiler or a driver throws
+        require_living_device(device, first_line(error))
+        warnings.warn(f"the model is folded on the CPU: {first_line(error)}", stacklevel=3)
+        model.cpu()
+
+
+def _one_of_each(model: YOLOv7) -> Iterator[Conv | RepConv]:
+    kinds = set()
+    for module in model.modules():
+        if isinstance(module, (Conv, RepConv)):
+            kind = type(module), module.conv and module.conv.kernel_size
+            if kind not in kinds:
+                kinds.add(kind)
+                yield module

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from yolov7.boxes import frame_table, in_frames
+from yolov7.engine.faults import first_line, require_living_device
 from yolov7.errors import UserError
 from yolov7.kernels.letterbox import letterbox as letterbox_on_device
 from yolov7.kernels.nms import Detections, batched_nms
@@ -178,6 +179,15 @@ def to_input(
     return x.to(dtype).div_(255)
 
 
+def same_input(x: Tensor, frames: Sequence[Pixels], where: Sequence[Geometry]) -> bool:
+    """Whether the network's input x [B, 3, h, w] is what OpenCV makes of the frames."""
+    arrays = [frame.cpu().numpy() if isinstance(frame, Tensor) else frame for frame in frames]
+    boxed = [letterbox(frame, geometry) for frame, geometry in zip(arrays, where, strict=True)]
+    expected = to_input(boxed, torch.device("cpu"), x.dtype)
+    difference = (x[: len(frames)].cpu().float() - expected.float()).abs().max()
+    return float(difference) < 1.5 / 255  # a pixel may be rounded the other way
+
+
 def equal_shapes(shapes: Sequence[tuple[int, ...]], batch: int) -> Iterator[list[int]]:
     """Indices of what has equal shapes, at most ``batch`` at a time."""
     if len(shapes) == 1:
@@ -223,7 +233,7 @@ class HostFrames:
         self._batch = batch if network.one_shape else None
         self._suppress = suppression.on(torch.device("cpu"))
         self._kernels = network.device.type == "cuda" and HAS_TRITON
-        self._proven = False
+        self._proven = self._letterbox_proven = False
         if self._kernels:
             self._suppress_there = suppression.on(network.device)
 
@@ -291,18 +301,21 @@ class HostFrames:
         return {"letterbox": box, "upload": upload, "network": network, "nms": nms}
 
     def _input(self, prepared: Sequence[Pixels], where: Sequence[Geometry]) -> Tensor:
-        network = self.network
         there = [pixels for pixels in prepared if isinstance(pixels, Tensor)]
         if there and len(there) == len(prepared):
             try:
-                return self._input_there(there, where)
+                x = self._input_there(there, where)
+                if self._letterbox_proven or same_input(x, prepared, where):
+                    self._letterbox_proven = True
+                    return x
+                self._leave_kernels("the letterbox is another than OpenCV's")
             except Exception as error:  # whatever a compiler or a driver throws
                 self._leave_kernels(first_line(error))
         images = [
             letterbox(pixels.cpu().numpy(), geometry) if isinstance(pixels, Tensor) else pixels
             for pixels, geometry in zip(prepared, where, strict=True)
         ]
-        return to_input(images, network.device, network.dtype, batch=self._batch)
+        return to_input(images, self.network.device, self.network.dtype, batch=self._batch)
 
     def _input_there(self, frames: Sequence[Tensor], where: Sequence[Geometry]) -> Tensor:
         """The network's input of frames that are on its device, letterboxed there."""
@@ -325,7 +338,7 @@ class HostFrames:
     def _leave_kernels(self, reason: str) -> None:
         self._kernels = False
         require_living_device(self.network.device, reason)
-        warnings.warn(f"boxes are suppressed on the CPU: {reason}", stacklevel=4)
+        warnings.warn(f"letterbox and suppression are left to the CPU: {reason}", stacklevel=4)
 
     def _now(self) -> float:
         """Milliseconds, when everything before is done."""
@@ -361,25 +374,3 @@ def milliseconds(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter() * 1e3
-
-
-def first_line(error: BaseException) -> str:
-    """An error in one line, for a warning."""
-    text = str(error).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
-
-
-def require_living_device(device: torch.device, reason: str) -> None:
-    """Make sure that the device can go on after an error.
-
-    Raises:
-        UserError: It cannot: no work of this process reaches it any more.
-    """
-    if device.type != "cuda":
-        return
-    try:
-        torch.cuda.synchronize(device)
-    except RuntimeError:
-        raise UserError(
-            f"{device} has failed ({reason}): start again, with --engine eager if it does so twice"
-        ) from None

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from yolov7.engine.eager import Network
+from yolov7.engine.faults import first_line, require_living_device
 from yolov7.engine.frames import (
     HostFrames,
     Pending,
     Pixels,
     Suppression,
-    first_line,
-    require_living_device,
+    same_input,
 )
 from yolov7.engine.graph.captured import STAGES, FramePipeline, byte_count
 from yolov7.engine.graph.planned import PlannedNetwork
@@ -124,18 +124,28 @@ class GraphNetwork(Network):
         except Exception as error:  # whatever a compiler, a driver or an allocator throws
             self._fail(first_line(error))
 
-    def check(self, pipeline: FramePipeline, pending: Pending) -> None:
+    def check(
+        self,
+        pipeline: FramePipeline,
+        pending: Pending,
+        frames: Sequence[Pixels],
+        where: Sequence[Geometry],
+    ) -> None:
         """Compare the first batch that a plan made with the eager model; the caller holds `lock`.
 
         Args:
             pipeline: That is detecting.
             pending: What it will give.
+            frames: In what.
+            where: And where they lie in their letterboxes.
         """
         network = pipeline.network
         plan = self._plan(network.plan.batch, network.plan.height, network.plan.width)
         if plan.checked or not self.guarded:
             return
         found = pending.wait()
+        if not same_input(network.images, frames, where):
+            self._fail("the letterbox of the first batch is another than OpenCV's")
         decoded = network.decode()[0]
         self._compare(decoded, network.images)
         expected = pipeline.expected(decoded)
@@ -239,7 +249,7 @@ class CapturedFrames:
             with network.lock, network.attempt():
                 pipeline = self._pipeline(prepared, where)
                 pending = pipeline.submit(prepared, where)
-                network.check(pipeline, pending)
+                network.check(pipeline, pending, prepared, where)
             return pending
         except EngineError:
             pairs = zip(prepared, where, strict=True)
