@@ -96,6 +96,17 @@ def test_imgsz_means_one_thing_in_every_verb(
         assert capsys.readouterr().err == f"error: imgsz is {size}: give 1 to 4096 pixels\n"
 
 
+def test_a_warning_is_one_line() -> None:
+    code = """
+import warnings
+from yolov7.cli import info, main
+info.run = lambda _: warnings.warn("engine graph is left\\nfor eager") or 0
+main(["info", "yolov7"])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr == "warning: engine graph is left for eager\n"
+
+
 def test_info_and_convert_round_the_size_up(tmp_path: Path) -> None:
     path = tmp_path / "info.json"
     assert main(["info", "yolov7-w6", "--imgsz", "96", "--json", str(path)]) == 0

@@ -4,6 +4,7 @@ import errno
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
@@ -43,6 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Ctrl-C, a closed pipe or SIGTERM. Wrong usage exits with 2.
     """
     _bear_any_text()
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {printable(message)}\n"
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in ("-h", "--help"):
         print(_usage())

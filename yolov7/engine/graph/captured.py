@@ -45,9 +45,11 @@ class FramePipeline:
 
     Attributes:
         output: Detections of the latest batch, on the network's device.
+        checked: Whether its first batch was compared with the host's way.
     """
 
     output: Detections
+    checked = False
 
     def __init__(
         self,

@@ -119,7 +119,7 @@ class GraphNetwork(Network):
             raise EngineError
         try:
             yield
-        except (UserError, EngineError, KeyboardInterrupt):
+        except (UserError, EngineError):
             raise
         except Exception as error:  # whatever a compiler, a driver or an allocator throws
             self._fail(first_line(error))
@@ -131,7 +131,7 @@ class GraphNetwork(Network):
         frames: Sequence[Pixels],
         where: Sequence[Geometry],
     ) -> None:
-        """Compare the first batch that a plan made with the eager model; the caller holds `lock`.
+        """Compare a pipeline's first batch with the host's way; the caller holds `lock`.
 
         Args:
             pipeline: That is detecting.
@@ -139,11 +139,9 @@ class GraphNetwork(Network):
             frames: In what.
             where: And where they lie in their letterboxes.
         """
-        network = pipeline.network
-        plan = self._plan(network.plan.batch, network.plan.height, network.plan.width)
-        if plan.checked or not self.guarded:
+        if pipeline.checked or not self.guarded:
             return
-        found = pending.wait()
+        network, found = pipeline.network, pending.wait()
         if not same_input(network.images, frames, where):
             self._fail("the letterbox of the first batch is another than OpenCV's")
         decoded = network.decode()[0]
@@ -155,7 +153,7 @@ class GraphNetwork(Network):
             and torch.allclose(found.boxes, expected.boxes[:n], rtol=0, atol=SAME_BOXES)
         ):
             self._fail("the boxes of the first batch are not those of the kernels' references")
-        plan.checked = True
+        pipeline.checked = True
 
     def _made_ready(self, model: YOLOv7) -> Callable[[Tensor], Tensor]:
         return model  # as it is: plans are made of its convolutions
@@ -216,7 +214,7 @@ class GraphNetwork(Network):
 
 @dataclass
 class _Plan:
-    """A plan, what was captured of it, and whether its first batch was right."""
+    """A plan, what was captured of it, and whether its first forward was right."""
 
     network: PlannedNetwork
     pipelines: dict[Suppression, FramePipeline] = field(default_factory=dict)
