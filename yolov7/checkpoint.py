@@ -18,7 +18,6 @@ from torch import Tensor
 
 from yolov7 import __version__
 from yolov7.atomic import atomic
-from yolov7.download import PUBLISHED, published_weights
 from yolov7.errors import UserError
 from yolov7.model import Form, YOLOv7
 from yolov7.schema import from_json
@@ -51,11 +50,15 @@ def load_model(weights: str | Path | None = None, *, variant: str | None = None)
         with as_file(files("yolov7.assets") / DEMO_WEIGHTS) as path:
             return _load_safetensors(path)
     path = Path(weights)
-    if not path.exists() and str(weights) in PUBLISHED:
-        name = str(weights)
-        path, variant = published_weights(name), variant or PUBLISHED[name]
+    if not path.exists():
+        from yolov7.download import PUBLISHED, published_weights  # not to be waited for else
+
+        if str(weights) not in PUBLISHED:
+            names = ", ".join(PUBLISHED)
+            raise UserError(f"{path}: no such weights file; published names are {names}")
+        path, variant = published_weights(str(weights)), variant or PUBLISHED[str(weights)]
     if not path.is_file():
-        raise UserError(f"{path}: no such weights file; published names are {', '.join(PUBLISHED)}")
+        raise UserError(f"{path}: is no file: name the file with the weights")
     if path.suffix == ".safetensors":
         return _load_safetensors(path)
     return _load_torch(path, variant)

@@ -4,14 +4,14 @@ from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import TypeVar
 
-from rich.console import Console
-from rich.progress import track
-
 T = TypeVar("T")
 
 
 def progress(items: Iterable[T], title: str, total: int) -> Iterator[T]:
     """Pass the items on, showing how far of `total` they are; the bar goes away at the end."""
+    from rich.console import Console  # 30 ms, for those who look at a terminal
+    from rich.progress import track
+
     console = Console(stderr=True)
     if not console.is_terminal:
         yield from items
@@ -21,5 +21,7 @@ def progress(items: Iterable[T], title: str, total: int) -> Iterator[T]:
 
 def working(title: str) -> AbstractContextManager[object]:
     """Show that something goes on whose length is not known, while the context lasts."""
+    from rich.console import Console
+
     console = Console(stderr=True)
     return console.status(title) if console.is_terminal else nullcontext()
