@@ -162,7 +162,7 @@ def environment(device: torch.device) -> dict[str, Any]:
     """What a number needs to be had again: device, driver, versions, commit, clocks, date."""
     known: dict[str, Any] = {
         "device": _cpu_name(),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": _cores(),
         "threads": torch.get_num_threads(),
         "system": platform.platform(),
         "python": platform.python_version(),
@@ -184,6 +184,11 @@ def environment(device: torch.device) -> dict[str, Any]:
             zip(query.split(","), [v.strip() for v in ",".join(values).split(",")], strict=False)
         )
     return known
+
+
+def _cores() -> int | None:
+    """Those that this process may use, where the system tells."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def _cpu_name() -> str:

@@ -30,11 +30,13 @@ from torch._ops import OpOverload
 __all__ = [
     "DTYPE_NAMES",
     "FLOATS",
+    "H200",
     "HAS_TRITON",
     "INTERPRET",
     "PRECISIONS",
     "CompileSpec",
     "Config",
+    "Rates",
     "TensorDescriptor",
     "capability",
     "device_folder",
@@ -85,6 +87,25 @@ PRECISIONS = {
 FLOATS = {name: dtype for name, dtype in PRECISIONS.items() if dtype.itemsize > 1}
 """Those that PyTorch computes in."""
 DTYPE_NAMES = {dtype: name for name, dtype in PRECISIONS.items()}
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a GPU was measured to reach."""
+
+    name: str
+    flops: float
+    """Operations of dense matrix products in fp16, per second."""
+    bandwidth: float
+    """Bytes that copies read and write, per second."""
+
+    def seconds(self, flops: float, moved: float) -> float:
+        """The roofline of some operations and bytes: whichever takes longer at full rate."""
+        return max(flops / self.flops, moved / self.bandwidth)
+
+
+H200 = Rates("NVIDIA H200", 790e12, 4.3e12)
+"""What the expectations in docstrings, and the order of the tuner's work, are made of."""
 
 Config = Mapping[str, int]
 """Constexprs of a kernel (``BLOCK_M`` ...) and compile options (``num_warps`` ...), by name."""

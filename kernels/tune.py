@@ -34,11 +34,8 @@ from yolov7.kernels.conv.config import (
     write_entries,
     write_json,
 )
+from yolov7.kernels.runtime import H200
 
-BANDWIDTH = 4.3e12
-"""Bytes a second, for the order of the launches only."""
-RATE = 7.9e14
-"""Operations a second, likewise."""
 TOLERANCE = {
     torch.float16: 1e-3,
     torch.bfloat16: 8e-3,
@@ -58,7 +55,7 @@ def expected_seconds(launch: Launch) -> float:
         flops += 2 * computed.n * computed.h * computed.w * call.weight.numel()
         tensors = (getattr(call, field.name) for field in fields(call))
         moved += sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
-    return max(flops / RATE, moved / BANDWIDTH)
+    return H200.seconds(flops, moved)
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:

@@ -5,9 +5,11 @@ import re
 import runpy
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from yolov7.formats import FORMATS
 from yolov7.variants import VARIANTS
 
 ROOT = Path(__file__).parents[1]
@@ -91,7 +93,7 @@ def test_floor_plan_is_that_of_the_house() -> None:
     rooms |= {path.parent.name for path in (*house.glob("*/*.py"), *house.glob("engine/*/*.py"))}
     hidden = {"__init__", "__main__", "assets", "kernels", "train"}
     assert rooms - hidden <= set(re.findall(r"\w+", plan))
-    assert set(re.findall(r"(\w+)(?:\.py|/)(?!\w)", plan)) <= rooms | {"formats", "bench"}
+    assert set(re.findall(r"(\w+)(?:\.py|/)(?!\w)", plan)) <= rooms | {"bench"}
 
 
 def recipes() -> dict[str, str]:
@@ -107,16 +109,18 @@ def recipes() -> dict[str, str]:
 
 
 @pytest.fixture
-def variants() -> Iterator[None]:
-    """Variants that a recipe adds are gone behind it."""
-    before = dict(VARIANTS)
+def registries() -> Iterator[None]:
+    """What a recipe adds is gone behind it."""
+    before: list[tuple[dict[str, Any], dict[str, Any]]]
+    before = [(registry, dict(registry)) for registry in (VARIANTS, FORMATS)]
     yield
-    VARIANTS.clear()
-    VARIANTS.update(before)
+    for registry, entries in before:
+        registry.clear()
+        registry.update(entries)
 
 
 @pytest.mark.parametrize("name", recipes())
-@pytest.mark.usefixtures("variants")
+@pytest.mark.usefixtures("registries")
 def test_recipe_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     file = tmp_path / "recipe.py"

@@ -1,5 +1,6 @@
 """Rows, reports, the table, and the README's section."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,11 @@ def test_environment_says_what_is_needed_to_measure_again() -> None:
     known = environment(torch.device("cpu"))
     assert set(ENVIRONMENT) <= set(known)
     assert known["versions"]["torch"] == torch.__version__
+
+
+def test_environment_of_a_system_without_affinity(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    assert environment(torch.device("cpu"))["cores"] == os.cpu_count()
 
 
 def test_table_shows_losses() -> None:

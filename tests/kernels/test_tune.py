@@ -17,7 +17,7 @@ from yolov7.kernels.conv import ConvCall, ConvConfig, ConvLaunch, Launch, StemLa
 from yolov7.kernels.conv.cases import Record, layer_of, meta_call, stem_call
 from yolov7.kernels.conv.config import Entry, tuned_entries, write_entries
 from yolov7.kernels.conv.search import search_space
-from yolov7.kernels.runtime import recording
+from yolov7.kernels.runtime import H200, recording
 
 CHAIN = Record(128, 128, 3, 1, 80, 80)
 HEAD = Record(256, 255, 1, 1, 80, 80, "none")
@@ -51,12 +51,12 @@ def test_plans_take_turns_with_their_expensive_launches_first_and_only_once() ->
 def test_roofline_counts_operations_or_bytes() -> None:
     layer = layer_of(CHAIN, 32)
     two = launch_of(CHAIN, CHAIN, batch=32)
-    assert tune.expected_seconds(two) == 2 * layer.flops / tune.RATE
+    assert tune.expected_seconds(two) == 2 * layer.flops / H200.flops
     launch = launch_of(HEAD, batch=32)
     (call,) = launch.calls
     assert isinstance(call, ConvCall)
     sizes = 2 * (call.x.numel() + call.out.numel() + call.weight.numel()) + 4 * 255
-    assert tune.expected_seconds(launch) == pytest.approx(sizes / tune.BANDWIDTH)
+    assert tune.expected_seconds(launch) == pytest.approx(sizes / H200.bandwidth)
 
 
 @pytest.mark.parametrize("variant", ["yolov7", "yolov7-e6e"])

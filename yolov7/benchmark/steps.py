@@ -10,6 +10,7 @@ from yolov7.benchmark.clock import Run, captured
 from yolov7.engine.graph.plan import Plan
 from yolov7.engine.graph.planned import PlannedNetwork
 from yolov7.engine.graph.steps import Step
+from yolov7.kernels.runtime import Rates
 
 
 def step_timers(
@@ -25,14 +26,14 @@ def step_timers(
         ceilings: Of its device.
         repeats: Turns that the median is taken of.
     """
-    rate = ceilings.flops(network.dtype)
+    reached = Rates("this device", ceilings.flops(network.dtype), ceilings.bandwidth)
     runs: list[Run] = [*(run for _, run in network.launches()), network.decode]
     for step, run in zip(network.plan.steps, runs, strict=True):
-        yield partial(_time, network.plan, step, run, ceilings, rate, repeats)
+        yield partial(_time, network.plan, step, run, ceilings, reached, repeats)
 
 
 def _time(
-    plan: Plan, step: Step, run: Run, ceilings: Ceilings, rate: float, repeats: int
+    plan: Plan, step: Step, run: Run, ceilings: Ceilings, reached: Rates, repeats: int
 ) -> dict[str, Any]:
     flops = plan.step_flops(step)
     moved = plan.step_bytes(step) + plan.step_weight_bytes(step)
@@ -42,7 +43,7 @@ def _time(
         "kind": step.kind,
         "shape": "; ".join(task.describe() for task in step.tasks),
         "us": seconds * 1e6,
-        "roofline_us": max(flops / rate, moved / ceilings.bandwidth) * 1e6,
+        "roofline_us": reached.seconds(flops, moved) * 1e6,
         "tflops": flops / seconds / 1e12,
         "gbps": moved / seconds / 1e9,
     }

@@ -13,8 +13,9 @@ from rich.table import Table
 
 from yolov7.checkpoint import load_model
 from yolov7.engine.choose import fit
-from yolov7.engine.graph.plan import H200, make_plan
+from yolov7.engine.graph.plan import make_plan
 from yolov7.errors import UserError
+from yolov7.kernels.runtime import H200
 from yolov7.layers import conv_layers, parameter_count
 from yolov7.model import Form, YOLOv7, create_model
 from yolov7.runs import write_json

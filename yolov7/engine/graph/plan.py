@@ -21,19 +21,9 @@ from torch import nn
 from yolov7.engine.graph.passes import Placement, allocate, fold, group, merge
 from yolov7.engine.graph.steps import Buffer, Step, Task
 from yolov7.engine.graph.trace import trace
+from yolov7.kernels.runtime import H200, Rates
 from yolov7.model import YOLOv7
 
-
-@dataclass(frozen=True)
-class Device:
-    """Rates that a device was measured to reach."""
-
-    name: str
-    flops: float  # dense fp16 matrix products, per second
-    bandwidth: float  # copies, bytes per second, reads and writes counted
-
-
-H200 = Device("NVIDIA H200", 790e12, 4.3e12)
 LETTERBOX_LAUNCHES = 1
 NMS_LAUNCHES = 4
 
@@ -70,13 +60,12 @@ class Plan:
         """Of all images, two per multiply-add."""
         return self.batch * sum(task.flops for task in step.tasks)
 
-    def step_seconds(self, step: Step, device: Device = H200) -> float:
+    def step_seconds(self, step: Step, rates: Rates = H200) -> float:
         """The step's roofline: the longer of its arithmetic and its traffic at full rate."""
-        arithmetic = self.step_flops(step) / device.flops
-        traffic = self.step_bytes(step) + self.step_weight_bytes(step)
-        return max(arithmetic, traffic / device.bandwidth)
+        moved = self.step_bytes(step) + self.step_weight_bytes(step)
+        return rates.seconds(self.step_flops(step), moved)
 
-    def totals(self, device: Device = H200) -> dict[str, float]:
+    def totals(self, rates: Rates = H200) -> dict[str, float]:
         """Launches, alone and with letterbox and NMS, bytes, FLOPs, expected seconds."""
         return {
             "launches": len(self.steps),
@@ -86,7 +75,7 @@ class Plan:
             "weight_bytes": sum(map(self.step_weight_bytes, self.steps)),
             "flops": sum(map(self.step_flops, self.steps)),
             "peak_bytes": self.peak_bytes,
-            "seconds": sum(self.step_seconds(step, device) for step in self.steps),
+            "seconds": sum(self.step_seconds(step, rates) for step in self.steps),
         }
 
 
