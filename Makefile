@@ -32,7 +32,7 @@ test-triton:
 	TRITON_INTERPRET=1 .venv-triton-$(TRITON)/bin/pytest -n 2 -m interpreter tests/kernels
 
 bench: $(VENV)/.dev  ## time everything beside its baselines; ARGS=--save keeps the results
-	$(BIN)/python -m pytest bench $(ARGS)
+	$(BIN)/python -m pytest bench --benchmark-quiet $(ARGS)
 
 bench-compare: $(VENV)/.dev  ## is this tree faster or slower than BASE, a git ref?
 	$(BIN)/python -m bench.compare $(BASE)

@@ -1,6 +1,9 @@
 """What a suite says: which contenders, how they must agree, what work they do.
 
-A benchmark is a pytest function `bench_*` with the fixture `compete`, which it calls once.
+A benchmark is a pytest function `bench_*` with the fixture `compete`, which it calls once. Ours is
+timed by pytest-benchmark, whose statistics, storage and options (`--benchmark-json`,
+`--benchmark-compare`) hold for it; each of its rounds follows one turn of every other contender,
+whose medians stand in its `extra_info`.
 """
 
 import statistics
@@ -10,11 +13,12 @@ from typing import Any
 
 import pytest
 import torch
+from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
 from bench.results import OURS, Row
 from yolov7.benchmark.ceilings import Ceilings
-from yolov7.benchmark.clock import SMOKE, Pace, Run, Work, race
+from yolov7.benchmark.clock import Run, Work
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,8 @@ class Missing:
 
 Contenders = Mapping[str, Run | Missing]
 Agree = Callable[[Any, Any], None]
+
+LEAST, MOST = 5, 300  # turns of each contender
 
 ROWS = pytest.StashKey[list[Row]]()
 CEILINGS = pytest.StashKey[Ceilings]()
@@ -50,9 +56,11 @@ class Comparison:
 
     Args:
         request: Of the benchmark.
+        benchmark: The fixture of pytest-benchmark.
     """
 
-    def __init__(self, request: pytest.FixtureRequest) -> None:
+    def __init__(self, request: pytest.FixtureRequest, benchmark: BenchmarkFixture) -> None:
+        self.benchmark = benchmark
         self.config = request.config
         self.name = request.node.nodeid
         self.suite, self.case = identify(request.node)
@@ -84,10 +92,40 @@ class Comparison:
             return
         present = {name: run for name, run in contenders.items() if not isinstance(run, Missing)}
         _check(present, agree)
-        option = self.config.getoption
-        seconds = race(present, clock, SMOKE if option("--smoke") else Pace(option("--seconds")))
+        seconds = self._race(present, clock, whole)
         rows = [self._row(name, run, seconds, work or Work()) for name, run in contenders.items()]
         report(self.config, rows)
+
+    def _race(
+        self, runs: Mapping[str, Run], clock: Callable[[Run], float], whole: bool
+    ) -> dict[str, list[float]]:
+        """Seconds of each contender's turns; all have the same number of turns."""
+        others = {name: run for name, run in runs.items() if name != OURS}
+        times: dict[str, list[float]] = {name: [] for name in others}
+        run, wait = runs[OURS], self.ceilings.clock.wait
+        rounds = 1
+        if not self.config.getoption("--smoke"):
+            turn = sum(clock(run) for run in runs.values())  # finds everything in place
+            wanted = int(self.config.getoption("--seconds") / max(turn, 1e-6))
+            rounds = min(max(wanted, LEAST), MOST)
+
+        def take_turns() -> None:
+            for name, other in others.items():
+                times[name].append(clock(other))
+            self.ceilings.clock.prepare()
+            if whole:
+                wait()
+
+        def ours() -> None:
+            run()
+            if whole:
+                wait()
+
+        self.benchmark.pedantic(ours, setup=take_turns, rounds=rounds)  # type: ignore[no-untyped-call]  # has no annotations
+        if self.benchmark.stats is None:  # --benchmark-disable: everything has run once
+            return {**times, OURS: [clock(run)]}
+        self.benchmark.extra_info |= {n: statistics.median(t) for n, t in times.items()}
+        return {**times, OURS: list(self.benchmark.stats.stats.data)}
 
     def _row(
         self, name: str, run: Run | Missing, seconds: Mapping[str, list[float]], work: Work

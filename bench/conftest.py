@@ -5,18 +5,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from pytest_benchmark.fixture import BenchmarkFixture
 from rich.console import Console
 
 from bench.comparison import CEILINGS, ROWS, Comparison, identify, report
 from bench.results import OURS, Report, Row, comparison_table, left_out, read_rows
 from yolov7.benchmark.ceilings import Ceilings
-from yolov7.benchmark.clock import Pace
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("bench")
     group.addoption("--smoke", action="store_true", help="toy sizes, one turn: does it run?")
-    group.addoption("--seconds", type=float, default=Pace.seconds, help="of each comparison")
+    group.addoption("--seconds", type=float, default=4.0, help="of each comparison")
     group.addoption("--rows", type=Path, help="append results to this file, go on behind it")
     group.addoption("--save", action="store_true", help="keep the results under bench/results")
     group.addoption("--turns", type=int, help="be timed over this connection (see compare)")
@@ -39,7 +39,10 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Go on behind the results that the file has."""
+    """Go on behind the results that the file has; time by our clock."""
+    timer = pytest.mark.benchmark(timer=config.stash[CEILINGS].clock.now)
+    for item in items:
+        item.add_marker(timer)
     if path := config.getoption("--rows"):
         known = {(row.suite, row.case) for row in read_rows(path)}
         items[:] = [item for item in items if identify(item) not in known]
@@ -86,6 +89,6 @@ def kernel_device(device: torch.device) -> torch.device:
 
 
 @pytest.fixture
-def compete(request: pytest.FixtureRequest) -> Comparison:
+def compete(request: pytest.FixtureRequest, benchmark: BenchmarkFixture) -> Comparison:
     """See `Comparison`."""
-    return Comparison(request)
+    return Comparison(request, benchmark)

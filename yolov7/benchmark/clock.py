@@ -54,9 +54,6 @@ class Pace:
     most: int = 300
 
 
-SMOKE = Pace(0.0, 1, 1)
-
-
 class Clock:
     """Seconds that a call takes on a device."""
 
@@ -69,28 +66,49 @@ class Clock:
 
     def __call__(self, run: Run) -> float:
         """Time one call: of the device's work on CUDA, else of the host's."""
-        if self.device.type != "cuda":
-            return self.whole(run)
-        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        with torch.cuda.device(self.device):
-            self._scratch.zero_()
-            before.record()
-            run()
-            after.record()
-        after.synchronize()
-        return before.elapsed_time(after) / 1e3
+        self.prepare()
+        before = self.now()
+        run()
+        return self.now() - before
 
     def whole(self, run: Run) -> float:
         """Time one call by the host's clock, from an idle device until it is idle again."""
-        self._wait()
+        self.wait()
         start = time.perf_counter()
         run()
-        self._wait()
+        self.wait()
         return time.perf_counter() - start
 
-    def _wait(self) -> None:
+    def prepare(self) -> None:
+        """What stands before a turn: on CUDA, flush the L2 cache."""
+        if self.device.type == "cuda":
+            self._scratch.zero_()
+
+    def now(self) -> Any:
+        """A point in time; what lies between two is their difference in seconds."""
+        if self.device.type != "cuda":
+            self.wait()
+            return time.perf_counter()
+        return Mark(self.device)
+
+    def wait(self) -> None:
+        """Until the device is idle."""
         if self.device.type != "cpu":
             torch.accelerator.synchronize(self.device)
+
+
+class Mark:
+    """A point in time on a GPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.event = torch.cuda.Event(enable_timing=True)
+        with torch.cuda.device(device):
+            self.event.record()
+
+    def __sub__(self, earlier: "Mark") -> float:
+        """Seconds since another."""
+        self.event.synchronize()
+        return earlier.event.elapsed_time(self.event) / 1e3
 
 
 def race(
@@ -98,8 +116,8 @@ def race(
 ) -> dict[str, list[float]]:
     """Seconds of each contender's turns; all have the same number of turns."""
     turns: dict[str, list[float]] = {name: [] for name in runs}
-    for name in runs if pace is not SMOKE else ():
-        clock(runs[name])  # the check was the first call, this one finds everything in place
+    for run in runs.values():
+        clock(run)  # once, so that everything is in place
     started = time.perf_counter()
     for turn in range(pace.most):
         spent = time.perf_counter() - started
