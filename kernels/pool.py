@@ -81,6 +81,7 @@ def _spp_kernel(
     BLOCK_C: tl.constexpr,
 ):
     """Lines x columns x channels of every pool; border pixels are written as zeros."""
+    # The block's pixels, border included, and its channels.
     blocks_x = tl.cdiv(pitch, BLOCK_X)
     pid_y, pid_x = tl.program_id(0) // blocks_x, tl.program_id(0) % blocks_x
     image = tl.program_id(2).to(tl.int64)
@@ -89,6 +90,7 @@ def _spp_kernel(
     offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = (offs_c < channels)[None, :]
 
+    # The maxima over each pixel's windows, and itself, of the lines read so far.
     max_5 = tl.full([BLOCK_Y, BLOCK_X, BLOCK_C], float("-inf"), tl.float32)
     max_9 = max_5
     max_13 = max_5

@@ -186,11 +186,10 @@ def reparam(
     return result
 
 
-def compile_cases(precision: str = "fp16") -> Iterator[tuple[str, Callable[[], object]]]:
+def compile_cases() -> Iterator[tuple[str, Callable[[], object]]]:
     """Launches to compile ahead of time, see `yolov7.kernels.runtime.CompileSpec`."""
-    dtype = FLOATS.get(precision, torch.float16)
-    dense = torch.empty((512, 512, 3, 3), dtype=dtype, device="meta")
-    pointwise = torch.empty((512, 512, 1, 1), dtype=dtype, device="meta")
+    dense = torch.empty((512, 512, 3, 3), device="meta")
+    pointwise = torch.empty((512, 512, 1, 1), device="meta")
     norm = torch.empty((4, 512), dtype=torch.float64, device="meta")
     cases = {
         "3x3": (dense, norm, None, None, None),
@@ -199,4 +198,4 @@ def compile_cases(precision: str = "fp16") -> Iterator[tuple[str, Callable[[], o
         "RepConv with identity": (dense, norm, pointwise, norm, norm),
     }
     for name, branches in cases.items():
-        yield f"{name} 512 -> 512 {precision}", partial(_reparam_triton, *branches)
+        yield f"{name} 512 -> 512", partial(_reparam_triton, *branches)

@@ -180,6 +180,8 @@ def conv_stem_kernel(
     length: tl.constexpr = KERNEL * KERNEL * CHANNELS
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+
+    # Of each row: its image, whether it is a pixel, and the image's pixel under the first tap.
     line = offs_m // shape.pitch
     x = offs_m % shape.pitch
     y = line % shape.row_pitch
@@ -189,6 +191,8 @@ def conv_stem_kernel(
     # Rows past the last image are border (y < h fails there or nothing is stored).
     image = tl.minimum(line // shape.row_pitch, images - 1)
     image_ptrs = image_ptr + image.to(tl.int64) * stride_n
+
+    # The sum over taps and channels, one short axis; what lies outside the image is zero.
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for k in tl.static_range(0, length, BLOCK_K):
         offs_k = k + tl.arange(0, BLOCK_K)
