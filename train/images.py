@@ -1,16 +1,18 @@
 """The images of a data set as training reads them: scaled, and kept where there is room."""
 
 import hashlib
-import os
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any, Literal
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from yolov7.atomic import atomic
 from yolov7.cache import cache_folder
 from yolov7.dataset import Sample
+from yolov7.errors import UserError
 from yolov7.images import read_image
 from yolov7.letterbox import Image
 from yolov7.progress import progress
@@ -70,9 +72,7 @@ class ImageStore:
             return np.asarray(np.load(file), np.uint8)
         except (OSError, ValueError, EOFError):
             image = self._read(sample)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_name(f"{file.stem}.{os.getpid()}")
-        with temporary.open("wb") as handle:
-            np.save(handle, image)
-        temporary.replace(file)
+        # A disk that is full or read-only makes the epochs to come slower, no more.
+        with suppress(UserError), atomic(file, durable=False) as temporary:
+            np.save(temporary, image)
         return image

@@ -1,16 +1,15 @@
 """The state of a run between two epochs, on the disk: atomic, with the previous one kept."""
 
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from yolov7.atomic import atomic
 from yolov7.errors import UserError
 
 State = dict[str, Any]  # tensors, numbers, texts, and dictionaries and lists of these
-# NEXT is what a killed save leaves; the one after it writes it over.
-LAST, PREVIOUS, NEXT = "state.pt", "state.previous.pt", "state.next.pt"
+LAST, PREVIOUS = "state.pt", "state.previous.pt"
 
 
 def save_state(folder: Path, state: State) -> None:
@@ -19,22 +18,19 @@ def save_state(folder: Path, state: State) -> None:
     Raises:
         UserError: the disk is full or read-only; the states that were there are intact.
     """
-    last, temporary = folder / LAST, folder / NEXT
+    last = folder / LAST
     try:
-        with temporary.open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        if last.exists():
-            last.replace(folder / PREVIOUS)
-        temporary.replace(last)
-    except (OSError, RuntimeError) as error:  # torch's writer raises the latter on a full disk
-        temporary.unlink(missing_ok=True)
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise UserError(
-            f"{last}: cannot be written ({reason}): the state of the epoch before is intact; make "
-            f"room, then `yolov7 train --resume {folder}`"
-        ) from None
+        with atomic(last) as temporary:
+            try:
+                torch.save(state, temporary)
+            except RuntimeError as error:  # torch's writer, on a full disk
+                raise OSError(str(error).splitlines()[0]) from None
+            if last.exists():
+                last.replace(folder / PREVIOUS)
+    except UserError as error:
+        kept = any((folder / name).exists() for name in (LAST, PREVIOUS))
+        remedy = f"the state before it is intact; make room, then `yolov7 train --resume {folder}`"
+        raise UserError(f"{error}: {remedy if kept else 'make room, then start again'}") from None
 
 
 def load_state(folder: Path) -> State:

@@ -53,10 +53,12 @@ def load_model(weights: str | Path | None = None, *, variant: str | None = None)
     if not path.exists():
         from yolov7.download import PUBLISHED, published_weights  # not to be waited for else
 
-        if str(weights) not in PUBLISHED:
+        name = str(weights)
+        if name not in PUBLISHED:
             names = ", ".join(PUBLISHED)
             raise UserError(f"{path}: no such weights file; published names are {names}")
-        path, variant = published_weights(str(weights)), variant or PUBLISHED[str(weights)]
+        variant = variant or PUBLISHED[name]
+        path = published_weights(name, lambda part: _load_torch(part, PUBLISHED[name]))
     if not path.is_file():
         raise UserError(f"{path}: is no file: name the file with the weights")
     if path.suffix == ".safetensors":

@@ -1,25 +1,35 @@
-"""The authors' published weights, fetched by name on first use."""
+"""The authors' published weights, fetched by name on first use.
+
+A part that was cut is gone on with only while the server says that the file is still the same one;
+what has come is loaded once before it is kept, and its SHA-256 is checked ever after.
+"""
 
 import hashlib
 import json
-import os
+import re
+import sys
+import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from http import HTTPStatus
+from http.client import HTTPException, HTTPMessage, HTTPResponse
 from pathlib import Path
+from queue import Empty, Queue
+from threading import Thread
+from typing import IO
+from urllib.parse import urlsplit
 
+from filelock import FileLock
 from rich.progress import DownloadColumn, Progress, TransferSpeedColumn
 
+from yolov7.atomic import atomic
 from yolov7.cache import cache_folder
 from yolov7.errors import UserError
 from yolov7.progress import working
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]  # a module, or none
+from yolov7.text import one_line
 
 RELEASE = "https://github.com/WongKinYiu/yolov7/releases/download/v0.1/"
 _BOTH = ("yolov7", "yolov7x", "yolov7-w6", "yolov7-e6", "yolov7-d6", "yolov7-e6e")
@@ -30,24 +40,33 @@ PUBLISHED = {
     **{f"{name}_training.pt": name for name in _BOTH},
 }
 
+LARGEST = 4 << 30  # bytes of a file; the largest published one has about a quarter
+PATIENCE = 30  # seconds within which an answer begins, and goes on by
+SLOWEST = 30 << 10  # bytes
 _RECORD = "sha256.json"  # file name -> SHA-256, beside the files
 _CHUNK = 1 << 20
-_TIMEOUT = 30  # seconds without a byte
+_TAG = re.compile(r'"[\x21\x23-\x7e]{1,200}"')  # a strong ETag: equal only for equal bytes
+_RANGE = re.compile(r"bytes (\d{1,15})-\d{1,15}/(\d{1,15})")
+_PARTS = (HTTPStatus.PARTIAL_CONTENT, HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE)
+_Answer = HTTPResponse | urllib.error.HTTPError
 
 
-def published_weights(name: str, *, release: str = RELEASE) -> Path:
+def published_weights(
+    name: str, check: Callable[[Path], object], *, release: str = RELEASE
+) -> Path:
     """The local path of the published file `name`, downloaded if it is not in the cache.
 
-    The file's SHA-256 is recorded at the first download and checked at every use. A download that
-    was cut is resumed. Of processes that ask at the same time one downloads, and the others wait;
-    on Windows nothing holds them back, so let one finish the first download there.
+    The authors publish no digests: the first download is trusted if it passes the check, and says
+    so. Of processes that ask at the same time one downloads, and the others wait.
 
     Args:
         name: a key of `PUBLISHED`.
+        check: loads what has come, and raises UserError where that is no such checkpoint.
         release: URL of the folder that holds the files.
 
     Raises:
-        UserError: no network, no such file, a cut download, or a file that has changed since.
+        UserError: no network, no such file, a download that is cut or too slow, something else than
+            a checkpoint, or a file that has changed since.
     """
     path = cache_folder("weights") / name
     try:
@@ -57,16 +76,13 @@ def published_weights(name: str, *, release: str = RELEASE) -> Path:
             with _locked(path.parent):
                 digest = _recorded(path)  # by the process that had the lock before
                 if digest is None:
-                    _fetch(release + name, path)
-                    digest = _record(path)
+                    digest = _download(release + name, path, check)
         if _sha256(path) != digest:
             raise UserError(
                 f"{path}: its SHA-256 is not the one recorded at download; "
                 "delete the file to download it again"
             )
-    except (OSError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
+    except OSError as error:
         raise UserError(f"{path.parent}: the cache cannot be used ({error})") from None
     return path
 
@@ -74,18 +90,28 @@ def published_weights(name: str, *, release: str = RELEASE) -> Path:
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """Keep other processes out of a folder, as long as the context lasts."""
-    with (folder / "lock").open("w") as file:  # stays: deleting it would open a gap
-        # Windows has no fcntl, and some network file systems no locks: there, only one process
-        # should ask for a file that is not in the cache yet.
-        if fcntl is not None:
-            with suppress(OSError), working(f"waiting for another download into {folder}"):
-                fcntl.flock(file, fcntl.LOCK_EX)
+    lock = FileLock(folder / "lock")
+    try:
+        with working(f"waiting for another download into {folder}"):
+            lock.acquire()
+    except NotImplementedError:  # some network file systems have no locks
+        pass
+    try:
         yield
+    finally:
+        lock.release()
 
 
 def _digests(folder: Path) -> dict[str, str]:
     record = folder / _RECORD
-    return json.loads(record.read_text()) if record.exists() else {}
+    if not record.exists():
+        return {}
+    digests: object = None
+    with suppress(ValueError, RecursionError):
+        digests = json.loads(record.read_bytes()[:_CHUNK])
+    if not isinstance(digests, dict) or not all(isinstance(d, str) for d in digests.values()):
+        raise UserError(f"{record}: damaged: delete it to download the weights again")
+    return digests
 
 
 def _recorded(path: Path) -> str | None:
@@ -93,52 +119,161 @@ def _recorded(path: Path) -> str | None:
     return _digests(path.parent).get(path.name) if path.exists() else None
 
 
-def _record(path: Path) -> str:
-    """Note the SHA-256 of a file that has been downloaded."""
-    digest = _sha256(path)
-    temporary = path.with_name(f"{_RECORD}.{os.getpid()}")
-    temporary.write_text(json.dumps(_digests(path.parent) | {path.name: digest}, indent=1))
-    temporary.replace(path.with_name(_RECORD))
-    return digest
-
-
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _fetch(url: str, path: Path) -> None:
-    """Download `url` to `path`, going on from `path`.part where an earlier download was cut."""
-    part = path.with_name(path.name + ".part")
-    have = part.stat().st_size if part.exists() else 0
-    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+def _download(url: str, path: Path, check: Callable[[Path], object]) -> str:
+    """Download, check and record a file; its SHA-256."""
+    part = _Part(path.with_name(f"{path.name}.part"))
+    _fetch(url, part)
     try:
-        with urllib.request.urlopen(request, timeout=_TIMEOUT) as response:
-            resumed = response.status == HTTPStatus.PARTIAL_CONTENT
-            start = have if resumed else 0
-            length = response.headers.get("Content-Length")
-            total = start + int(length) if length else None
-            with part.open("ab" if resumed else "wb") as file, _progress() as progress:
-                task = progress.add_task(path.name, total=total, completed=start)
-                while chunk := response.read(_CHUNK):
-                    file.write(chunk)
-                    progress.advance(task, len(chunk))
-    except urllib.error.HTTPError as error:
-        if error.code == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
-            part.unlink()  # the part is not the beginning of this file
-            return _fetch(url, path)
-        raise UserError(f"{url}: the server answers {error.code} {error.reason}") from None
-    except urllib.error.URLError as error:
-        raise UserError(
-            f"{url}: cannot be reached ({error.reason}); download it elsewhere and pass its path"
-        ) from None
-    except (TimeoutError, ConnectionError) as error:
-        raise UserError(f"{url}: cut off ({error}); run again to resume") from None
-    size = part.stat().st_size
+        check(part.path)
+    except UserError as error:
+        part.discard()
+        reason = str(error).removeprefix(f"{part.path}: ")
+        raise UserError(f"{url}: what came is not kept: {reason}") from None
+    digest = _sha256(part.path)
+    with atomic(path.with_name(_RECORD)) as temporary:
+        temporary.write_text(json.dumps(_digests(path.parent) | {path.name: digest}, indent=1))
+    part.path.replace(path)
+    part.discard()
+    print(
+        f"note: {path.name} is trusted at this first download, as its authors publish no digest; "
+        f"from now on it must have the SHA-256 {digest}",
+        file=sys.stderr,
+    )
+    return digest
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What has come of a file, and beside it the tag of the version that it belongs to."""
+
+    path: Path
+
+    @property
+    def _tag_file(self) -> Path:
+        return self.path.with_suffix(".etag")
+
+    def version(self) -> tuple[int, str]:
+        """Bytes that are there, and their tag; 0 where there is nothing to go on with."""
+        if not self.path.exists() or not self._tag_file.exists():
+            return 0, ""
+        tag = self._tag_file.read_bytes()[:1000].decode(errors="replace")
+        return (self.path.stat().st_size, tag) if _TAG.fullmatch(tag) else (0, "")
+
+    def begin(self, tag: str) -> None:
+        """Forget what has come, and note of which version the next is."""
+        self.discard()
+        if _TAG.fullmatch(tag):
+            self._tag_file.write_text(tag)
+
+    def discard(self) -> None:
+        """Remove both files."""
+        self.path.unlink(missing_ok=True)
+        self._tag_file.unlink(missing_ok=True)
+
+
+def _fetch(url: str, part: _Part) -> None:
+    """Download `url`, going on where an earlier download of the same version was cut."""
+    have, tag = part.version()
+    headers = {"Range": f"bytes={have}-", "If-Range": tag} if have else {}
+    with _opened(urllib.request.Request(url, headers=headers)) as answer:
+        found = answer.headers.get("ETag", "")
+        start, total = _place(answer)
+        if answer.status in _PARTS and have and (start, found) != (have, tag):
+            part.discard()  # the end of another version, or of nothing
+            return _fetch(url, part)
+        if start != (have if answer.status == HTTPStatus.PARTIAL_CONTENT else 0):
+            raise UserError(f"{url}: the server answers {answer.status} {one_line(answer.reason)}")
+        if start == 0:
+            part.begin(found)
+        size = start
+        with part.path.open("ab") as file, _progress() as progress:
+            task = progress.add_task(Path(url).name, total=total, completed=start)
+            for chunk in _chunks(answer, url):
+                size += len(chunk)
+                if max(size, total or 0) > LARGEST:
+                    raise UserError(f"{url}: is over the limit of {LARGEST >> 20} MiB")
+                file.write(chunk)
+                progress.advance(task, len(chunk))
     if total is not None and size != total:
         raise UserError(f"{url}: cut off after {size} of {total} bytes; run again to resume")
-    part.replace(path)
     return None
+
+
+def _place(answer: _Answer) -> tuple[int | None, int | None]:
+    """Where in the file the answer begins, None for none of it; how long the file is, if said."""
+    if answer.status == HTTPStatus.OK:
+        length = answer.headers.get("Content-Length", "")
+        return 0, int(length) if re.fullmatch(r"\d{1,15}", length) else None
+    found = _RANGE.fullmatch(answer.headers.get("Content-Range", ""))
+    if answer.status == HTTPStatus.PARTIAL_CONTENT and found and found[1] != "0":
+        return int(found[1]), int(found[2])
+    return None, None
+
+
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    """Follows where a server sends us, but not away from HTTPS, nor to FTP."""
+
+    def redirect_request(
+        self,
+        req: urllib.request.Request,
+        fp: IO[bytes],
+        code: int,
+        msg: str,
+        headers: HTTPMessage,
+        newurl: str,
+    ) -> urllib.request.Request | None:
+        if urlsplit(newurl).scheme not in ("https", req.type):
+            raise urllib.error.URLError(f"it sends us to {one_line(newurl)}")
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def _opened(request: urllib.request.Request) -> _Answer:
+    """The answer to a request, whose head has to come in time, however slowly it drips."""
+    answers: Queue[_Answer | Exception] = Queue()
+
+    def ask() -> None:
+        try:
+            answers.put(urllib.request.build_opener(_Redirects).open(request, timeout=PATIENCE))
+        except Exception as error:
+            answers.put(error)
+
+    url = request.full_url
+    Thread(target=ask, daemon=True).start()
+    try:
+        answer = answers.get(timeout=PATIENCE)
+    except Empty:
+        raise UserError(f"{url}: no answer within {PATIENCE} s; run again to resume") from None
+    if isinstance(answer, HTTPResponse | urllib.error.HTTPError):
+        return answer
+    reason = one_line(getattr(answer, "reason", None) or answer or type(answer).__name__)
+    raise UserError(f"{url}: cannot be reached ({reason}); download it elsewhere and pass its path")
+
+
+def _chunks(answer: _Answer, url: str) -> Iterator[bytes]:
+    """What comes, as long as it comes at some speed."""
+    since, received = time.monotonic(), 0
+    while True:
+        try:
+            chunk = answer.read1(_CHUNK)
+        except (OSError, HTTPException, ValueError) as error:
+            reason = one_line(str(error) or type(error).__name__)
+            raise UserError(f"{url}: cut off ({reason}); run again to resume") from None
+        if not chunk:
+            return
+        yield chunk
+        received += len(chunk)
+        seconds = time.monotonic() - since
+        if seconds > PATIENCE:
+            if received < SLOWEST:
+                raise UserError(
+                    f"{url}: too slow, {received} bytes in {seconds:.0f} s; run again to resume"
+                )
+            since, received = time.monotonic(), 0
 
 
 def _progress() -> Progress:

@@ -119,6 +119,15 @@ def test_caches_change_nothing(
     assert not reads
 
 
+def test_a_cache_that_cannot_be_written_is_done_without(
+    dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("YOLOV7_CACHE", str(tmp_path / "file"))
+    plain, cached = ImageStore(dataset.samples, 64), ImageStore(dataset.samples, 64, "disk")
+    assert np.array_equal(plain(0).image, cached(0).image)
+
+
 def test_disk_cache_follows_the_file(
     dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

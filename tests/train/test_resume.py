@@ -91,7 +91,7 @@ from yolov7.train.options import Train
 writes = 0
 def kill(descriptor):
     global writes
-    writes += 1
+    writes += os.readlink(f"/proc/self/fd/{{descriptor}}").endswith(".pt")
     if writes == {write}:
         os.kill(os.getpid(), signal.SIGKILL)
 os.fsync = kill
@@ -101,16 +101,18 @@ loop.train(Train(**{options}))
 
 
 def test_sigkill_while_the_state_is_written(options: Train) -> None:
-    """The fourth file that is synchronised: weights and state of the first epoch, of the second."""
+    """While the second state is synchronised, which is that of the second epoch."""
     options = replace(options, val_every=100, epochs=3)
     whole = train(replace(options, name="whole"))
-    code = KILLED.format(write=4, options=asdict(options))
+    code = KILLED.format(write=2, options=asdict(options))
     done = subprocess.run([sys.executable, "-c", code], check=False, timeout=120)
     assert done.returncode == -signal.SIGKILL
     folder = Path(options.project) / "run"
     assert load_state(folder)["progress"]["epoch"] == 1
+    assert list(folder.glob(".yolov7*"))
     assert_same(whole, train(Train(resume=str(folder), device="cpu", workers=0)))
     assert sorted(p.name for p in folder.glob("state*")) == ["state.previous.pt", "state.pt"]
+    assert not list(folder.glob(".yolov7*"))
 
 
 def test_a_damaged_state_falls_back_to_the_previous_one(options: Train) -> None:
@@ -128,14 +130,16 @@ def test_a_full_disk_leaves_the_state_before(
 ) -> None:
     result = train(options)
 
-    def full(state: dict[str, Any], file: Any) -> None:
-        file.write(b"half")
+    def full(state: dict[str, Any], file: Path) -> None:
+        file.write_bytes(b"half")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", full)
         with pytest.raises(UserError, match=r"No space left on device.*--resume"):
             train(Train(resume=str(result.folder), epochs=3, device="cpu", workers=0))
+        with pytest.raises(UserError, match=r"No space left on device\): make room, then start"):
+            train(replace(options, name="new"))
     assert load_state(result.folder)["progress"]["epoch"] == 2
     assert sorted(p.name for p in result.folder.glob("state*")) == ["state.previous.pt", "state.pt"]
 

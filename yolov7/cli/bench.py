@@ -13,7 +13,7 @@ from yolov7.cli.options import ModelOptions
 from yolov7.detector import Detector
 from yolov7.device import resolve_device
 from yolov7.errors import UserError
-from yolov7.formats import SUFFIXES
+from yolov7.formats import is_exported
 from yolov7.progress import progress
 from yolov7.runs import check_writable, new_run, write_json
 
@@ -50,7 +50,7 @@ def run(options: Bench) -> int:
 
 
 def _exported(options: Bench) -> bool:
-    return options.weights is not None and Path(options.weights).suffix in SUFFIXES
+    return options.weights is not None and is_exported(options.weights)
 
 
 def _engines(options: Bench) -> list[str]:

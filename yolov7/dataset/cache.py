@@ -84,11 +84,10 @@ def store(read: Key, dataset: Dataset) -> None:
         read: Its key, made before the files were read: what has changed since is read again.
         dataset: The split.
     """
-    entry = _entry(read.place)
     arrays = _pack(dataset)
     arrays["key"] = _bytes(read.digest)
     arrays["files"] = _bytes(json.dumps([str(file) for file in read.files]))
-    with suppress(UserError), atomic(entry, durable=False) as temporary:
+    with suppress(UserError), atomic(_entry(read.place), durable=False) as temporary:
         np.savez(temporary, allow_pickle=False, **arrays)
 
 

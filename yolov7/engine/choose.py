@@ -14,7 +14,7 @@ from yolov7.engine.eager import Network
 from yolov7.engine.exported import ExportedNetwork
 from yolov7.engine.frames import Forward, Frames, HostFrames, Suppression
 from yolov7.errors import UserError
-from yolov7.formats import SUFFIXES
+from yolov7.formats import is_exported
 from yolov7.kernels.runtime import FLOATS, HAS_TRITON
 from yolov7.letterbox import round_up
 from yolov7.model import YOLOv7
@@ -69,7 +69,7 @@ def open_network(runtime: Runtime) -> AnyNetwork:
     weights = runtime.weights
     if isinstance(weights, YOLOv7):
         model = copy.deepcopy(weights)
-    elif weights is not None and Path(weights).suffix in SUFFIXES:
+    elif weights is not None and is_exported(weights):
         return _open_exported(weights, runtime)
     else:
         model = load_model(weights, variant=runtime.variant)

@@ -132,10 +132,9 @@ def _inputs(images: list[Image], metadata: Metadata) -> Iterator[Tensor]:
 def _runner(file: Path, metadata: Metadata, threshold: float) -> Session:
     """What runs the file; one with NMS also returns what went into it, and suppresses more."""
     made = FORMATS[metadata.kind]
-    if metadata.nms is None:
-        return made.open(file, metadata.device, "auto")
-    assert made.reveal is not None  # as it takes NMS inside
-    return made.reveal(file, threshold)
+    if metadata.nms is not None:
+        return made.reveal(file, threshold)
+    return made.open(file, metadata.device, "auto")
 
 
 def _threshold(expected: Tensor, metadata: Metadata) -> float:

@@ -1,6 +1,6 @@
 """ONNX: a graph of standard operators, for ONNX Runtime, OpenVINO, TensorRT, browsers and more."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,49 +10,42 @@ from torch import Tensor
 
 from yolov7.device import parse_device, resolve_device
 from yolov7.errors import UserError
+from yolov7.formats.base import Format, Session
 from yolov7.formats.metadata import Metadata
 from yolov7.formats.pt2 import unreadable
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
-NAME = "onnx"
-SUFFIX = ".onnx"
-ABOUT = "runs anywhere"
-INSIDE = frozenset({"nms", "letterbox"})
-DEVICES: tuple[str, ...] = ()
-ENGINES: tuple[str, ...] = ("openvino",)
-PACKAGES: tuple[str, ...] = ("onnx", "onnxscript", "onnxruntime")
-TRUST = ""
 
+class Onnx(Format):
+    """A graph of standard operators."""
 
-def write(program: "ExportedProgram", path: Path, metadata: Metadata) -> str:
-    """Write the network's graph, with the letterbox before it and suppression after it."""
-    from yolov7.formats.onnx_graph import OPSET, build_onnx
+    NAME = "onnx"
+    SUFFIX = ".onnx"
+    ABOUT = "runs anywhere"
+    INSIDE = frozenset({"nms", "letterbox"})
+    ENGINES = ("openvino",)
+    PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
-    path.write_bytes(build_onnx(program, metadata).SerializeToString())
-    return f"opset {OPSET}"
+    def write(self, program: "ExportedProgram", path: Path, metadata: Metadata) -> str:
+        """Write the network's graph, with the letterbox before it and suppression after it."""
+        from yolov7.formats.onnx_graph import OPSET, build_onnx
 
+        path.write_bytes(build_onnx(program, metadata).SerializeToString())
+        return f"opset {OPSET}"
 
-def holds(path: Path) -> bool:  # noqa: ARG001  # a format's
-    """Every .onnx is one."""
-    return True
+    def open(self, path: Path, device: str | torch.device, engine: str) -> Session:
+        """Run it in ONNX Runtime, or in OpenVINO where the engine says so."""
+        return OpenVino(path, device) if engine == "openvino" else OnnxRuntime(path, device)
 
+    def reveal(self, path: Path, threshold: float) -> Session:
+        """Run it in ONNX Runtime, with another threshold and the network's output as one more."""
+        import onnx
 
-def open(  # noqa: A001  # a format's
-    path: Path, device: str | torch.device, engine: str
-) -> "OnnxRuntime | OpenVino":
-    """Run it in ONNX Runtime, or in OpenVINO where the engine says so."""
-    return OpenVino(path, device) if engine == "openvino" else OnnxRuntime(path, device)
+        from yolov7.formats.onnx_graph import expose
 
-
-def reveal(path: Path, threshold: float) -> "OnnxRuntime":
-    """Run it in ONNX Runtime, suppressing above a threshold and returning the network's output."""
-    import onnx
-
-    from yolov7.formats.onnx_graph import expose
-
-    return OnnxRuntime(expose(onnx.load(path), threshold), "cpu")
+        return OnnxRuntime(expose(onnx.load(path), threshold), "cpu")
 
 
 class OnnxRuntime:
@@ -89,10 +82,10 @@ class OnnxRuntime:
         try:
             self._session = onnxruntime.InferenceSession(source, options, providers=providers)
             (self._input, *_) = self._session.get_inputs()
-            self.text: dict[str, str] = dict(self._session.get_modelmeta().custom_metadata_map)
+            self.text: Mapping[str, str] = dict(self._session.get_modelmeta().custom_metadata_map)
         except Exception as error:  # its exceptions share no base
             raise unreadable(name, "an ONNX file", error) from None
-        self.shape: Sequence[int | None] = [
+        self.shape: Sequence[int | None] | None = [
             d if isinstance(d, int) else None for d in self._input.shape
         ]
         types = {"tensor(float16)": np.float16, "tensor(uint8)": np.uint8}
@@ -107,8 +100,6 @@ class OnnxRuntime:
 class OpenVino:
     """OpenVINO on a CPU, reading an ONNX file."""
 
-    engine = "openvino"
-
     def __init__(self, file: Path, device: str | torch.device) -> None:
         if device != "auto" and resolve_device(device).type != "cpu":
             raise UserError(f"device {device}: OpenVINO runs on a CPU: leave it out")
@@ -116,18 +107,18 @@ class OpenVino:
             import openvino
         except ImportError:
             raise UserError("engine openvino is not installed: pip install openvino") from None
-        self.device = torch.device("cpu")
+        self.engine, self.device = "openvino", torch.device("cpu")
         core = openvino.Core()
         try:
             model = core.read_model(str(file))
             (port, *_) = model.inputs
         except (RuntimeError, ValueError) as error:
             raise unreadable(str(file), "an ONNX file", error) from None
-        self.shape: Sequence[int | None] = [
+        self.shape: Sequence[int | None] | None = [
             d.get_length() if d.is_static else None for d in port.partial_shape
         ]
         rt_info = model.rt_info["framework"] if "framework" in model.rt_info else {}  # noqa: SIM401  # no dict
-        self.text: dict[str, str] = {key: str(value.value) for key, value in rt_info.items()}
+        self.text: Mapping[str, str] = {key: str(value.value) for key, value in rt_info.items()}
         # by default it computes in bf16 where the processor can
         self._model = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
         self._type = port.element_type.to_dtype()

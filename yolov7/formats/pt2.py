@@ -2,14 +2,14 @@
 
 import json
 import zipfile
-from collections.abc import Callable, Sequence
+from abc import abstractmethod
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from yolov7.device import resolve_device
 from yolov7.errors import UserError
+from yolov7.formats.base import Format, Forward, Program, Session
 from yolov7.formats.metadata import LONGEST, Metadata
 from yolov7.text import one_line
 
@@ -42,34 +42,28 @@ def read_metadata(path: Path) -> Metadata:
     return Metadata.from_text(text, path)
 
 
-class Session:
-    """A program in PyTorch.
+class Pt2(Format):
+    """A program in an archive of PyTorch."""
 
-    Args:
-        path: Of the file.
-        device: "auto", or where it is wanted.
-        load: What makes something to call of the file.
-    """
+    SUFFIX = ".pt2"
+    DEVICES = ("cpu", "cuda")
 
-    shape: Sequence[int | None] | None = None
+    @abstractmethod
+    def load(self, path: Path) -> Forward:
+        """What can be called of a file."""
 
-    def __init__(
-        self,
-        path: Path,
-        device: str | torch.device,
-        load: Callable[[Path], Callable[[Tensor], Tensor]],
-    ) -> None:
+    def holds(self, path: Path) -> bool:
+        """Whether the metadata say that it is one."""
+        return read_metadata(path).kind == self.NAME
+
+    def open(self, path: Path, device: str | torch.device, engine: str) -> Session:  # noqa: ARG002
+        """Load a file on the device that it was made for."""
         metadata = read_metadata(path)
-        self.device = device_of(path, metadata, device)
-        self.engine, self.text = metadata.kind, metadata.to_text()
+        chosen = device_of(path, metadata, device)
         try:
-            self._forward = load(path)
+            return Program(self.NAME, chosen, metadata.to_text(), self.load(path))
         except Exception as error:  # damage shows in many ways
             raise unreadable(str(path), "a .pt2 file that this PyTorch reads", error) from None
-
-    def __call__(self, x: Tensor) -> list[Tensor]:
-        """The output, on the device of the file."""
-        return [self._forward(x)]
 
 
 def device_of(path: Path, metadata: Metadata, wanted: str | torch.device) -> torch.device:
