@@ -1,6 +1,5 @@
 """What was found in one image: boxes, and every form in which they can be had."""
 
-import re
 from collections import Counter
 from dataclasses import dataclass
 from importlib import import_module
@@ -17,7 +16,7 @@ from yolov7.drawing import draw_boxes
 from yolov7.errors import UserError
 from yolov7.letterbox import Image
 from yolov7.sources import Frame
-from yolov7.text import printable
+from yolov7.text import file_name, printable
 
 
 @dataclass(frozen=True, eq=False, repr=False)  # tensors have no one answer to ==
@@ -167,7 +166,7 @@ class Results:
             # Whole pixels that the box touches, at least one.
             left, top = min(int(x1), width - 1), min(int(y1), height - 1)
             right, bottom = max(int(np.ceil(x2)), left + 1), max(int(np.ceil(y2)), top + 1)
-            target = Path(folder) / folder_name(self.names[cls]) / f"{stem}-{index}.jpg"
+            target = Path(folder) / file_name(self.names[cls]) / f"{stem}-{index}.jpg"
             paths.append(write_image(target, self.image[top:bottom, left:right]))
         return paths
 
@@ -247,13 +246,6 @@ def write_image(path: str | Path, image: Image) -> Path:
     with atomic(path, durable=False) as temporary:
         temporary.write_bytes(data.tobytes())
     return path
-
-
-def folder_name(text: str) -> str:
-    """A class name as the name of a folder, on every system."""
-    # 60 characters are at most 240 bytes, and 255 are allowed.
-    plain = re.sub(r'[\x00-\x1f\x7f<>:"/\\|?*\ud800-\udfff]', "-", text)[:60]
-    return plain.strip(" .") or "-"
 
 
 def _plural(name: str) -> str:

@@ -6,6 +6,7 @@ newest frame wins: a slow reader sees the present, and the frames that it missed
 """
 
 import glob
+import os
 import urllib.request
 from base64 import b64encode
 from collections.abc import Callable, Iterator
@@ -28,7 +29,7 @@ from yolov7.capture import Newest, ahead, frame_rate, next_frame, open_capture
 from yolov7.errors import UserError
 from yolov7.images import IMAGE_SUFFIXES, decode_image, read_image, to_bgr
 from yolov7.letterbox import Image
-from yolov7.text import split_login, without_secrets
+from yolov7.text import printable, split_login, without_secrets
 
 VIDEO_SUFFIXES = frozenset(
     {".3gp", ".asf", ".avi", ".flv", ".gif", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg"}
@@ -37,6 +38,7 @@ VIDEO_SUFFIXES = frozenset(
 STREAM_SCHEMES = frozenset({"rtsp", "rtsps", "rtmp", "rtp", "udp", "tcp", "srt"})
 
 MAX_DOWNLOAD = 2**28  # bytes of one image from a URL
+SLACK = 0.01  # by which resizing may carry the values of a tensor beyond 1
 TIMEOUT_S = 10.0  # until a server has to answer
 WORKERS = 2  # threads that decode images
 
@@ -189,9 +191,14 @@ class Source:
             except UserError as error:
                 self._report(UserError(f"{item.name}: {error} from frame {position} on"))
                 position = 0
+        codec = int(capture.get(cv2.CAP_PROP_FOURCC)).to_bytes(4, "little", signed=True)
         capture.release()
         if position == 1:
-            self._report(UserError(f"{item.name}: holds no frame that can be read: check the file"))
+            kind = printable(codec.decode("latin-1")).strip() or "an unknown codec"
+            line = (
+                f"holds no frame that can be read: check the file, or convert it ({kind}) to H.264"
+            )
+            self._report(UserError(f"{item.name}: {line}"))
 
     def _live(self, group: list[tuple[int, _Item]]) -> Iterator[Frame]:
         changed = Condition()
@@ -257,7 +264,11 @@ def _items(source: object) -> Iterator[_Item]:
     elif isinstance(source, bool) or not isinstance(source, (int, str, Path)):
         kind = type(source).__name__  # PIL images, too: RGB or BGR would be a guess
         raise UserError(f"a source cannot be a {kind}: give a path, URL, array, tensor or a list")
-    elif isinstance(source, int) or (isinstance(source, str) and source.isdecimal()):
+    elif source == "":
+        raise UserError("the source is empty: name a file, a folder, a camera or a stream")
+    elif isinstance(source, int) or (
+        isinstance(source, str) and source.isdecimal() and not os.path.exists(source)
+    ):
         yield _Item(f"camera {source}", "live", target=int(source))
     elif "://" in str(source):
         yield _from_url(str(source))
@@ -265,12 +276,20 @@ def _items(source: object) -> Iterator[_Item]:
         yield from _from_path(Path(source))
 
 
+def _is_camera(source: str | Path) -> bool:
+    """Whether a text is the number of a camera: no file or folder is called so."""
+    return isinstance(source, str) and source.isdecimal() and not os.path.exists(source)
+
+
 def _from_tensor(tensor: Tensor, name: str) -> Image | Tensor:
     if _stays(tensor):
         return tensor.detach().flip(0).movedim(0, 2).contiguous()
     pixels = tensor.detach().cpu()
     if pixels.is_floating_point():
-        pixels = pixels.float().nan_to_num().clamp(0, 1).mul(255).round().to(torch.uint8)
+        pixels = pixels.float().nan_to_num()
+        if pixels.numel() and (largest := pixels.max().item()) > 1 + SLACK:
+            raise UserError(f"{name}: values up to {largest:g}: give 0 to 1, or uint8 for 0 to 255")
+        pixels = pixels.clamp(0, 1).mul(255).round().to(torch.uint8)
     if pixels.ndim == 3:
         pixels = pixels.movedim(0, 2)
         if pixels.shape[2] in (3, 4):

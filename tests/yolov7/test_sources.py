@@ -152,6 +152,32 @@ def test_tensors_are_rgb() -> None:
     assert next(iter(Source(broken))).image.max() == 0
 
 
+def test_a_tensor_of_0_to_255_is_refused_unless_it_is_uint8() -> None:
+    with pytest.raises(UserError, match="tensor 0: values up to 255: give 0 to 1, or uint8"):
+        list(Source(torch.full((3, 4, 4), 255.0)))
+    assert next(iter(Source(torch.full((3, 4, 4), 1.005)))).image.max() == 255
+
+
+def test_a_folder_that_is_called_like_a_camera(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("2024").mkdir()
+    Path("2024/a.png").write_bytes(png(picture()))
+    assert [frame.path for frame in Source("2024")] == ["2024/a.png"]
+    with pytest.raises(UserError, match="the source is empty"):
+        Source("")
+
+
+def test_a_video_that_cannot_be_decoded_names_its_codec(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_video(tmp_path / "v.avi", 2)
+    monkeypatch.setattr(sources, "next_frame", lambda *_: None)
+    with pytest.raises(UserError, match=r"no frame that can be read: .* \(MJPG\) to H.264"):
+        list(Source(path))
+
+
 @pytest.mark.parametrize("source", [None, True, 1.5, {"a": 1}])
 def test_other_kinds_are_refused(source: object) -> None:
     with pytest.raises(UserError, match="a source cannot be a"):

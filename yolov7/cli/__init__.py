@@ -23,6 +23,7 @@ VERBS = {
     "predict": "Detect objects in images, videos, cameras and streams.",
     "train": "Train a model, from scratch or from weights, or go on with a run.",
     "val": "Measure a model's accuracy on a data set.",
+    "check": "Find everything that is wrong with a data set.",
     "export": "Write a model for other runtimes: ONNX, torch.export, AOTInductor.",
     "bench": "Time a model on this machine, from the frame to the boxes.",
     "info": "Show what a model is made of.",

@@ -118,6 +118,7 @@ def _pack(dataset: Dataset) -> dict[str, NDArray[Any]]:
         "names": dataset.names,
         "skipped": dataset.skipped,
         "problems": dataset.problems,
+        "label_files": dataset.label_files,
         "paths": [str(sample.path) for sample in samples],
     }
     return {
@@ -163,4 +164,6 @@ def _unpack(arrays: dict[str, NDArray[Any]]) -> Dataset:
         first += count
     problems = [Problem(*problem) for problem in text["problems"]]
     ids = arrays["category_ids"].tolist()
-    return Dataset(samples, text["names"], ids, text["skipped"], problems)
+    return Dataset(
+        samples, text["names"], ids, text["skipped"], problems, label_files=text["label_files"]
+    )

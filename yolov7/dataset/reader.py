@@ -60,6 +60,32 @@ def read_split(spec: str | Path, split: str) -> Dataset:
     return _read_described(read_description(path), split)
 
 
+def known_splits(spec: str | Path) -> list[str]:
+    """The splits that a data set has; one json that speaks of none is one split.
+
+    Raises:
+        UserError: There is none.
+    """
+    path = COCO_YAML if str(spec) == "coco" else Path(spec)
+    if os.path.isdir(path):
+        path = _data_yaml(path) or path
+    if path.suffix.lower() in (".yaml", ".yml") and os.path.isfile(path):
+        splits = [split for split, entries in read_description(path).splits.items() if entries]
+        if not splits:
+            raise UserError(f"{path} has no split: say where the images lie, as in train: images")
+        return splits
+    found: dict[Path, str] = {}  # one name for each file
+    reason = UserError(f"{spec} has no split")
+    for split in coco.SPLITS:
+        try:
+            found.setdefault(_find(spec, split), split)
+        except UserError as error:
+            reason = error
+    if not found:
+        raise reason
+    return list(found.values())
+
+
 def _find(spec: str | Path, split: str) -> Path:
     """The data.yaml or COCO json that a split is described by."""
     if str(spec) == "coco":
@@ -83,13 +109,15 @@ def _find(spec: str | Path, split: str) -> Path:
 
 def _description(folder: Path, split: str) -> Path:
     """The file that describes a split of the data set in a folder."""
-    for name in ("data.yaml", "data.yml", "dataset.yaml"):
-        if os.path.isfile(folder / name):
-            return folder / name
-    found = coco.find_json(folder, split) or coco.find_only_json(folder)
+    found = _data_yaml(folder) or coco.find_json(folder, split) or coco.find_only_json(folder)
     if found is None:
         raise UserError(f"{folder} holds neither a data.yaml nor a COCO json for {split}")
     return found
+
+
+def _data_yaml(folder: Path) -> Path | None:
+    places = (folder / name for name in ("data.yaml", "data.yml", "dataset.yaml"))
+    return next((place for place in places if os.path.isfile(place)), None)
 
 
 def _read_described(described: Description, split: str) -> Dataset:
@@ -123,7 +151,8 @@ def _read_yolo(places: list[Path], described: Description, place: str) -> Datase
         problems.extend(wrong)
         return found
 
-    dataset = _collect(rows, read, Dataset([], names, _category_ids(names), problems=problems))
+    empty = Dataset([], names, _category_ids(names), problems=problems, label_files=True)
+    dataset = _collect(rows, read, empty)
     cache.store(key, dataset)
     return dataset
 
@@ -143,6 +172,9 @@ def _read_coco(path: Path, split: str, stated: list[str] | None) -> Dataset:
     rows = [_Row(root / image.file, image.image_id, image.size) for image in images]
     key = cache.key(place, stated, [path, *(row.path for row in rows)])
     labels, problems = coco.read_annotations(content, path, category_ids)
+    for image in sorted(labels.keys() - {row.image_id for row in rows}):
+        text = f"{len(labels[image].classes)} annotations of image {image}, which is not listed"
+        problems.append(Problem("label without image", str(path), text))
     background = Labels.background()
     dataset = _collect(
         rows,

@@ -93,6 +93,7 @@ class Dataset:
             for COCO's 80 names, else the class itself.
         skipped: One line for every image that is left out: its path and why.
         problems: What else is left out: labels that are wrong or come twice.
+        label_files: Whether every image has a label file of its own, as in YOLO form.
     """
 
     samples: list[Sample]
@@ -100,6 +101,7 @@ class Dataset:
     category_ids: list[int]
     skipped: list[str] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
+    label_files: bool = False
 
     @property
     def boxes(self) -> int:

@@ -1,0 +1,90 @@
+"""`yolov7 check`: what is in a data set, and everything that is wrong with it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from yolov7.dataset.check import NOTES, Report, check_data, per_class
+from yolov7.errors import UserError
+from yolov7.runs import check_writable, write_json
+from yolov7.text import printable
+from yolov7.train.autoanchor import box_sizes, possible_recall
+from yolov7.variants import VARIANTS
+
+NAMED = 3  # problems of a kind that are named on the terminal
+
+
+@dataclass(kw_only=True)
+class Check:
+    """Find everything that is wrong with a data set, at once."""
+
+    data: str
+    """data.yaml, a folder with one, a COCO json, a folder of COCO jsons, or coco"""
+    split: tuple[str, ...] = ()
+    """splits to look at (none: all)"""
+    imgsz: int = 640
+    """longer side in pixels at which the boxes are held against the anchors"""
+    variant: str = "yolov7"
+    """variant whose anchors these are"""
+    all: bool = False
+    """name every problem, not the first three of each kind"""
+    json: Path | None = None
+    """write splits, counts and all problems to this file"""
+
+
+def run(options: Check) -> int:
+    """Check, print what was found by kind; 1 if there are faults."""
+    if options.imgsz < 1:
+        raise UserError(f"imgsz is {options.imgsz}: give 1 or more")
+    if options.variant not in VARIANTS:
+        raise UserError(f"unknown variant {options.variant!r}: choose from {', '.join(VARIANTS)}")
+    check_writable(options.json)
+    report = check_data(options.data, options.split)
+    console = Console()
+    for split, dataset in report.splits.items():
+        print(f"{split}: {dataset.summary()}")
+    _print_classes(report, console)
+    _print_sizes(report, options)
+    _print_problems(report, len(report.problems) if options.all else NAMED)
+    write_json(options.json, report.to_dict())
+    return 1 if report.faults else 0
+
+
+def _print_classes(report: Report, console: Console) -> None:
+    table = Table(title="boxes of each class")
+    table.add_column("class")
+    counts = {}
+    for split, dataset in report.splits.items():
+        table.add_column(split, justify="right")
+        counts[split] = dict(zip(dataset.names, per_class(dataset), strict=True))
+    for name in dict.fromkeys(name for row in counts.values() for name in row):
+        cells = [str(row.get(name, "-")) for row in counts.values()]
+        table.add_row(Text(printable(name)), *cells)
+    console.print(table)
+
+
+def _print_sizes(report: Report, options: Check) -> None:
+    anchors = np.array(VARIANTS[options.variant].anchors, np.float64).reshape(-1, 2)
+    for split, dataset in report.splits.items():
+        sizes = box_sizes(dataset.samples, options.imgsz)
+        if len(sizes):
+            small, middle, large = np.percentile(np.sqrt(sizes.prod(1)), (5, 50, 95))
+            print(
+                f"{split}: boxes of {small:.0f}, {middle:.0f} and {large:.0f} pixels "
+                f"(5, 50 and 95 % are smaller) at {options.imgsz}; the anchors of "
+                f"{options.variant} reach {possible_recall(sizes, anchors):.1%} of them"
+            )
+
+
+def _print_problems(report: Report, named: int) -> None:
+    for kind, found in report.by_kind().items():
+        print(f"{'note' if kind in NOTES else 'fault'}: {kind}: {len(found)}")
+        for problem in found[:named]:
+            print(f"  {problem}")
+        if len(found) > named:
+            print(f"  and {len(found) - named} more: --all names them, --json FILE writes them")
+    print(f"{report.faults} faults" if report.faults else "no faults")
