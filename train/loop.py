@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
@@ -192,6 +192,8 @@ class Run:
         others = callbacks if self.ranks.main else []
         for callback in (*own, *others):
             callback.on_start(self.folder, asdict(self.options))
+        for line in self._header():
+            self.ranks.say(line)
         progress, stopped = self.progress, ""
         started = perf_counter() - progress.seconds
         while not stopped:
@@ -222,6 +224,21 @@ class Run:
         for callback in (*own, *others):
             callback.on_end(result)
         return result
+
+    def _header(self) -> Iterator[str]:
+        """What is about to happen."""
+        model = self.step.model
+        parameters = sum(p.numel() for p in model.parameters()) / 1e6
+        boxes = [len(sample.labels.classes) for sample in self.train_set.samples]
+        precision = str(self.step.dtype).removeprefix("torch.")
+        where = f"{self.device}" if self.ranks.world == 1 else f"{self.ranks.world} processes"
+        yield f"{model.variant.name}, {parameters:.1f} M parameters, on {where} in {precision}"
+        yield (
+            f"{len(boxes)} images of {self.size} pixels ({boxes.count(0)} without boxes), "
+            f"{sum(boxes)} boxes of {len(model.names)} classes; evaluated on "
+            f"{len(self.val_set.samples)} images"
+        )
+        yield f"{self.step.schedule}; {self.loader.num_workers} workers; into {self.folder}"
 
     def _train_epoch(self) -> dict[str, float]:
         """One pass over the images; its row of results.csv, without the evaluation."""
