@@ -64,7 +64,8 @@ class HyperParameters:
         lrf: the last epoch's learning rate over lr0.
         momentum: of SGD; Adam's first beta.
         weight_decay: on convolution weights, for a batch of 64.
-        warmup_epochs: length of the warm-up; at least 1000 batches.
+        warmup_epochs: length of the warm-up; None: the authors' 3 epochs and at least 1000 batches
+            where the run is longer than 10,000, else a tenth of it.
         warmup_momentum, warmup_bias_lr: where the warm-up starts.
         box, cls, obj: gains of the loss terms for 640 pixels, 80 classes, three levels.
         label_smoothing: positives are 1 - e/2, negatives e/2.
@@ -75,7 +76,7 @@ class HyperParameters:
     lrf: float = 0.1
     momentum: float = 0.937
     weight_decay: float = 5e-4
-    warmup_epochs: float = 3.0
+    warmup_epochs: float | None = None
     warmup_momentum: float = 0.8
     warmup_bias_lr: float = 0.1
     box: float = 0.05

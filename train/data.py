@@ -1,34 +1,25 @@
-"""Training batches: what is read, augmentation seeded per sample, the loader.
+"""Training images: what is read, augmentation seeded per sample.
 
 Whatever an item of an epoch shows follows from (seed, epoch, position) alone, not from workers,
 ranks or what was loaded before: runs are reproducible and resume exactly.
 """
 
-import multiprocessing
-import os
-import pickle
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from types import ModuleType
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
-import cv2
 import numpy as np
 import torch
 from numpy.random import Generator
 from torch import Tensor
-from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
 from yolov7.dataset import Dataset, load_data
 from yolov7.errors import UserError
-from yolov7.train.assigner import pad_labels
 from yolov7.train.augment import Augmenter
 from yolov7.train.config import Augmentation
 from yolov7.train.images import CacheKind, ImageStore
 from yolov7.train.paste import build_bank
-from yolov7.train.sampler import EpochSampler, Key
+from yolov7.train.sampler import Key
 from yolov7.train.scene import Scene
 
 Augment = Callable[[Scene, Generator], Scene]
@@ -63,19 +54,21 @@ def check_data(train: Dataset, val: Dataset) -> None:
         )
 
 
-class Batch(NamedTuple):
-    """What the loader yields.
+class Item(NamedTuple):
+    """A training image.
 
     Args:
-        images: `[B, 3, H, W]` uint8, RGB.
-        labels: `[B, M, 5]` class, centre x, centre y, width, height; -1 pads (see `assigner`).
+        image: `[3, H, W]` uint8, RGB.
+        labels: `[n, 5]` class, centre x, centre y, width, height, the last four as fractions.
+        notes: what is to be said about the images that it was to be made of.
     """
 
-    images: Tensor
+    image: Tensor
     labels: Tensor
+    notes: tuple[str, ...] = ()
 
 
-class TrainingData(TorchDataset[tuple[Tensor, Tensor]]):
+class TrainingData(TorchDataset[Item]):
     """Augmented training images.
 
     Args:
@@ -107,16 +100,19 @@ class TrainingData(TorchDataset[tuple[Tensor, Tensor]]):
         self.augmenter = Augmenter(augmentation, size, self.store, count, bank)
         self.augment = augment
 
-    def __getitem__(self, key: Key) -> tuple[Tensor, Tensor]:
-        """Image `[3, H, W]` uint8 RGB and labels `[n, 5]`.
+    def __getitem__(self, key: Key) -> Item:
+        """The training image of a key.
 
         Raises:
             ValueError: `augment` gives an image of another size or kind, or another number of
                 classes than of boxes.
+            UserError: no image can be read.
         """
         rng = np.random.default_rng((self.seed, key.epoch, key.position))
         scene = self.augmenter(key.image, key.shape, rng)
-        return to_tensors(scene if self.augment is None else augmented(scene, self.augment, rng))
+        if self.augment is not None:
+            scene = augmented(scene, self.augment, rng)
+        return Item(*to_tensors(scene), self.store.take_notes())
 
 
 def augmented(scene: Scene, augment: Augment, rng: Generator) -> Scene:
@@ -144,86 +140,6 @@ def to_tensors(scene: Scene) -> tuple[Tensor, Tensor]:
     centre, size = (boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]
     labels = np.concatenate([scene.classes[:, None], centre, size], 1).astype(np.float32)
     return torch.from_numpy(image), torch.from_numpy(labels)
-
-
-def collate(items: list[tuple[Tensor, Tensor]]) -> Batch:
-    """Stack images and pad labels."""
-    images, labels = zip(*items, strict=True)
-    return Batch(torch.stack(images), pad_labels(labels))
-
-
-class Loader(DataLoader[tuple[Tensor, Tensor]]):
-    """A loader of `Batch`es; set `sampler.epoch` before each epoch.
-
-    Args:
-        data: the images.
-        sampler: which of them make a batch.
-        workers: processes that prepare them; None: one per core, at most 8, shared among the
-            ranks of a machine.
-        pin: whether batches are to lie in pinned memory.
-        keep: whether the workers wait for the next epoch, or end with each.
-    """
-
-    def __init__(
-        self,
-        data: TrainingData,
-        sampler: EpochSampler,
-        *,
-        workers: int | None,
-        pin: bool,
-        keep: bool = True,
-    ) -> None:
-        if workers is None:
-            ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-            workers = max(1, min(8, (os.cpu_count() or 1) // ranks))
-        super().__init__(
-            data,
-            batch_sampler=sampler,
-            num_workers=workers,
-            collate_fn=collate,
-            pin_memory=pin,
-            persistent_workers=keep and workers > 0,
-            worker_init_fn=_start_worker,
-        )
-        self.augment = data.augment
-
-    def __iter__(self) -> Any:
-        """Start the workers, where they do not wait already."""
-        if not self.num_workers or multiprocessing.get_start_method() == "fork":
-            return super().__iter__()
-        with _without_script(self.augment):
-            return super().__iter__()
-
-
-@contextmanager
-def _without_script(augment: Augment | None) -> Iterator[None]:
-    """Start processes that do not run the user's script again, unless `augment` is defined there.
-
-    Spawned ones and those of a fork server import `__main__`; a script that does not ask for
-    `__name__ == "__main__"` would begin its training anew in each of them.
-
-    Raises:
-        UserError: `augment` cannot be sent to processes.
-    """
-    try:
-        needed = b"__main__" in pickle.dumps(augment)
-    except (pickle.PicklingError, AttributeError, TypeError) as error:
-        raise UserError(
-            f"augment cannot be sent to the workers ({error}): define it at the top of a module, "
-            "or use workers=0"
-        ) from None
-    script = sys.modules["__main__"]
-    if not needed:
-        sys.modules["__main__"] = ModuleType("__main__")
-    try:
-        yield
-    finally:
-        sys.modules["__main__"] = script
-
-
-def _start_worker(_: int) -> None:
-    cv2.setNumThreads(0)  # workers are the parallelism
-    torch.set_num_threads(1)
 
 
 def stretched(side: int, stride: int, factor: float) -> int:

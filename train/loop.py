@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,7 +25,6 @@ from yolov7.train.autobatch import batch_size
 from yolov7.train.config import HyperParameters
 from yolov7.train.data import (
     Augment,
-    Loader,
     TrainingData,
     check_data,
     read_data,
@@ -39,6 +38,7 @@ from yolov7.train.distributed import (
     use_kernels,
 )
 from yolov7.train.ema import EMA
+from yolov7.train.loader import Loader
 from yolov7.train.loss import LossWeights, head_loss
 from yolov7.train.meter import Meter, merged
 from yolov7.train.model import build_model, fit_classes, freeze, frozen_to_eval
@@ -145,8 +145,9 @@ class Run:
             options.data, options.split, options.val_split
         )
         check_data(self.train_set, self.val_set)
-        for line in self.train_set.skipped:
-            ranks.say(f"left out: {line}")
+        self.told: set[str] = set()
+        self._tell(f"left out: {line}" for line in self.train_set.skipped)
+        self._tell(f"left out of the evaluation: {line}" for line in self.val_set.skipped)
 
         self.hyper, model = self._model(state, model)
         self.size = fit(options.imgsz, model)[0]
@@ -192,6 +193,8 @@ class Run:
         others = callbacks if self.ranks.main else []
         for callback in (*own, *others):
             callback.on_start(self.folder, asdict(self.options))
+        for line in self._header():
+            self.ranks.say(line)
         progress, stopped = self.progress, ""
         started = perf_counter() - progress.seconds
         while not stopped:
@@ -223,6 +226,21 @@ class Run:
             callback.on_end(result)
         return result
 
+    def _header(self) -> Iterator[str]:
+        """What is about to happen."""
+        model = self.step.model
+        parameters = sum(p.numel() for p in model.parameters()) / 1e6
+        boxes = [len(sample.labels.classes) for sample in self.train_set.samples]
+        precision = str(self.step.dtype).removeprefix("torch.")
+        where = f"{self.device}" if self.ranks.world == 1 else f"{self.ranks.world} processes"
+        yield f"{model.variant.name}, {parameters:.1f} M parameters, on {where} in {precision}"
+        yield (
+            f"{len(boxes)} images of {self.size} pixels ({boxes.count(0)} without boxes), "
+            f"{sum(boxes)} boxes of {len(model.names)} classes; evaluated on "
+            f"{len(self.val_set.samples)} images"
+        )
+        yield f"{self.step.schedule}; {self.loader.num_workers} workers; into {self.folder}"
+
     def _train_epoch(self) -> dict[str, float]:
         """One pass over the images; its row of results.csv, without the evaluation."""
         progress, step = self.progress, self.step
@@ -231,13 +249,18 @@ class Run:
         self.sampler.epoch = progress.epoch
         title = f"epoch {progress.epoch + 1}/{self.epochs}"
         lr = step.schedule.at(progress.epoch, progress.step).lr
+        notes: set[str] = set()
         meter = Meter(f"{title}, lr {lr:.5f}", len(self.sampler), show=self.ranks.main)
         for number, batch in enumerate(meter.follow(self.loader)):
             if self.ranks.main and progress.epoch == 0 and number < PICTURED:
                 save_batch(batch, self.train_set.names, self.folder / f"train_batch{number}.jpg")
+            notes.update(batch.notes)
+            self._tell(batch.notes)
             terms = step(batch, progress)
             report = step.weights.weigh(terms) | {k: terms[k] for k in ("matches", "overflow")}
             meter.add(report, len(batch.images))
+        for others in collect(sorted(notes), self.ranks):
+            self._tell(others)
         row = merged(collect(meter.row(), self.ranks))
         return {"epoch": progress.epoch + 1, "lr": lr, **row, "skipped": progress.skipped}
 
@@ -248,6 +271,8 @@ class Run:
         validation = validate(
             model, self.val_set, settings, self.device, self.ranks, self.options.val_engine
         )
+        skipped = validation.predictions.dataset.skipped
+        self._tell(f"left out of the evaluation: {line}" for line in skipped)
         evaluation = validation.evaluation
         progress.stats = {name: float(value) for name, value in evaluation.stats.items()}
         progress.stats |= self.val_loss(model, self.device, self.ranks)
@@ -257,6 +282,13 @@ class Run:
         if (value := fitness(progress.stats)) > progress.best:
             progress.best, progress.best_epoch = value, progress.epoch
         return validation
+
+    def _tell(self, lines: Iterable[str]) -> None:
+        """Say what was not said before."""
+        for line in lines:
+            if line not in self.told:
+                self.told.add(line)
+                self.ranks.say(line)
 
     def _limit(self, started: float) -> str:
         """Note the time; why this epoch is the last, empty: it is not."""

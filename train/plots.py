@@ -13,7 +13,7 @@ from yolov7.drawing import draw_boxes
 from yolov7.evaluate.sheet import draw_sheet
 from yolov7.letterbox import GREY, Image
 from yolov7.text import plot_text
-from yolov7.train.data import Batch
+from yolov7.train.loader import Batch
 from yolov7.train.meter import LOSSES
 from yolov7.train.report import Callback, Result, read_rows
 from yolov7.train.validation import Validation

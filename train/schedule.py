@@ -6,7 +6,12 @@ from dataclasses import dataclass
 from yolov7.train.config import HyperParameters
 
 NOMINAL_BATCH = 64
-MIN_WARMUP = 1000  # batches
+# The authors' warm-up lasts 3 epochs, at least 1000 batches. A run of 200 images and 100 epochs is
+# 1300 batches, and would spend three quarters of them with a learning rate that is still rising and
+# a hundred times that for the biases. So shorter runs warm up for a tenth.
+AUTHORS_EPOCHS, AUTHORS_BATCHES = 3, 1000
+LONG = 10_000  # batches of a run that warms up as the authors do
+SHARE = 0.1  # of a shorter run
 
 
 @dataclass(frozen=True)
@@ -46,19 +51,32 @@ class Schedule:
 
     @property
     def warmup(self) -> int:
-        """Batches of warm-up: no fewer than 1000, unless there is to be none."""
-        asked = round(self.hyper.warmup_epochs * self.batches)
-        return max(asked, MIN_WARMUP) if self.hyper.warmup_epochs > 0 else 0
+        """Batches of warm-up, of weights and biases alike."""
+        if self.hyper.warmup_epochs is not None:
+            return round(self.hyper.warmup_epochs * self.batches)
+        authors = max(AUTHORS_EPOCHS * self.batches, AUTHORS_BATCHES)
+        total = self.epochs * self.batches
+        return authors if total > LONG else min(authors, round(SHARE * total))
 
     @property
     def accumulate(self) -> int:
-        """Batches per step after the warm-up."""
-        return max(1, round(NOMINAL_BATCH / self.batch))
+        """Batches per step after the warm-up: 64 images, or an epoch where that is less."""
+        return max(1, min(round(NOMINAL_BATCH / self.batch), self.batches))
 
     @property
     def weight_decay(self) -> float:
         """Weight decay for the images that a step really sums over."""
         return self.hyper.weight_decay * self.batch * self.accumulate / NOMINAL_BATCH
+
+    def __str__(self) -> str:
+        """What a person wants to know of it, in a line."""
+        step = "batch" if self.accumulate == 1 else f"{self.accumulate} batches"
+        short = self.hyper.warmup_epochs is None and self.epochs * self.batches <= LONG
+        why = f" (a run of up to {LONG} warms up for a tenth at most)" if short else ""
+        return (
+            f"{self.epochs} epochs of {self.batches} batches of {self.batch} images, a step every "
+            f"{step}; warm-up {self.warmup} batches{why}"
+        )
 
     def factor(self, epoch: int) -> float:
         """Learning rate of an epoch over lr0."""
@@ -81,5 +99,5 @@ class Schedule:
             lr=rise(0.0, lr),
             bias_lr=rise(self.hyper.warmup_bias_lr, lr),
             momentum=rise(self.hyper.warmup_momentum, self.hyper.momentum),
-            accumulate=max(1, round(rise(1, NOMINAL_BATCH / self.batch))),
+            accumulate=max(1, min(round(rise(1, NOMINAL_BATCH / self.batch)), self.batches)),
         )

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from yolov7.errors import UserError
 from yolov7.model import YOLOv7
-from yolov7.train.data import Batch, stretch
+from yolov7.train.data import stretch
 from yolov7.train.distributed import Ranks
 from yolov7.train.ema import EMA
+from yolov7.train.loader import Batch
 from yolov7.train.loss import Loss, LossWeights
 from yolov7.train.optimizer import (
     build_optimizer,

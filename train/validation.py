@@ -12,8 +12,9 @@ from yolov7.evaluate import Evaluation, Predictions, Settings, measure, predict
 from yolov7.evaluate.run import GROUP
 from yolov7.model import YOLOv7
 from yolov7.train.config import UNCHANGED
-from yolov7.train.data import Batch, Loader, TrainingData
+from yolov7.train.data import TrainingData
 from yolov7.train.distributed import Ranks, collect, synchronise
+from yolov7.train.loader import Batch, Loader
 from yolov7.train.loss import Loss, LossWeights, head_loss
 from yolov7.train.meter import LOSSES, Meter, merged
 from yolov7.train.precision import autocast
@@ -116,7 +117,7 @@ def validate(
     order = sorted(range(len(samples)), key=lambda i: samples[i].height / samples[i].width)
     groups = [order[start : start + GROUP] for start in range(0, len(order), GROUP)]
     mine = sorted(index for group in groups[ranks.rank :: ranks.world] for index in group)
-    found = {}
+    found, unread = {}, list[str]()
     speed: dict[str, float] = {}
     if mine:
         network = open_network(Runtime(weights=model, device=device, engine=engine))
@@ -125,9 +126,12 @@ def validate(
         places = {id(samples[i]): i for i in mine}
         read = (places[id(sample)] for sample in result.dataset.samples)
         found = dict(zip(read, result.detections, strict=True))
+        unread = result.dataset.skipped[len(dataset.skipped) :]
         speed = result.speed
-    merged = {i: boxes for part in collect(found, ranks) for i, boxes in part.items()}
+    parts = collect((found, unread), ranks)
+    merged = {i: boxes for found, _ in parts for i, boxes in found.items()}
+    skipped = [*dataset.skipped, *(line for _, unread in parts for line in unread)]
     seen = sorted(merged)
-    whole = replace(dataset, samples=[samples[i] for i in seen])
+    whole = replace(dataset, samples=[samples[i] for i in seen], skipped=skipped)
     predictions = Predictions(whole, [merged[i] for i in seen], speed)
     return Validation(measure(whole, predictions.detections, speed), predictions)

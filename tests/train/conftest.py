@@ -54,6 +54,7 @@ def options(shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tr
         epochs=2,
         batch=4,
         workers=0,
+        set={"warmup_epochs": 100.0},  # a step for every batch
         device="cpu",
         project=str(tmp_path / "runs"),
         name="run",

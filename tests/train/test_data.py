@@ -9,8 +9,9 @@ import torch
 from tests.train.test_augment import NOTHING
 from yolov7.dataset import Dataset, Labels, Sample
 from yolov7.train.config import PRESETS
-from yolov7.train.data import Batch, Loader, TrainingData, stretch
+from yolov7.train.data import TrainingData, stretch
 from yolov7.train.images import CacheKind, ImageStore
+from yolov7.train.loader import Batch, Loader
 from yolov7.train.sampler import EpochSampler, Key, rectangles
 
 SHAPES = [(48, 64), (64, 48), (200, 300), (64, 64), (30, 90), (64, 80), (72, 64)]
@@ -146,7 +147,7 @@ def test_items_are_rgb_with_relative_labels(dataset: Dataset) -> None:
     sample = dataset.samples[3]
     cv2.imwrite(str(sample.path), np.full((64, 64, 3), (10, 20, 30), np.uint8))
     data = TrainingData(replace(dataset, samples=[sample]), 128, NOTHING)
-    image, labels = data[Key(0, 0, 0, (128, 128))]
+    image, labels, _ = data[Key(0, 0, 0, (128, 128))]
     assert image[:, 64, 64].tolist() == [30, 20, 10]
     centre = (sample.labels.boxes[:, :2] + sample.labels.boxes[:, 2:]) / 2 / 64
     assert np.allclose(labels[:, 1:3], centre, atol=1e-6)

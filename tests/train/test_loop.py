@@ -69,6 +69,11 @@ def test_the_run_folder_explains_itself(
     assert picture is not None
     assert picture.shape == (2 * SIZE, 2 * SIZE, 3)
     output = capsys.readouterr().out
+    assert f"2.2 M parameters, on cpu in float32\n8 images of {SIZE} pixels (1 without" in output
+    assert (
+        "2 epochs of 2 batches of 4 images, a step every 2 batches; warm-up 200 batches;" in output
+    )
+    assert f" 0 workers; into {folder}\n" in output
     assert "epoch 2/2: box" in output
     assert "waiting for data" in output
     about = read_metadata(folder / "weights" / "last.safetensors")

@@ -44,11 +44,42 @@ def test_warm_up_is_linear_in_the_batch_number() -> None:
 
 
 @pytest.mark.parametrize(
-    ("batches", "epochs", "expected"), [(10, 3.0, 1000), (1000, 3.0, 3000), (1000, 0.0, 0)]
+    ("epochs", "batches", "asked", "expected"),
+    [
+        (300, 1000, None, 3000),  # the authors' 3 epochs
+        (300, 50, None, 1000),  # and their 1000 batches
+        (101, 100, None, 1000),
+        (100, 100, None, 1000),  # a tenth
+        (100, 13, None, 130),
+        (30, 13, None, 39),
+        (20, 450, None, 900),
+        (5, 1990, None, 995),  # a tenth, though 3 epochs are more
+        (1, 3, None, 0),
+        (100, 13, 0.5, 6),  # what is asked for
+        (300, 1000, 0.5, 500),
+        (300, 1000, 0.0, 0),
+    ],
 )
-def test_length_of_the_warm_up(batches: int, epochs: float, expected: int) -> None:
-    hyper = P5.with_values({"warmup_epochs": epochs})
-    assert Schedule(hyper, 300, batches, 16).warmup == expected
+def test_length_of_the_warm_up(
+    epochs: int, batches: int, asked: float | None, expected: int
+) -> None:
+    hyper = P5 if asked is None else P5.with_values({"warmup_epochs": asked})
+    schedule = Schedule(hyper, epochs, batches, 16)
+    assert schedule.warmup == expected
+    if expected:
+        assert schedule.at(0, expected - 1).bias_lr > schedule.at(0, expected - 1).lr
+    rates = schedule.at(0, expected)
+    assert rates.lr == rates.bias_lr == 0.01
+
+
+def test_a_schedule_says_what_it_is() -> None:
+    assert str(Schedule(P5, 100, 13, 16)) == (
+        "100 epochs of 13 batches of 16 images, a step every 4 batches; warm-up 130 batches (a run "
+        "of up to 10000 warms up for a tenth at most)"
+    )
+    assert str(Schedule(P5, 300, 1000, 64)) == (
+        "300 epochs of 1000 batches of 64 images, a step every batch; warm-up 3000 batches"
+    )
 
 
 @pytest.mark.parametrize(
@@ -60,6 +91,12 @@ def test_accumulation_and_decay_follow_the_nominal_batch(
     schedule = Schedule(P5, 300, 1000, batch)
     assert schedule.accumulate == accumulate
     assert schedule.weight_decay == pytest.approx(decay)
+
+
+def test_a_small_data_set_has_a_step_an_epoch() -> None:
+    schedule = Schedule(P5.with_values({"warmup_epochs": 10}), 30, 2, 4)
+    assert schedule.accumulate == schedule.at(9, 19).accumulate == 2
+    assert schedule.weight_decay == pytest.approx(5e-4 / 8)
 
 
 def test_presets() -> None:

@@ -11,8 +11,8 @@ from yolov7.engine.choose import Runtime, open_network
 from yolov7.evaluate import Settings, evaluate, run
 from yolov7.model import create_model
 from yolov7.train import validation
-from yolov7.train.data import Batch
 from yolov7.train.distributed import Ranks
+from yolov7.train.loader import Batch
 from yolov7.train.loss import LossWeights, head_loss
 from yolov7.train.validation import ValidationLoss, fitness, validate
 
@@ -35,7 +35,7 @@ def test_ranks_together_find_what_one_finds(shapes: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(validation, "synchronise", lambda *_: None)
     validate(model, dataset, settings, torch.device("cpu"), Ranks(0, 2))
     merged = validate(model, dataset, settings, torch.device("cpu"), Ranks(1, 2))
-    assert [len(part) for part in found] == [5, 3]
+    assert [len(part) for part, _ in found] == [5, 3]
     network = open_network(Runtime(weights=model, device="cpu"))
     whole = evaluate(network, dataset, settings)
     assert merged.evaluation.stats == whole.stats
@@ -45,7 +45,7 @@ def test_ranks_together_find_what_one_finds(shapes: Path, monkeypatch: pytest.Mo
 def test_more_ranks_than_groups(shapes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(validation, "synchronise", lambda *_: None)
     monkeypatch.setattr(
-        validation, "collect", lambda value, _: [value, {0: torch.zeros(0, 6).numpy()}]
+        validation, "collect", lambda value, _: [value, ({0: torch.zeros(0, 6).numpy()}, [])]
     )
     model = create_model("yolov7-tiny", 2, width=0.125).eval()
     dataset = load_data(shapes, "train")
