@@ -68,7 +68,7 @@ class Report:
 
 def per_class(dataset: Dataset) -> list[int]:
     """Boxes of each class, without regions of many objects."""
-    parts = [sample.classes[~sample.crowd] for sample in dataset.samples]
+    parts = [sample.labels.classes[~sample.labels.crowd] for sample in dataset.samples]
     classes = np.concatenate([np.zeros(0, np.int64), *parts])
     return [int(count) for count in np.bincount(classes, minlength=len(dataset.names))]
 
@@ -159,7 +159,9 @@ def _box_problems(sample: Sample, names: list[str]) -> Iterator[Problem]:
     width, height = sample.width, sample.height
     slack = np.array([width, height, width, height]) * OUTSIDE
     seen: dict[tuple[float, ...], int] = {}
-    for index, box, crowd in zip(sample.classes, sample.boxes, sample.crowd, strict=True):
+    for index, box, crowd in zip(
+        sample.labels.classes, sample.labels.boxes, sample.labels.crowd, strict=True
+    ):
         x1, y1, x2, y2 = box.tolist()
         said = f"{names[index]} at {x1:.0f}, {y1:.0f}, {x2:.0f}, {y2:.0f}"
         if x2 <= x1 or y2 <= y1:
