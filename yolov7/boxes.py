@@ -5,6 +5,7 @@ last dimension holds the four numbers; any leading dimensions and any unit will 
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,6 +44,30 @@ def clip_boxes(boxes: Tensor, shape: tuple[int, int]) -> Tensor:
     height, width = shape
     limit = boxes.new_tensor((width, height, width, height))
     return boxes.clamp(min=0).minimum(limit)
+
+
+def to_coco(
+    rows: Tensor, image_id: int | str, category_ids: Sequence[int] | None = None
+) -> list[dict[str, Any]]:
+    """Detections of an image as rows of a COCO results file.
+
+    Args:
+        rows: [n, 6] x1, y1, x2, y2 in pixels, score, class.
+        image_id: What the data set calls the image.
+        category_ids: The data set's category by class number; None: the class number itself.
+
+    Returns:
+        image_id, category_id, bbox (left, top, width, height in pixels), score; of each row.
+    """
+    return [
+        {
+            "image_id": image_id,
+            "category_id": category_ids[int(label)] if category_ids is not None else int(label),
+            "bbox": [x1, y1, x2 - x1, y2 - y1],
+            "score": score,
+        }
+        for x1, y1, x2, y2, score, label in rows.tolist()
+    ]
 
 
 def frame_table(where: Sequence[Geometry]) -> Tensor:

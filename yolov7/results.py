@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from yolov7.atomic import atomic
-from yolov7.boxes import xyxy_to_cxcywh
+from yolov7.boxes import to_coco, xyxy_to_cxcywh
 from yolov7.drawing import draw_boxes
 from yolov7.errors import UserError
 from yolov7.letterbox import Image
@@ -199,17 +199,7 @@ class Results:
             image_id: What the data set calls this image.
             category_ids: The data set's category by class number; the class number itself if None.
         """
-        boxes = self.boxes
-        rows = zip(boxes.cls.tolist(), boxes.conf.tolist(), boxes.xyxy.tolist(), strict=True)
-        return [
-            {
-                "image_id": image_id,
-                "category_id": category_ids[cls] if category_ids else cls,
-                "bbox": [round(x, 3) for x in (x1, y1, x2 - x1, y2 - y1)],
-                "score": round(score, 5),
-            }
-            for cls, score, (x1, y1, x2, y2) in rows
-        ]
+        return to_coco(self.boxes.data, image_id, category_ids)
 
     def to_supervision(self) -> Any:
         """As `supervision.Detections`, for trackers, zones and annotators.

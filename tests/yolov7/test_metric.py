@@ -12,7 +12,7 @@ from pycocotools.cocoeval import COCOeval
 
 from tests.yolov7.data_sets import found, sample
 from yolov7.dataset import Dataset, load_data
-from yolov7.evaluate import measure, to_coco
+from yolov7.evaluate import coco_results, measure
 
 BY_HAND = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100")
 
@@ -60,7 +60,7 @@ def test_real_coco_annotations_give_the_figures_of_pycocotools(data_dir: Path, s
     assert any(one.labels.crowd.any() for one in dataset.samples)
     detections = shaken(dataset)
     stats = measure(dataset, detections).stats
-    results = to_coco(dataset.samples, detections, dataset.category_ids)
+    results = coco_results(dataset.samples, detections, dataset.category_ids)
     expected = by_hand(folder / f"annotations/instances_{split}2017.json", results)
     assert {name: stats[name] for name in BY_HAND} == pytest.approx(expected, abs=1e-6)
     assert 0.1 < stats["AP"] < 0.9
@@ -91,7 +91,7 @@ def test_made_annotations_give_the_figures_of_pycocotools(tmp_path: Path) -> Non
     dataset = load_data(path, "val")
     detections = shaken(dataset)
     stats = measure(dataset, detections).stats
-    expected = by_hand(path, to_coco(dataset.samples, detections, dataset.category_ids))
+    expected = by_hand(path, coco_results(dataset.samples, detections, dataset.category_ids))
     assert {name: stats[name] for name in BY_HAND} == pytest.approx(expected, abs=1e-6)
     assert 0.1 < stats["AP"] < 0.9
 
@@ -209,7 +209,7 @@ def test_one_array_of_detections_for_every_image() -> None:
 
 def test_results_in_cocos_form_use_its_ids() -> None:
     one = sample([], [], image_id=42)
-    (result,) = to_coco([one], [found([10, 20, 40, 80, 0.5, 1])], [7, 90])
+    (result,) = coco_results([one], [found([10, 20, 40, 80, 0.5, 1])], [7, 90])
     assert result == {
         "image_id": 42, "category_id": 90, "bbox": [10, 20, 30, 60], "score": 0.5
     }  # fmt: skip

@@ -15,7 +15,7 @@ from yolov7.dataset import Dataset, load_data
 from yolov7.engine.choose import AnyNetwork, fit, open_network
 from yolov7.engine.exported import ExportedNetwork
 from yolov7.errors import UserError
-from yolov7.evaluate import Evaluation, Predictions, Settings, measure, predict, to_coco
+from yolov7.evaluate import Evaluation, Predictions, Settings, coco_results, measure, predict
 from yolov7.evaluate.run import EVERYTHING, Preparation
 from yolov7.evaluate.sheet import draw_sheet
 from yolov7.progress import working
@@ -186,7 +186,7 @@ def _save(options: Val, predictions: Predictions, evaluation: Evaluation, folder
     for path in (folder / "results.json", options.json):
         write_json(path, evaluation.to_dict())
     if options.save_json:
-        found = to_coco(dataset.samples, detections, dataset.category_ids)
+        found = coco_results(dataset.samples, detections, dataset.category_ids)
         write_json(folder / "predictions.json", found, indent=None)
     sheet = draw_sheet(dataset.samples, detections, dataset.names)
     write_image(folder / "samples.jpg", sheet)

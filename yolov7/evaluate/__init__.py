@@ -8,7 +8,7 @@ Its two halves serve alone as well: `predict` runs a network over the images of 
 `measure` compares detections with the labels.
 """
 
-from yolov7.evaluate.metric import ClassScore, Curves, Evaluation, measure, to_coco
+from yolov7.evaluate.metric import ClassScore, Curves, Evaluation, coco_results, measure
 from yolov7.evaluate.run import Predictions, Settings, evaluate, predict
 
 __all__ = [
@@ -17,8 +17,8 @@ __all__ = [
     "Evaluation",
     "Predictions",
     "Settings",
+    "coco_results",
     "evaluate",
     "measure",
     "predict",
-    "to_coco",
 ]

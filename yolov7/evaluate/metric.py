@@ -9,13 +9,16 @@ import contextlib
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from yolov7.boxes import to_coco
 from yolov7.dataset import Dataset, Sample
 from yolov7.evaluate.confusion import confusion_matrix
 
@@ -172,27 +175,20 @@ def measure(
     )
 
 
-def to_coco(
+def coco_results(
     samples: Sequence[Sample], detections: Sequence[Detections], category_ids: Sequence[int]
 ) -> list[dict[str, Any]]:
-    """Detections in the form of COCO's result files: x, y, width, height in pixels."""
-    return [
-        {
-            "image_id": sample.image_id,
-            "category_id": category_ids[int(label)],
-            "bbox": [x1, y1, x2 - x1, y2 - y1],
-            "score": score,
-        }
-        for sample, found in zip(samples, detections, strict=True)
-        for x1, y1, x2, y2, score, label in found.tolist()
-    ]
+    """Detections of a data set in the form of COCO's result files; see `yolov7.boxes.to_coco`."""
+    pairs = zip(samples, detections, strict=True)
+    rows = (to_coco(torch.as_tensor(boxes), one.image_id, category_ids) for one, boxes in pairs)
+    return list(chain.from_iterable(rows))
 
 
 def _run_pycocotools(dataset: Dataset, detections: Sequence[Detections]) -> COCOeval:
     """Evaluate with classes as categories, so that the arrays are indexed by class."""
     samples, classes = dataset.samples, range(len(dataset.names))
     # ids start at 1: pycocotools takes a match with id 0 for no match
-    found = to_coco(samples, detections, classes)
+    found = coco_results(samples, detections, classes)
     for number, annotation in enumerate(found, 1):
         width, height = annotation["bbox"][2:]
         annotation |= {"id": number, "area": width * height, "iscrowd": 0}
