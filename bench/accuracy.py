@@ -2,7 +2,7 @@
 
 OPTIONS are those of `yolov7 val`. ``bench/results/accuracy.json`` is given what was found, the
 options (but for paths), and how the weights were trained where they say so. The README's table is
-written from it by `python -m bench.readme`; runs that are named alike but for their seed get a
+written from it by `python -m bench.tables`; runs that are named alike but for their seed get a
 mean.
 """
 

@@ -9,7 +9,7 @@ it has when it is stopped; a run on the same folder goes on where the last one e
 - train: the training step and its kernels.
 
 The folder then holds ``results.json`` (environment, ceilings, rows, steps, checks), ``configs/``,
-``log.txt`` and pictures. ``python -m bench.readme --keep FOLDER`` takes it into the repository.
+``log.txt`` and pictures. ``python -m bench.tables --keep FOLDER`` takes it into the repository.
 """
 
 import argparse

@@ -222,7 +222,7 @@ def test_loader_is_timed_before_anything_is_compiled() -> None:
 def test_results_are_taken_into_the_repository(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from bench import readme
+    from bench import tables
 
     run, repository = tmp_path / "run", tmp_path / "repository"
     known = {"device": "NVIDIA H200", "date": "2026-01-02T00:00:00", "commit": "unknown"}
@@ -236,9 +236,9 @@ def test_results_are_taken_into_the_repository(
     with tarfile.open(tmp_path / "run.tgz") as archive:
         archive.extractall(tmp_path, filter="data")
     run = tmp_path / "gpu-run"
-    monkeypatch.setattr(readme, "ROOT", repository)
+    monkeypatch.setattr(tables, "ROOT", repository)
     monkeypatch.setattr(Report, "save", lambda report: _saved(report, repository))
-    path = readme.keep(run)
+    path = tables.keep(run)
     kept = Report.load(path)
     assert kept.rows == report.rows
     assert kept.environment["commit"] not in ("", "unknown")  # a checkout without its history

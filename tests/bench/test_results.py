@@ -1,4 +1,4 @@
-"""Rows, reports, the table, and the README's section."""
+"""Rows, reports, the table, and the documents' tables."""
 
 import os
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from bench import readme
+from bench import tables
 from bench.plots import save_pictures
 from bench.results import Report, Row, comparison_table, environment, read_rows
 
@@ -69,7 +69,7 @@ def test_table_shows_losses() -> None:
 
 
 def test_section_without_a_gpu_says_so() -> None:
-    text = "\n".join(readme.speed([Report(ENVIRONMENT, {}, ROWS)]))
+    text = "\n".join(tables.speed([Report(ENVIRONMENT, {}, ROWS)]))
     assert "nothing has been measured yet" in text
     assert "| nms batch 1 | 2 | eager | 6 | 3.00 | win |" in text
     assert "| loader mosaic | 10 | plain | 5 | 0.50 | loss |" in text
@@ -89,21 +89,23 @@ def test_section_of_a_gpu() -> None:
         for body, ms in (("ours", 1.0), ("eager", 2.0 if i else 0.5))
     ]
     checks = {"layers": 7, "configs": 9, "wrong": {}, "processes": {}}
-    text = "\n".join(readme.speed([Report(GPU, {}, rows + layers, [], checks)]))
+    text = "\n".join(tables.speed([Report(GPU, {}, rows + layers, [], checks)]))
     assert "nothing has been measured" not in text
     assert "| yolov7 | 0.500 | 1.000 | 7000 | 50 % | 2000 images/s |" in text
     assert "conv batch 32, mean of 20 | 1 | eager | 1.866 | 1.87 | 19 win, 0 even, 1 loss" in text
     assert "9 configs of 7 layers" in text
 
 
-def test_readme_shows_the_kept_results() -> None:
-    text = readme.README.read_text()
-    assert text == readme.rewritten(text, readme.sections()), "run `python -m bench.readme`"
+@pytest.mark.parametrize("name", ["accuracy", "speed"])
+def test_documents_show_the_kept_results(name: str) -> None:
+    text = (tables.DOCUMENTS / f"{name}.md").read_text()
+    anew = tables.rewritten(text, name, tables.tables()[name])
+    assert text == anew, "run `python -m bench.tables`"
 
 
-def test_readme_without_markers() -> None:
+def test_a_document_without_markers() -> None:
     with pytest.raises(ValueError, match="has no lines"):
-        readme.rewritten("# a README", {"speed": []})
+        tables.rewritten("# a document", "speed", [])
 
 
 def test_pictures(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""`python -m bench.readme`: write the README's tables of speed and accuracy from kept results.
+"""`python -m bench.tables`: write the documents' tables of speed and accuracy from kept results.
 
 ``--keep FOLDER`` first takes the results and configs of a `bench.gpu` run into the repository. Of
 each device the newest report counts. What no GPU has measured is said to be unmeasured.
@@ -7,7 +7,7 @@ each device the newest report counts. What no GPU has measured is said to be unm
 import argparse
 import shutil
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import geometric_mean
 
@@ -18,9 +18,10 @@ from bench.plots import save_pictures
 from bench.results import OURS, RESULTS, ROOT, Report, Row, environment, verdict
 from yolov7.variants import VARIANTS
 
-README = ROOT / "README.md"
+DOCUMENTS = ROOT / "docs"  # accuracy.md and speed.md
 NETWORKS = ("engine", "family")  # suites with a row for each variant
 MANY = 16  # comparisons of a suite that get a line each
+UNLIKE = ("pipeline", "import")  # suites whose baseline is a yardstick, not the same work
 UNMEASURED = (
     "**On a GPU nothing has been measured yet**, so no speed of the kernels or of the engine is "
     "claimed. What their docstrings expect follows from counted bytes and operations; "
@@ -101,7 +102,7 @@ def _comparison_table(report: Report) -> Iterator[str]:
     pairs = [
         (ours[row.suite, row.case], row)
         for row in present
-        if row.body != OURS and (row.suite, row.case) in ours
+        if row.body != OURS and row.suite not in UNLIKE and (row.suite, row.case) in ours
     ]
     for suite in dict.fromkeys(row.suite for row in present):
         compared = [pair for pair in pairs if pair[0].suite == suite]
@@ -152,36 +153,36 @@ def keep(folder: Path) -> Path:
     return path
 
 
-def rewritten(text: str, sections: Mapping[str, Sequence[str]]) -> str:
-    """The README's text with the lines between the markers of each section written anew.
+def rewritten(text: str, name: str, lines: Sequence[str]) -> str:
+    """A document's text with the lines between the markers of its table written anew.
 
     Raises:
         ValueError: The markers are missing.
     """
-    for name, lines in sections.items():
-        start = f"<!-- {name}: written by python -m bench.readme -->"
-        end = f"<!-- end of {name} -->"
-        before, found, rest = text.partition(start)
-        _, closed, after = rest.partition(end)
-        if not found or not closed:
-            raise ValueError(f"the README has no lines {start} and {end}")
-        text = before + "\n".join([start, "", *lines, "", end]) + after
-    return text
+    start = f"<!-- {name}: written by python -m bench.tables -->"
+    end = f"<!-- end of {name} -->"
+    before, found, rest = text.partition(start)
+    _, closed, after = rest.partition(end)
+    if not found or not closed:
+        raise ValueError(f"the document has no lines {start} and {end}")
+    return before + "\n".join([start, "", *lines, "", end]) + after
 
 
-def sections() -> dict[str, list[str]]:
-    """The lines of every section that is written from kept results."""
+def tables() -> dict[str, list[str]]:
+    """The lines of every table that is written from kept results, by its document."""
     return {"accuracy": list(accuracy.table(accuracy.kept())), "speed": speed(newest())}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Write the sections."""
-    parser = argparse.ArgumentParser(prog="python -m bench.readme", description=__doc__)
+    """Write the tables."""
+    parser = argparse.ArgumentParser(prog="python -m bench.tables", description=__doc__)
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="of a bench.gpu run")
     options = parser.parse_args(arguments)
     if options.keep:
         print("kept:", keep(options.keep))
-    README.write_text(rewritten(README.read_text(), sections()))
+    for name, lines in tables().items():
+        path = DOCUMENTS / f"{name}.md"
+        path.write_text(rewritten(path.read_text(), name, lines))
     return 0
 
 
