@@ -5,7 +5,6 @@ from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
-from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,7 +13,7 @@ import torch
 from yolov7.augmented import Augmented
 from yolov7.engine.choose import Runtime, fit, open_frames, open_network
 from yolov7.engine.eager import Network
-from yolov7.engine.frames import Forward, Frames, HostFrames, Pending, Suppression, equal_shapes
+from yolov7.engine.frames import Forward, Frames, Pending, Suppression, at_least_one, equal_shapes
 from yolov7.errors import UserError
 from yolov7.letterbox import Geometry, letterbox_geometry
 from yolov7.model import YOLOv7
@@ -98,8 +97,7 @@ class Detector:
             trust=trust,
         )
         kept = Suppression(conf=conf, iou=iou, max_det=max_det, agnostic=agnostic)
-        if batch < 1:
-            raise UserError(f"batch is {batch}: give 1 or more")
+        at_least_one("batch", batch)
         if tile is not None and tile < MIN_TILE:
             raise UserError(f"tile is {tile}: give {MIN_TILE} pixels or more")
         if not 0 <= overlap < 1:
@@ -109,12 +107,20 @@ class Detector:
         self.imgsz = fit(imgsz, self.network)
         if classes is not None:
             kept = replace(kept, classes=_class_numbers(classes, self.names))
-        self._frames = self._open_frames(kept, tile, overlap, augment)
+        forward: Forward = self.network
+        if augment:
+            if not isinstance(self.network, Network):
+                raise UserError("an exported file takes one size only: leave augment out")
+            forward = Augmented(self.network)
+        self._frames: Frames = open_frames(forward, kept, batch)
+        if tile is not None:
+            fitted = self._fit
+            self._frames = TiledFrames(forward, kept, batch, tile=tile, overlap=overlap, fit=fitted)
         self.speed = Speed()
         self.startup_s = 0.0
         if self.network.engine == "compile":
             start = time.perf_counter()
-            self.network(torch.zeros(batch, 3, *self.imgsz))
+            forward(torch.zeros(batch, 3, *self.imgsz))
             self.startup_s = time.perf_counter() - start
 
     def __repr__(self) -> str:
@@ -146,30 +152,24 @@ class Detector:
             source = Source(source, vid_stride=vid_stride, on_error=on_error)
         # A camera's newest frame is worth more than a full batch, and than a busy device.
         size = 1 if source.live or self.batch == 1 else WINDOW * self.batch
-        in_flight = 0 if source.live else self._frames.in_flight
         under_way: deque[_Window] = deque()
-        frames = iter(source)
-        while window := list(islice(frames, size)):
-            under_way.append(self._submit(window))
-            if len(under_way) > in_flight:
+        unread: UserError | None = None
+        try:
+            for window in _windows(iter(source), size):
+                if isinstance(window, UserError):
+                    unread = window
+                    break
+                under_way.append(self._submit(window))
+                if len(under_way) > (0 if source.live else self._frames.in_flight):
+                    yield from self._results(under_way.popleft())
+            while under_way:
                 yield from self._results(under_way.popleft())
-        while under_way:
-            yield from self._results(under_way.popleft())
-
-    def _open_frames(
-        self, kept: Suppression, tile: int | None, overlap: float, augment: bool
-    ) -> Frames:
-        """The way from frames to boxes: of whole images, with tiles, or of several views."""
-        if not augment and tile is None:
-            return open_frames(self.network, kept, self.batch)
-        network: Forward = self.network
-        if augment:
-            if not isinstance(self.network, Network):
-                raise UserError("an exported file takes one size only: leave augment out")
-            network = Augmented(self.network)
-        if tile is None:
-            return HostFrames(network, kept, self.batch)
-        return TiledFrames(network, kept, self.batch, tile=tile, overlap=overlap, fit=self._fit)
+        finally:  # a stream that is closed leaves nothing under way
+            for left in under_way:
+                for _, pending in left.pending:
+                    pending.wait()
+        if unread is not None:
+            raise unread
 
     def _fit(self, shape: tuple[int, int]) -> Geometry:
         """Where an image of (height, width) lies in the network's input."""
@@ -203,6 +203,24 @@ class Detector:
                 frame, shape = window.frames[index], window.where[index].shape
                 results[index] = Results(frame, Boxes(boxes), self.names, speed, shape, beyond)
         yield from (results[index] for index in range(len(window.frames)))
+
+
+def _windows(frames: Iterator[Frame], size: int) -> Iterator[list[Frame] | UserError]:
+    """Frames, so many at a time; an error comes after those that were read before it."""
+    window: list[Frame] = []
+    try:
+        for frame in frames:
+            window.append(frame)
+            if len(window) == size:
+                yield window
+                window = []
+    except UserError as error:
+        if window:
+            yield window
+        yield error
+        return
+    if window:
+        yield window
 
 
 class _Window(NamedTuple):

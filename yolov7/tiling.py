@@ -16,7 +16,7 @@ from yolov7.engine.frames import (
     equal_shapes,
     milliseconds,
 )
-from yolov7.letterbox import Geometry, Image
+from yolov7.letterbox import Geometry
 
 Tile = tuple[int, int, int, int]  # left, top, right, bottom in pixels of the image
 
@@ -57,8 +57,8 @@ class TiledFrames:
         self._batch, self._tile, self._overlap, self._fit = batch, tile, overlap, fit
 
     def prepare(self, pixels: Pixels, geometry: Geometry) -> Pixels:  # noqa: ARG002  # of the whole
-        """The image in memory."""
-        return pixels.cpu().numpy() if isinstance(pixels, Tensor) else pixels
+        """Nothing: its views are cut and letterboxed in `submit`."""
+        return pixels
 
     def submit(self, prepared: Sequence[Pixels], where: Sequence[Geometry]) -> Done:
         """Detect, one image after the other."""
@@ -66,24 +66,18 @@ class TiledFrames:
         parts = [
             self._detect(image, geometry, ms)
             for image, geometry in zip(prepared, where, strict=True)
-            if not isinstance(image, Tensor)
         ]
         boxes = torch.zeros(len(parts), self._max_det, 6)
         for target, (rows, _) in zip(boxes, parts, strict=True):
             target[: len(rows)] = rows
-        counts = torch.tensor([len(rows) for rows, _ in parts])
-        return Done(Found(boxes, counts, torch.tensor([beyond for _, beyond in parts]), ms))
-
-    def stages(
-        self, images: Sequence[Image], where: Sequence[Geometry]
-    ) -> dict[str, Callable[[], object]]:
-        """The whole, undivided."""
-        return {"whole": lambda: self.submit(images, where)}
+        counts = torch.tensor([len(rows) for rows, _ in parts], dtype=torch.int32)
+        overflow = torch.tensor([beyond for _, beyond in parts], dtype=torch.int32)
+        return Done(Found(boxes, counts, overflow, ms))
 
     @torch.no_grad()
-    def _detect(self, image: Image, whole: Geometry, ms: dict[str, float]) -> tuple[Tensor, int]:
+    def _detect(self, image: Pixels, whole: Geometry, ms: dict[str, float]) -> tuple[Tensor, int]:
         """Boxes [n, 6] of one image, and candidates that were not looked at."""
-        height, width = shape = image.shape[:2]
+        height, width = shape = (int(image.shape[0]), int(image.shape[1]))
         tiles = tile_grid(shape, self._tile, self._overlap)
         views = [(0, 0, width, height), *(tiles if len(tiles) > 1 else [])]
         fits = [
@@ -144,7 +138,7 @@ def _starts(side: int, tile: int, overlap: float) -> list[int]:
     return [(side - tile) * index // gaps for index in range(gaps + 1)]
 
 
-def _cut(image: Image, view: Tile) -> Image:
+def _cut(image: Pixels, view: Tile) -> Pixels:
     left, top, right, bottom = view
     return image[top:bottom, left:right]
 

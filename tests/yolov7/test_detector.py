@@ -1,3 +1,4 @@
+import time
 from collections.abc import Callable, Iterator
 from importlib.resources import files
 from pathlib import Path
@@ -69,6 +70,63 @@ def test_equals_the_steps_by_hand(detector: Detector, images: list[Image]) -> No
         boxes = found.boxes[0, : found.counts[0]]
         boxes[:, :4] = in_frames(boxes[None, :, :4], frame_table([where]))[0]
         torch.testing.assert_close(detector(image)[0].boxes.data, boxes, rtol=1e-4, atol=1e-2)
+
+
+def test_what_was_read_before_an_error_comes_before_it(images: list[Image]) -> None:
+    for batch in (1, 2):
+        detector = Detector(device="cpu", imgsz=64, engine="graph", batch=batch)
+        results = detector.stream([images[0], images[0], "absent.jpg", images[1]])
+        assert [next(results).frame.item for _ in range(2)] == [1, 2]
+        with pytest.raises(UserError, match="no such file"):
+            next(results)
+
+
+def test_no_class_is_looked_for(images: list[Image]) -> None:
+    for engine in ("eager", "graph"):
+        detector = Detector(device="cpu", imgsz=64, engine=engine, classes=[], conf=0.01)
+        assert len(detector(images[0])[0]) == 0
+
+
+def test_agnostic_suppression_crosses_classes(images: list[Image]) -> None:
+    options: dict[str, Any] = {"device": "cpu", "conf": 0.02, "iou": 0.2}
+    by_class = Detector(**options)(images[0])[0].boxes
+    across = Detector(agnostic=True, **options)(images[0])[0].boxes
+    overlap = box_iou(by_class.xyxy, by_class.xyxy).triu(1)
+    assert bool((overlap[by_class.cls[:, None] != by_class.cls] > 0.3).any())
+    assert float(box_iou(across.xyxy, across.xyxy).triu(1).max()) <= 0.2 + 1e-3
+
+
+def test_preparing_counts_as_pre(images: list[Image], monkeypatch: pytest.MonkeyPatch) -> None:
+    detector = Detector(device="cpu", imgsz=64)
+    real = detector._frames.prepare
+
+    def slow(pixels: Any, geometry: Any) -> Any:
+        time.sleep(0.05)
+        return real(pixels, geometry)
+
+    monkeypatch.setattr(detector._frames, "prepare", slow)
+    assert detector(images[0])[0].speed["pre"] > 45
+
+
+def test_a_live_source_has_nothing_under_way(images: list[Image]) -> None:
+    detector = Detector(device="cpu", imgsz=64, engine="graph")
+    read: list[int] = []
+
+    class Camera(Source):
+        @property
+        def live(self) -> bool:
+            return True
+
+        def __iter__(self) -> Iterator[Any]:
+            for frame in super().__iter__():
+                read.append(frame.item)
+                yield frame
+
+    results = detector.stream(Camera([images[0][:64, :64]] * 9))
+    for taken in (1, 2, 3):
+        next(results)
+        assert len(read) == taken
+    results.close()
 
 
 def test_batches_of_equal_shapes_keep_the_order(detector: Detector, images: list[Image]) -> None:

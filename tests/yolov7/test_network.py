@@ -2,7 +2,10 @@ import copy
 import os
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +66,26 @@ def test_packed_convolutions_take_other_shapes(demo: YOLOv7, images: torch.Tenso
     with torch.no_grad():
         expected = demo(images)
     assert relative(network(images), expected) < 1e-5
+
+
+def test_a_weight_is_packed_once_whoever_is_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    conv = PackedConv(nn.Conv2d(8, 8, 3, padding=1), None)
+    real, started = PackedConv._reordered, threading.Barrier(4)
+
+    def slow(self: PackedConv, shape: list[int]) -> torch.Tensor:
+        time.sleep(0.1)  # until the others have come
+        return real(self, shape)
+
+    @torch.no_grad()
+    def first(_: int) -> torch.Tensor:
+        started.wait()
+        result: torch.Tensor = conv(torch.ones(1, 8, 8, 8))
+        return result
+
+    monkeypatch.setattr(PackedConv, "_reordered", slow)
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(first, range(4)))
+    assert all(torch.equal(result, results[0]) for result in results)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

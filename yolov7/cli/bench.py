@@ -12,6 +12,7 @@ from yolov7.checkpoint import load_model
 from yolov7.cli.options import ModelOptions
 from yolov7.detector import Detector
 from yolov7.device import resolve_device
+from yolov7.engine.choose import resolve_engine
 from yolov7.errors import UserError
 from yolov7.formats import is_exported
 from yolov7.progress import progress
@@ -58,8 +59,8 @@ def _engines(options: Bench) -> list[str]:
         return list(options.engines)
     if _exported(options) or options.engine != "auto":
         return [options.engine]
-    on_cuda = resolve_device(options.device).type == "cuda"
-    return ["eager", "compile", "graph"] if on_cuda else ["eager", "compile"]
+    graph = resolve_engine("auto", resolve_device(options.device)) == "graph"
+    return ["eager", "compile", *["graph"] * graph]
 
 
 def _compare(options: Bench) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
 
@@ -12,13 +12,16 @@ from yolov7.checkpoint import load_model
 from yolov7.device import resolve_device
 from yolov7.engine.eager import Network
 from yolov7.engine.exported import ExportedNetwork
-from yolov7.engine.frames import Forward, Frames, HostFrames, Suppression
+from yolov7.engine.frames import Forward, HostFrames, Suppression
 from yolov7.errors import UserError
 from yolov7.formats import is_exported
 from yolov7.kernels.runtime import FLOATS, HAS_TRITON
 from yolov7.letterbox import round_up
 from yolov7.model import YOLOv7
 from yolov7.variants import LARGEST_IMGSZ
+
+if TYPE_CHECKING:
+    from yolov7.engine.graph.network import CapturedFrames
 
 OLDEST = (8, 0)  # compute capability that the kernels are made for
 
@@ -76,7 +79,7 @@ def open_network(runtime: Runtime) -> AnyNetwork:
     if runtime.names or runtime.layout:
         raise UserError(f"{weights}: names and layout are for ONNX files: leave them out")
     device = resolve_device(runtime.device)
-    engine = _resolve_engine(runtime.engine, device)
+    engine = resolve_engine(runtime.engine, device)
     precision = resolve_precision(runtime.precision, device, engine)
     if precision == "fp8" and not model.ranges:
         raise UserError(
@@ -94,7 +97,9 @@ def open_network(runtime: Runtime) -> AnyNetwork:
     return Network(model, device, precision)
 
 
-def open_frames(network: Forward, suppression: Suppression, batch: int = 1) -> Frames:
+def open_frames(
+    network: Forward, suppression: Suppression, batch: int = 1
+) -> "HostFrames | CapturedFrames":
     """The way from frames to boxes that suits a network.
 
     Args:
@@ -149,11 +154,11 @@ def fit(size: int | tuple[int, int] | None, model: Sized) -> tuple[int, int]:
         model: Whose input it is.
 
     Raises:
-        UserError: A side below 1, or over 32768 pixels.
+        UserError: A side is below 1, over 4096 pixels, or not whole.
     """
     wanted = model.imgsz if size is None else size
-    sides = (wanted, wanted) if isinstance(wanted, int) else wanted
-    if not all(1 <= side <= LARGEST_IMGSZ for side in sides):
+    sides = wanted if isinstance(wanted, tuple) else (wanted, wanted)
+    if not all(isinstance(side, int) and 1 <= side <= LARGEST_IMGSZ for side in sides):
         raise UserError(f"imgsz is {wanted}: give 1 to {LARGEST_IMGSZ} pixels")
     height, width = (round_up(side, model.stride) for side in sides)
     return height, width
@@ -172,7 +177,12 @@ def _open_exported(path: str | Path, runtime: Runtime) -> ExportedNetwork:
     return network
 
 
-def _resolve_engine(name: str, device: torch.device) -> str:
+def resolve_engine(name: str, device: torch.device) -> str:
+    """The engine of an option: "auto" is graph on a GPU that it is made for, else eager.
+
+    Raises:
+        UserError: An unknown engine, or one that the device has not got.
+    """
     if name not in ("auto", "eager", "compile", "graph"):
         raise UserError(f"engine {name}: give auto, eager, compile or graph")
     cuda = device.type == "cuda"

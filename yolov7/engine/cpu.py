@@ -69,9 +69,13 @@ class PackedConv(nn.Module):
         """Bring the weight into oneDNN's order, once, whichever thread is first."""
         with _PACKING:
             if not self.packed:
-                reorder = torch.ops.mkldnn._reorder_convolution_weight
-                self.weight = reorder(self.weight, *self.geometry, shape)
+                self.weight = self._reordered(shape)
                 self.packed = True
+
+    def _reordered(self, shape: list[int]) -> Tensor:
+        reorder = torch.ops.mkldnn._reorder_convolution_weight
+        weight: Tensor = reorder(self.weight, *self.geometry, shape)
+        return weight
 
 
 def can_pack() -> bool:

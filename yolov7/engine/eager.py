@@ -1,7 +1,6 @@
 """A fused model made ready to run in PyTorch: device, precision, memory layout."""
 
 import copy
-import warnings
 from collections.abc import Callable, Iterator
 
 import torch
@@ -9,7 +8,7 @@ from torch import Tensor
 
 from yolov7.blocks import Conv, RepConv
 from yolov7.engine.cpu import Decoder, can_pack, keep_freed_memory, pack_convolutions
-from yolov7.engine.faults import first_line, require_living_device
+from yolov7.engine.faults import first_line, require_living_device, warn
 from yolov7.kernels.runtime import FLOATS
 from yolov7.model import YOLOv7
 
@@ -97,7 +96,7 @@ def fold_on(model: YOLOv7, device: torch.device) -> None:
         model.to(device).fuse()
     except Exception as error:  # whatever a compiler or a driver throws
         require_living_device(device, first_line(error))
-        warnings.warn(f"the model is folded on the CPU: {first_line(error)}", stacklevel=3)
+        warn(f"the model is folded on the CPU: {first_line(error)}")
         model.cpu()
 
 

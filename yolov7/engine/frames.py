@@ -6,7 +6,6 @@ pixels of the frames. `choose.open_frames` chooses which of the two it is.
 """
 
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 
 from yolov7.boxes import frame_table, in_frames
-from yolov7.engine.faults import first_line, require_living_device
+from yolov7.engine.faults import first_line, require_living_device, warn
 from yolov7.errors import UserError
 from yolov7.kernels.letterbox import letterbox as letterbox_on_device
 from yolov7.kernels.nms import Detections, batched_nms
@@ -58,13 +57,14 @@ class Suppression:
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{name} is {getattr(self, name)}: give 0 to 1")
         for name in ("max_det", "max_candidates"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}: give 1 or more")
+            at_least_one(name, getattr(self, name))
+        if self.classes is not None:
+            object.__setattr__(self, "classes", tuple(self.classes))  # pipelines are kept by it
 
     def on(self, device: torch.device) -> Callable[..., Detections]:
         """`batched_nms` of rows on a device, with nothing left to say but ``segment_counts``."""
         ids = self.classes
-        classes = None if ids is None else torch.tensor(ids, device=device)
+        classes = None if ids is None else torch.tensor(ids, dtype=torch.int64, device=device)
 
         def suppress(rows: Tensor, segment_counts: Tensor | None = None) -> Detections:
             return batched_nms(
@@ -116,13 +116,12 @@ class Pending(Protocol):
 
 
 class Frames(Protocol):
-    """From frames to boxes in their own pixels.
+    """From frames to boxes in their own pixels."""
 
-    Attributes:
-        in_flight: Batches that `submit` takes before the first is waited for, at its fastest.
-    """
-
-    in_flight: int
+    @property
+    def in_flight(self) -> int:
+        """Batches that `submit` takes before the first is waited for, at its fastest."""
+        ...
 
     def prepare(self, pixels: Pixels, geometry: Geometry) -> Pixels:
         """What `submit` takes of an image; any thread may call it."""
@@ -130,12 +129,6 @@ class Frames(Protocol):
 
     def submit(self, prepared: Sequence[Pixels], where: Sequence[Geometry]) -> Pending:
         """Start detecting in images whose letterboxes have one shape; at most the batch."""
-        ...
-
-    def stages(
-        self, images: Sequence[Image], where: Sequence[Geometry]
-    ) -> dict[str, Callable[[], object]]:
-        """The parts of the way in order, to be timed; run one after the other they are the way."""
         ...
 
 
@@ -186,6 +179,16 @@ def same_input(x: Tensor, frames: Sequence[Pixels], where: Sequence[Geometry]) -
     expected = to_input(boxed, torch.device("cpu"), x.dtype)
     difference = (x[: len(frames)].cpu().float() - expected.float()).abs().max()
     return float(difference) < 1.5 / 255  # a pixel may be rounded the other way
+
+
+def at_least_one(name: str, value: int) -> None:
+    """Check a number of things.
+
+    Raises:
+        UserError: It is none.
+    """
+    if not isinstance(value, int) or value < 1:
+        raise UserError(f"{name} is {value}: give a whole number, 1 or more")
 
 
 def equal_shapes(shapes: Sequence[tuple[int, ...]], batch: int) -> Iterator[list[int]]:
@@ -241,7 +244,7 @@ class HostFrames:
         """Letterbox an image; one on a GPU waits for its batch."""
         if isinstance(pixels, Tensor):
             if self._kernels:
-                return pixels
+                return pixels.to(self.network.device)
             pixels = pixels.cpu().numpy()
         return letterbox(pixels, geometry)
 
@@ -272,7 +275,7 @@ class HostFrames:
             try:
                 found = Detections(*(part.cpu() for part in self._suppress_there(decoded)))
                 if self._proven or self._same(found, decoded):
-                    self._proven = True
+                    self._proven = self._proven or bool(found.counts.any())  # none proves none
                     return found
                 self._leave_kernels("the first batch got other boxes than on the CPU")
             except Exception as error:  # whatever a compiler or a driver throws
@@ -282,7 +285,7 @@ class HostFrames:
     def stages(
         self, images: Sequence[Image], where: Sequence[Geometry]
     ) -> dict[str, Callable[[], object]]:
-        """Letterbox, upload, network, nms."""
+        """The parts of the way in order, to be timed; run one after the other they are the way."""
         kept: dict[str, list[Pixels] | Tensor] = {}
 
         def box() -> None:
@@ -306,7 +309,7 @@ class HostFrames:
             try:
                 x = self._input_there(there, where)
                 if self._letterbox_proven or same_input(x, prepared, where):
-                    self._letterbox_proven = True
+                    self._letterbox_proven = self._letterbox_proven or bool(x.std() > 0.1)
                     return x
                 self._leave_kernels("the letterbox is another than OpenCV's")
             except Exception as error:  # whatever a compiler or a driver throws
@@ -338,7 +341,7 @@ class HostFrames:
     def _leave_kernels(self, reason: str) -> None:
         self._kernels = False
         require_living_device(self.network.device, reason)
-        warnings.warn(f"letterbox and suppression are left to the CPU: {reason}", stacklevel=4)
+        warn(f"letterbox and suppression are left to the CPU: {reason}")
 
     def _now(self) -> float:
         """Milliseconds, when everything before is done."""
@@ -372,5 +375,8 @@ def letterbox_tables(
 def milliseconds(device: torch.device) -> float:
     """The host's clock, when everything before is done on the device."""
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
+        # Of the stream, not of the device: that would end a capture of another thread.
+        torch.cuda.current_stream(device).synchronize()
+    elif device.type != "cpu":
+        torch.accelerator.synchronize(device)
     return time.perf_counter() * 1e3

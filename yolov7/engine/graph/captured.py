@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from yolov7.boxes import in_frames
+from yolov7.engine.faults import first_line, lost
 from yolov7.engine.frames import Done, Found, Pending, Pixels, Suppression, letterbox_tables
 from yolov7.engine.graph.planned import PlannedNetwork
 from yolov7.kernels.letterbox import letterbox
 from yolov7.kernels.nms import Detections
-from yolov7.letterbox import Geometry
+from yolov7.letterbox import Geometry, Image
 
 STAGES = 2  # batches of frames in flight
 
@@ -29,8 +30,15 @@ class UnderWay:
         self._found, self._start, self._done = found, start, done
 
     def wait(self) -> Found:
-        """The detections, when they have come."""
-        self._done.synchronize()
+        """The detections, when they have come.
+
+        Raises:
+            UserError: The device has failed.
+        """
+        try:
+            self._done.synchronize()
+        except RuntimeError as error:
+            raise lost(torch.device("cuda"), first_line(error)) from None
         return Found(*self._found, {"whole": self._start.elapsed_time(self._done)})
 
 
@@ -45,11 +53,11 @@ class FramePipeline:
 
     Attributes:
         output: Detections of the latest batch, on the network's device.
-        checked: Whether its first batch was compared with the host's way.
+        checks: How often its results were compared with the host's way.
     """
 
     output: Detections
-    checked = False
+    checks = 0
 
     def __init__(
         self,
@@ -136,7 +144,7 @@ class FramePipeline:
             raise ValueError(f"{count} frames and {len(where)} boxes for a batch of {batch}")
         if sum(map(byte_count, frames)) > self.capacity:
             raise ValueError(f"frames of more than {self.capacity} bytes")
-        tensors = [f if isinstance(f, Tensor) else torch.from_numpy(f) for f in frames]
+        tensors = [f if isinstance(f, Tensor) else from_array(f) for f in frames]
         tables = letterbox_tables(frames, where, batch)  # missing frames are left out of the result
         if self._cuda:
             return self._replay(tensors, tables)
@@ -197,3 +205,8 @@ def byte_count(pixels: Pixels) -> int:
     """Bytes of an image."""
     height, width, channels = pixels.shape
     return int(height) * int(width) * int(channels)
+
+
+def from_array(image: Image) -> Tensor:
+    """The image as a tensor, which PyTorch does not like to be of read-only memory."""
+    return torch.from_numpy(image if image.flags.writeable else image.copy())
