@@ -393,7 +393,7 @@ def test_a_published_name_is_loaded_before_it_is_kept(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(
-        "yolov7.checkpoint.published_weights", partial(published_weights, release=release)
+        "yolov7.download.published_weights", partial(published_weights, release=release)
     )
     with pytest.raises(UserError, match=r"yolov7\.pt: what came is not kept: truncated or not"):
         load_model("yolov7.pt")
