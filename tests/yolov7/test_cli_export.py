@@ -35,9 +35,8 @@ def test_says_what_there_is_and_how_to_run_it(
     assert captured.err == ""
     size = (tmp_path / "my weights.onnx").stat().st_size / 2**20
     first, *lines, last = captured.out.splitlines()
-    assert first.startswith(
-        f"my weights.onnx: yolov7-tiny, onnx, fp32, 128 x 160, {size:.1f} MiB, "
-    )
+    told = f"my weights.onnx: yolov7-tiny, onnx, fp32, 128 x 160, {size:.1f} MiB, opset 18, "
+    assert first.startswith(told)
     assert [line.split(":")[0].strip() for line in lines[:3]] == [
         "input   image",
         "output  detections",
