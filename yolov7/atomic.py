@@ -45,9 +45,9 @@ def atomic(path: str | Path, *, durable: bool = True) -> Iterator[Path]:
     """A file to write, which takes the place of `path` when the context ends without an error.
 
     After an error it is removed, and what was at `path` stays. What a killed process has left in
-    the folder is removed by the next one that writes there; what another host or container has, after
-    a week. A device, such as /dev/stdout, or a
-    pipe cannot be replaced: it is written to itself.
+    the folder is removed by the next one that writes there; what one of another host or container
+    has left, after a week. A device, such as /dev/stdout, or a pipe cannot be replaced: it is
+    written to itself.
 
     Args:
         path: Of the file; its folder is made where there is none.
