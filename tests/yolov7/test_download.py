@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from filelock import FileLock
 
 from yolov7 import download
 from yolov7.checkpoint import load_model
@@ -366,6 +367,16 @@ def test_two_processes_that_ask_at_once_download_once(
         assert bytes.fromhex(printed) == CONTENT
     assert fetch().read_bytes() == CONTENT
     assert _Handler.requests == ["whole"]
+
+
+def test_file_systems_without_locks(
+    fetch: "partial[Path]", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none(*_: object) -> None:
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(FileLock, "acquire", none)
+    assert fetch().read_bytes() == CONTENT
 
 
 def test_a_changed_file_is_refused(fetch: "partial[Path]") -> None:
