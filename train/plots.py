@@ -4,14 +4,15 @@ import math
 from importlib.util import find_spec
 from pathlib import Path
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from yolov7.atomic import atomic
 from yolov7.dataset import Dataset
 from yolov7.drawing import draw_boxes
 from yolov7.evaluate.sheet import draw_sheet
 from yolov7.letterbox import GREY, Image
+from yolov7.results import write_image
 from yolov7.text import plot_text
 from yolov7.train.loader import Batch
 from yolov7.train.meter import LOSSES
@@ -45,7 +46,7 @@ def batch_picture(batch: Batch, names: list[str]) -> Image:
 
 def save_batch(batch: Batch, names: list[str], path: Path) -> None:
     """Write `batch_picture` as JPEG."""
-    cv2.imwrite(str(path), batch_picture(batch, names))
+    write_image(path, batch_picture(batch, names))
 
 
 def label_picture(dataset: Dataset, path: Path) -> None:
@@ -71,7 +72,8 @@ def label_picture(dataset: Dataset, path: Path) -> None:
         axes.hist2d(points[:, 0], points[:, 1], bins=50, range=((0, 1), (0, 1)), cmin=1)
         axes.set(xlabel=f"{sides[0]} / image", ylabel=f"{sides[1]} / image", aspect="equal")
     places.invert_yaxis()
-    figure.savefig(path, dpi=100)
+    with atomic(path) as temporary:
+        figure.savefig(temporary, dpi=100)
 
 
 def results_picture(csv: Path, path: Path) -> None:
@@ -90,7 +92,8 @@ def results_picture(csv: Path, path: Path) -> None:
         axes.set(title=name, xlabel="epoch")
         if name in LOSSES:
             axes.legend()
-    figure.savefig(path, dpi=100)
+    with atomic(path) as temporary:
+        figure.savefig(temporary, dpi=100)
 
 
 class Plotter(Callback):
@@ -123,7 +126,7 @@ class Plotter(Callback):
             evaluation, found = self.validation
             save_pictures(evaluation, self.folder)
             sheet = draw_sheet(found.dataset.samples, found.detections, found.dataset.names)
-            cv2.imwrite(str(self.folder / "val_samples.jpg"), sheet)
+            write_image(self.folder / "val_samples.jpg", sheet)
 
 
 def can_plot() -> bool:

@@ -9,6 +9,7 @@ import os
 import re
 import socket
 import sys
+import time
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -18,10 +19,21 @@ from threading import Lock
 
 from yolov7.errors import UserError
 
-# .yolov7-HOST-PROCESS-NUMBER.SUFFIX: another host's processes are none of ours to judge, and the
-# suffix tells some writers what to write.
-_NAME = re.compile(r"\.yolov7-(?P<host>[0-9a-f]{8})-(?P<process>\d+)-\d+(\.\w*)?")
-_HOST = f"{zlib.crc32(socket.gethostname().encode()):08x}"
+# .yolov7-HOST-PROCESS-NUMBER.SUFFIX: of another host or container's processes only time tells, and
+# the suffix tells some writers what to write.
+_NAME = re.compile(r"\.yolov7-([0-9a-f]{8})-(\d+)-\d+(?:\.\w*)?")
+_WEEK = 7 * 24 * 3600  # seconds
+
+
+def _host() -> str:
+    """Eight digits for where the numbers of processes are ours; containers may share a name."""
+    place = socket.gethostname()
+    with suppress(OSError):
+        place += os.readlink("/proc/self/ns/pid")
+    return f"{zlib.crc32(place.encode()):08x}"
+
+
+_HOST = _host()
 _DEVICES = (Path("/dev"), Path("/dev/fd"))
 _numbers = count()
 _swept: set[Path] = set()  # folders that this process has looked through
@@ -33,8 +45,9 @@ def atomic(path: str | Path, *, durable: bool = True) -> Iterator[Path]:
     """A file to write, which takes the place of `path` when the context ends without an error.
 
     After an error it is removed, and what was at `path` stays. What a killed process has left in
-    the folder is removed by the next one that writes there. A device, such as /dev/stdout, or a
-    pipe cannot be replaced: it is written to itself.
+    the folder is removed by the next one that writes there; what one of another host or container
+    has left, after a week. A device, such as /dev/stdout, or a pipe cannot be replaced: it is
+    written to itself.
 
     Args:
         path: Of the file; its folder is made where there is none.
@@ -92,21 +105,20 @@ def _sweep(folder: Path) -> None:
         _swept.add(folder)
         with suppress(OSError):  # a folder that may be written in, but not listed
             for name in os.listdir(folder):
-                found = _NAME.fullmatch(name)
-                if found and found["host"] == _HOST and not _alive(int(found["process"])):
+                if (found := _NAME.fullmatch(name)) and _is_left(folder / name, *found.groups()):
                     (folder / name).unlink(missing_ok=True)
 
 
-def _alive(process: int) -> bool:
-    """Whether a process is running; on Windows, where asking would end it, True."""
-    if sys.platform == "win32":
+def _is_left(file: Path, host: str, process: str) -> bool:
+    """Whether nobody is writing a file any more, as far as can be told."""
+    if host != _HOST or sys.platform == "win32":  # where asking for a process would end it
+        return time.time() - file.stat().st_mtime > _WEEK
+    if int(process) == os.getpid():  # which has not been here yet: another of this number has
         return True
-    if process == os.getpid():  # which has not been here yet: another of this number has
-        return False
     try:
-        os.kill(process, 0)
+        os.kill(int(process), 0)
     except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:  # another user's
         return True
-    return True
+    except PermissionError:  # another user's
+        return False
+    return False

@@ -91,11 +91,12 @@ def published_weights(
 def _locked(folder: Path) -> Iterator[None]:
     """Keep other processes out of a folder, as long as the context lasts."""
     lock = FileLock(folder / "lock")
-    try:
-        with working(f"waiting for another download into {folder}"):
-            lock.acquire()
-    except NotImplementedError:  # some network file systems have no locks
-        pass
+    # Some network file systems have no locks: there, let one process finish the first download.
+    with (
+        suppress(OSError, NotImplementedError),
+        working(f"waiting for another download into {folder}"),
+    ):
+        lock.acquire()
     try:
         yield
     finally:

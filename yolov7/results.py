@@ -84,7 +84,7 @@ class Results:
 
     def __repr__(self) -> str:
         """One line: `Results('bus.jpg', 4 persons, 1 bus)`."""
-        return f"Results({self.path!r}, {self.summary()})"
+        return printable(f"Results({self.path!r}, {self.summary()})")
 
     def __str__(self) -> str:
         """One line: `image 3/12 bus.jpg: 448x640 4 persons, 1 bus, 6.1 ms`."""

@@ -68,6 +68,8 @@ class Variant:
     downsample: Downsample | None = None
 
     def __post_init__(self) -> None:
+        if not (self.name.isprintable() and 1 <= len(self.name) <= 100):
+            raise ValueError("name is no printable text of 1 to 100 letters")
         widths = [
             *(channels for convolution in self.stem for channels in convolution),
             *(n for stage in self.backbone for n in astuple(stage) if n is not None),

@@ -128,8 +128,10 @@ def test_what_killed_processes_leave_is_swept(tmp_path: Path) -> None:
     # Another host's, one that bore this process's number before it, and what only looks alike.
     other = ".yolov7-00000000-1-0.txt"
     namesake = left.replace(f"-{killed.pid}-", f"-{os.getpid()}-9")
-    for name in (other, namesake, ".yolov7-notes.txt"):
+    long_ago = ".yolov7-00000000-1-1.txt"
+    for name in (other, long_ago, namesake, ".yolov7-notes.txt"):
         (tmp_path / name).touch()
+    os.utime(tmp_path / long_ago, (0, 0))
     assert {left, busy} <= set(names(tmp_path))
 
     with atomic(tmp_path / "b.txt") as temporary:

@@ -322,6 +322,7 @@ DEEP = "[" * 100_000
         ("spec", '"v8"', "spec is 'v8', not a table"),
         ("spec", "{}", "spec.name is missing"),
         ("spec.name", "7", "spec.name is 7, not a text"),
+        ("spec.name", '"\\u001b[31m"', "name is no printable text"),
         ("spec.size", "7", "spec.'size' is not known"),
         (
             "spec.pairs",

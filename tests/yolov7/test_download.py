@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from filelock import FileLock
 
 from yolov7 import download
 from yolov7.checkpoint import load_model
@@ -368,6 +369,16 @@ def test_two_processes_that_ask_at_once_download_once(
     assert _Handler.requests == ["whole"]
 
 
+def test_file_systems_without_locks(
+    fetch: "partial[Path]", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none(*_: object) -> None:
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(FileLock, "acquire", none)
+    assert fetch().read_bytes() == CONTENT
+
+
 def test_a_changed_file_is_refused(fetch: "partial[Path]") -> None:
     path = fetch()
     path.write_bytes(CONTENT[:-1] + b"!")
@@ -393,7 +404,7 @@ def test_a_published_name_is_loaded_before_it_is_kept(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(
-        "yolov7.checkpoint.published_weights", partial(published_weights, release=release)
+        "yolov7.download.published_weights", partial(published_weights, release=release)
     )
     with pytest.raises(UserError, match=r"yolov7\.pt: what came is not kept: truncated or not"):
         load_model("yolov7.pt")

@@ -381,7 +381,7 @@ def test_wrong_suppression_is_not_kept(
         (Settings(nms=Suppression(agnostic=True)), "no more than conf, iou and max_det"),
         (Settings(device="cuda"), "leave device cuda out"),
         (Settings(imgsz=(0, 64)), r"imgsz is \(0, 64\)"),
-        (Settings(imgsz=(64, 4128)), "imgsz is 64 x 4128: give 1 to 4096 pixels"),
+        (Settings(imgsz=(64, 4128)), r"imgsz is \(64, 4128\): give 1 to 4096 pixels"),
     ],
 )
 def test_settings_that_do_not_fit(

@@ -153,6 +153,7 @@ WRONG = [
     ("format", None, "lacks format"),
     ("format", '"yolov7-triton-export/9"', "of format 'yolov7-triton-export/9'; this version"),
     ("format", "[]", "format is a list, not a text"),
+    ("variant", '"\\u001b[31m"', "variant is no printable text"),
     ("names", None, "lacks names"),
     ("names", "7", "names is no list"),
     ("names", "[]", "names are none"),

@@ -49,9 +49,9 @@ def test_what_was_found_until_then_is_kept(tmp_path: Path, error: type[BaseExcep
         with Recorder(outputs(tmp_path)) as recorder:
             for number in (1, 2):
                 recorder.write(result("v.avi", kind="video", number=number))
-            raise error
+            raise error("the end")
 
-    with pytest.raises(error):
+    with pytest.raises(error, match="the end"):
         end()
     assert len(json.loads((tmp_path / "rows.json").read_text())) == 2
     assert left(tmp_path) == ["predictions.json", "rows.json", "v.mp4"]
@@ -99,8 +99,8 @@ def test_numbers_that_are_equal_stay_apart(tmp_path: Path) -> None:
         ("", "-"),
         ("a/b\\c", "a-b-c"),
         ("n\0\x1b[31m", "n--[31m"),
-        ("x" * 300, "x" * 60),
-        ("\U0001f600" * 70, "\U0001f600" * 60),
+        ("x" * 300, "x" * 200),
+        ("\U0001f600" * 70, "\U0001f600" * 50),
         ("\ud800", "-"),
         ("wine glass", "wine glass"),
     ],
@@ -194,4 +194,4 @@ def test_nobody_reads_on(tmp_path: Path, clip: str) -> None:
     process.stdout.readline()
     process.stdout.close()
     assert process.stderr.read() == ""
-    assert process.wait(60) == 1
+    assert process.wait(60) == 141

@@ -2,10 +2,14 @@
 
 import json
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from yolov7.engine.frames import Suppression
+from yolov7.formats.metadata import FORMAT, Metadata
 from yolov7.schema import from_json
 from yolov7.variants import VARIANTS, Variant, scaled
 
@@ -30,6 +34,53 @@ class Outer:
 
 
 VALUE = Outer("x", True, "b", "dynamic", (1, 2), (Inner(3, 0.5), Inner(4)), ["w"], {"r": 1.5})
+
+
+def altered(value: Any, key: list[int], new: Any) -> Any:
+    """A JSON value with a part of it replaced: a key a level says which."""
+    if not key or not isinstance(value, dict | list) or not value:
+        return new
+    if isinstance(value, list):
+        place = key[0] % len(value)
+        return [altered(v, key[1:], new) if i == place else v for i, v in enumerate(value)]
+    name = sorted(value)[key[0] % len(value)]
+    return {**value, name: altered(value[name], key[1:], new)}
+
+
+LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
+ANYTHING = st.recursive(
+    LEAVES, lambda c: st.lists(c, max_size=3) | st.dictionaries(st.text(max_size=5), c, max_size=3)
+)
+METADATA = Metadata(
+    format=FORMAT,
+    kind="onnx",
+    variant="yolov7",
+    names=["cell"],
+    stride=32,
+    imgsz=(32, 32),
+    batch=1,
+    precision="fp32",
+    layout="detections",
+    letterbox=False,
+    nms=Suppression(),
+    device="cpu",
+    version="",
+)
+
+
+@pytest.mark.parametrize("known", [VARIANTS["yolov7-w6"], METADATA], ids=["variant", "metadata"])
+@given(key=st.lists(st.integers(0, 30), max_size=4), new=ANYTHING)
+def test_anything_is_read_or_refused(known: Any, key: list[int], new: Any) -> None:
+    value = altered(json.loads(json.dumps(asdict(known))), key, new)
+    made, problem = None, ""
+    try:
+        made = from_json(type(known), value)
+    except ValueError as error:
+        problem = str(error)
+    assert problem.isprintable()
+    assert len(problem) < 300
+    if made is not None:  # it is what would have been written
+        assert from_json(type(known), json.loads(json.dumps(asdict(made)))) == made
 
 
 def test_what_was_written_is_read() -> None:

@@ -8,6 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from yolov7.atomic import atomic
 from yolov7.benchmark.stages import Timing
 
 
@@ -25,7 +26,8 @@ def draw(timings: list[Timing], folder: Path) -> Path:
     for ax, timing in zip(axes[1:], planned, strict=True):
         draw_steps(ax, timing.steps, f"steps of the plan, {timing.engine}, batch {timing.batch}")
     path = folder / "bench.png"
-    figure.savefig(path, dpi=120)
+    with atomic(path) as temporary:
+        figure.savefig(temporary, dpi=120)
     return path
 
 

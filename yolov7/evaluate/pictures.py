@@ -8,6 +8,7 @@ from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from yolov7.atomic import atomic
 from yolov7.evaluate.confusion import CONFIDENCE, IOU
 from yolov7.evaluate.metric import Evaluation
 from yolov7.text import plot_text
@@ -55,7 +56,8 @@ def save_pictures(evaluation: Evaluation, folder: Path) -> list[Path]:
     paths = []
     for name, figure in pictures.items():
         paths.append(folder / f"{name}.png")
-        figure.savefig(paths[-1], dpi=150)
+        with atomic(paths[-1]) as temporary:
+            figure.savefig(temporary, dpi=150)
     return paths
 
 

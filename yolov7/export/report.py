@@ -51,8 +51,9 @@ class Exported:
         note = self.note and f", {self.note}"
         names = ", ".join(meta.names[:5]) + (", ..." if len(meta.names) > 5 else "")
         agreed = "" if found.detections is None else f", {found.detections} detections the same"
+        height, width = meta.imgsz
         lines = [
-            f"{self.path}: {meta.variant}, {meta.kind}, {meta.precision}, "
+            f"{self.path}: {meta.variant}, {meta.kind}, {meta.precision}, {height} x {width}, "
             f"{self.size / 2**20:.1f} MiB{note}, exported in {self.seconds:.1f} s"
         ]
         lines += [f"  input   {_line(port)}" for port in [input_port(meta)]]

@@ -59,6 +59,8 @@ class Metadata:
     version: str
 
     def __post_init__(self) -> None:
+        if not (self.variant.isprintable() and len(self.variant) <= 100):
+            raise ValueError("variant is no printable text of up to 100 letters")
         if not self.names:
             raise ValueError("names are none")
         if not all(1 <= side <= LARGEST_IMGSZ for side in self.imgsz):

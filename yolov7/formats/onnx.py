@@ -112,6 +112,8 @@ class OpenVino:
         try:
             model = core.read_model(str(file))
             (port, *_) = model.inputs
+            # by default it computes in bf16 where the processor can
+            self._model = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
         except (RuntimeError, ValueError) as error:
             raise unreadable(str(file), "an ONNX file", error) from None
         self.shape: Sequence[int | None] | None = [
@@ -119,8 +121,6 @@ class OpenVino:
         ]
         rt_info = model.rt_info["framework"] if "framework" in model.rt_info else {}  # noqa: SIM401  # no dict
         self.text: Mapping[str, str] = {key: str(value.value) for key, value in rt_info.items()}
-        # by default it computes in bf16 where the processor can
-        self._model = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
         self._type = port.element_type.to_dtype()
 
     def __call__(self, x: Tensor) -> list[Tensor]:
