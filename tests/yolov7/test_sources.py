@@ -1,11 +1,15 @@
 import os
+import shutil
+import ssl
+import subprocess
 import threading
 import time
 import urllib.request
 from base64 import b64encode
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -463,6 +467,34 @@ def test_a_video_that_opencv_trips_over_is_reported_and_the_next_follows(
     paths = [Path(frame.path).name for frame in Source(tmp_path, on_error=errors.append)]
     assert paths == ["a.avi", "b.avi", "b.avi"]
     assert str(errors[0]) == f"{tmp_path / 'a.avi'}: damaged (container) from frame 2 on"
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="makes a certificate with openssl")
+@pytest.mark.parametrize("trusted", [False, True])
+def test_certificates_are_checked_for_videos_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trusted: bool
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_video(tmp_path / "v.avi", 2)
+    make = "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -keyout key -out cert"
+    names = "-subj /CN=localhost -addext subjectAltName=DNS:localhost"
+    subprocess.run([*make.split(), *names.split()], check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain("cert", "key")
+    httpd = ThreadingHTTPServer(("127.0.0.1", 0), SimpleHTTPRequestHandler)
+    httpd.socket = context.wrap_socket(httpd.socket, server_side=True)
+    threading.Thread(target=httpd.serve_forever, daemon=True).start()
+    known = SimpleNamespace(cafile=str(tmp_path / "cert") if trusted else "/dev/null")
+    monkeypatch.setattr(ssl, "get_default_verify_paths", lambda: known)
+    source = Source(f"https://localhost:{httpd.server_port}/v.avi")
+    if trusted:
+        assert greys(source) == [0, 1]
+    else:
+        with pytest.raises(UserError, match="not a video that can be read"):
+            list(source)
+    assert capture.FFMPEG_OPTIONS not in os.environ
+    httpd.shutdown()
+    httpd.server_close()
 
 
 # Names
