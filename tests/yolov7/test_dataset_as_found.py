@@ -162,6 +162,20 @@ def test_names_that_no_file_can_have(tmp_path: Path) -> None:
         load_data("a\0b", "val")
 
 
+def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
+    path = yolo_data(tmp_path)
+    write_label(tmp_path / "labels/val/a.txt", *(f"0 0.{n} 0.5 0.1 0.1" for n in range(20, 40)))
+    label = tmp_path / "labels/val/b.txt"
+    label.unlink()
+    os.mkfifo(label)
+    dataset = load_data(path, "val")
+    assert [problem.text for problem in dataset.problems] == ["is no file"]
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(UserError, match="does not exist"):
+        load_data(path, "val")
+
+
 # Folders
 
 

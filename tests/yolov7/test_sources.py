@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from yolov7 import capture, sources
+from yolov7 import capture, fetch, sources
 from yolov7.errors import UserError
 from yolov7.letterbox import Image
 from yolov7.sources import Source
@@ -330,6 +330,58 @@ class Camera:
         self.released = True
 
 
+@pytest.mark.parametrize("slow", [False, True])
+def test_answers_that_never_end_or_end_too_early(
+    monkeypatch: pytest.MonkeyPatch, slow: bool
+) -> None:
+    """A byte at a time, or fewer bytes than the header promised."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Length", "1000")
+            self.end_headers()
+            for _ in range(1000 if slow else 1):
+                self.wfile.write(b"x")
+                time.sleep(0.01)
+
+        def log_message(self, format: str, *args: object) -> None:  # noqa: A002  # its name there
+            pass
+
+    monkeypatch.setattr(fetch, "TIMEOUT_S", 0.5)
+    httpd = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=httpd.serve_forever, daemon=True).start()
+    match = "bytes in 1 seconds: check" if slow else "it ended 999 bytes too early"
+    with pytest.raises(UserError, match=match):
+        list(Source(f"http://127.0.0.1:{httpd.server_port}/a.png"))
+    httpd.shutdown()
+    httpd.server_close()
+
+
+def test_redirections_lead_to_http_alone() -> None:
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(302)
+            self.send_header("Location", "ftp://127.0.0.1:9/a.png")
+            self.end_headers()
+
+        def log_message(self, format: str, *args: object) -> None:  # noqa: A002  # its name there
+            pass
+
+    httpd = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=httpd.serve_forever, daemon=True).start()
+    with pytest.raises(UserError, match="it leads to ftp"):
+        list(Source(f"http://127.0.0.1:{httpd.server_port}/a.png"))
+    httpd.shutdown()
+    httpd.server_close()
+
+
+def test_a_pipe_that_is_called_like_a_video_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.mp4")
+    with pytest.raises(UserError, match="it is a pipe"):
+        list(Source(tmp_path))
+
+
 def test_the_newest_frame_wins_and_drops_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cv2, "VideoCapture", Camera)
     errors: list[UserError] = []
@@ -517,13 +569,15 @@ def test_passwords_are_sent_and_not_shown(
 ) -> None:
     url = server({"/a%C3%BC.png": ("image/png", png(picture()))})
     sent: list[str | None] = []
-    open_url = urllib.request.urlopen
+    open_url = urllib.request.OpenerDirector.open
 
-    def spy(request: urllib.request.Request, timeout: float) -> object:
+    def spy(
+        opener: object, request: urllib.request.Request, *rest: object, **named: object
+    ) -> object:
         sent.append(request.get_header("Authorization"))
-        return open_url(request, timeout=timeout)
+        return open_url(opener, request, *rest, **named)
 
-    monkeypatch.setattr(urllib.request, "urlopen", spy)
+    monkeypatch.setattr(urllib.request.OpenerDirector, "open", spy)
     with_login = url.replace("://", "://me:s3cret%21@")
     frame = next(iter(Source(f"{with_login}/aü.png")))
     assert frame.path == f"{url.replace('://', '://***@')}/aü.png"
