@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import cv2
 import numpy as np
@@ -571,9 +572,7 @@ def test_passwords_are_sent_and_not_shown(
     sent: list[str | None] = []
     open_url = urllib.request.OpenerDirector.open
 
-    def spy(
-        opener: object, request: urllib.request.Request, *rest: object, **named: object
-    ) -> object:
+    def spy(opener: Any, request: Any, *rest: Any, **named: Any) -> Any:
         sent.append(request.get_header("Authorization"))
         return open_url(opener, request, *rest, **named)
 
