@@ -134,8 +134,10 @@ def test_a_sound_data_set_has_no_faults(tmp_path: Path, capsys: pytest.CaptureFi
     (tmp_path / "images/val/b.jpg").unlink()
     (tmp_path / "images/val/c.jpg").unlink()
     (tmp_path / "labels/val/b.txt").unlink()
-    assert main(["check", "--data", str(path)]) == 0
+    pictures = tmp_path / "pictures"
+    assert main(["check", "--data", str(path), "--pictures", str(pictures)]) == 0
     assert "no faults" in capsys.readouterr().out
+    assert [picture.name for picture in pictures.iterdir()] == ["val.png"]
 
 
 @pytest.mark.parametrize(
