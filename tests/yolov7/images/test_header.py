@@ -138,7 +138,9 @@ def test_whatever_follows_the_first_bytes_is_borne(start: bytes, rest: bytes) ->
 
 
 @given(st.sampled_from(sorted(FILES)), st.integers(0, 400), st.binary(min_size=1, max_size=8))
-@example("padded jpeg", ENCODED["padded jpeg"].index(b"\xff\xc0") + 11, b"\0")  # no sampling factor
+@example(
+    "padded jpeg", ENCODED["padded jpeg"].index(b"\xff\xc0") + 11, b"\0\0\2\0\1\3\0"
+)  # no factors
 def test_whatever_is_changed_in_a_file_is_borne(name: str, at: int, change: bytes) -> None:
     data = ENCODED[name]
     header = read_header(BytesIO(data[:at] + change + data[at + len(change) :]))
