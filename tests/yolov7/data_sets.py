@@ -1,15 +1,20 @@
 """Small data sets for tests."""
 
 import json
+import sys
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
+import pytest
 
 from yolov7.dataset import Dataset, Labels, Sample
 
+linux = pytest.mark.skipif(
+    sys.platform != "linux", reason="needs pipes, links and names of any bytes, or counts KB"
+)
 WIDTH, HEIGHT = 80, 40
 BOX = "0 0.5 0.5 0.25 0.5"  # 30 10 50 30 in pixels
 

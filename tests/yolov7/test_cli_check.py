@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 import pytest
 
-from tests.yolov7.data_sets import BOX, coco_content, coco_data, write_label, yolo_data
+from tests.yolov7.data_sets import BOX, coco_content, coco_data, linux, write_label, yolo_data
 from yolov7.cli import main
 from yolov7.dataset.check import check_data
 
@@ -90,6 +90,7 @@ FOUND = [
 ]
 
 
+@linux
 def test_every_planted_fault_is_found_in_one_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -16,6 +16,7 @@ from tests.yolov7.data_sets import (
     WIDTH,
     coco_content,
     coco_data,
+    linux,
     roboflow,
     unsplit,
     write_image,
@@ -128,6 +129,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before >> 10)
 """
 
 
+@linux
 @pytest.mark.parametrize(("text", "message"), HOSTILE_YAML.values(), ids=HOSTILE_YAML.keys())
 def test_a_hostile_yaml_is_one_line_at_once(
     tmp_path: Path, text: Callable[[], str], message: str
@@ -147,6 +149,7 @@ def check_cheap(path: Path, message: str) -> None:
     assert int(megabytes) < 200
 
 
+@linux
 @pytest.mark.parametrize("text", ["[" * 1_000_000, '{"a":' * 1_000_000], ids=["lists", "objects"])
 def test_a_deep_json_is_one_line(tmp_path: Path, text: str) -> None:
     path = tmp_path / "val.json"
@@ -163,6 +166,7 @@ def test_names_that_no_file_can_have(tmp_path: Path) -> None:
         load_data("a\0b", "val")
 
 
+@linux
 def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
     path = yolo_data(tmp_path)
     write_label(tmp_path / "labels/val/a.txt", *(f"0 0.{n} 0.5 0.1 0.1" for n in range(20, 40)))
@@ -180,6 +184,7 @@ def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
 # Folders
 
 
+@linux
 def test_folders_are_searched_through_links_and_links_in_circles_end(tmp_path: Path) -> None:
     path = yolo_data(tmp_path / "set")
     write_image(tmp_path / "elsewhere/d.jpg")

@@ -8,6 +8,7 @@ import pytest
 
 from tests.yolov7.data_sets import (
     BOX,
+    linux,
     roboflow,
     unsplit,
     write_image,
@@ -38,6 +39,7 @@ def test_the_same_images_are_never_trained_and_evaluated_on(tmp_path: Path) -> N
         assert train.samples[0].path != val.samples[0].path
 
 
+@linux
 def test_links_to_images_are_the_same_images(tmp_path: Path) -> None:
     path = yolo_data(tmp_path, "names: [a, b]\ntrain: images/val\nval: images/other\n")
     (tmp_path / "images/other").mkdir()

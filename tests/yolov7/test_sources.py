@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.yolov7.data_sets import linux
 from tests.yolov7.pictures import greys, picture, png, write_video
 from yolov7 import capture, sources
 from yolov7.errors import UserError
@@ -201,6 +202,7 @@ def test_leaving_a_video_early_closes_it(tmp_path: Path) -> None:
     assert threading.active_count() == before
 
 
+@linux
 def test_a_pipe_that_is_called_like_a_video_is_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "a.mp4")
     with pytest.raises(UserError, match="it is a pipe"):
@@ -226,6 +228,7 @@ def test_a_video_that_opencv_trips_over_is_reported_and_the_next_follows(
     assert str(errors[0]) == f"{tmp_path / 'a.avi'}: damaged (container) from frame 2 on"
 
 
+@linux
 def test_a_video_whose_name_is_not_utf8_is_refused(tmp_path: Path) -> None:
     name = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.avi")
     write_video(tmp_path / "v.avi", 2).rename(name)
@@ -233,6 +236,7 @@ def test_a_video_whose_name_is_not_utf8_is_refused(tmp_path: Path) -> None:
         list(Source(tmp_path))
 
 
+@linux
 def test_an_image_whose_name_is_not_utf8_is_read(tmp_path: Path) -> None:
     Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.png")).write_bytes(png(picture()))
     assert len(list(Source(tmp_path))) == 1

@@ -12,6 +12,7 @@ import cv2
 import numpy as np
 import pytest
 
+from tests.yolov7.data_sets import linux
 from yolov7.errors import UserError
 from yolov7.images import decode, decode_image, image_size, read_image
 from yolov7.images.header import read_header
@@ -173,6 +174,7 @@ HOSTILE: dict[str, tuple[Callable[[], bytes], str]] = {
 }
 
 
+@linux
 @pytest.mark.parametrize(("make", "answer"), HOSTILE.values(), ids=HOSTILE.keys())
 def test_hostile_files_are_harmless(tmp_path: Path, make: Callable[[], bytes], answer: str) -> None:
     path = tmp_path / "hostile"
@@ -186,6 +188,7 @@ def test_hostile_files_are_harmless(tmp_path: Path, make: Callable[[], bytes], a
     assert int(taken_mb) < 100
 
 
+@linux
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp", ".bmp", ".tiff", ".ppm", ".jp2"])
 def test_the_limit_on_memory_is_kept_while_decoding(tmp_path: Path, suffix: str) -> None:
     """A header's cost is what OpenCV takes at most, in a process of its own."""
@@ -200,6 +203,7 @@ def test_the_limit_on_memory_is_kept_while_decoding(tmp_path: Path, suffix: str)
     assert int(done.stdout.splitlines()[1]) * 2**20 / 3000**2 <= found.cost + 0.5
 
 
+@linux
 def test_what_is_no_file_is_refused_by_its_kind(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.jpg")
     (tmp_path / "device.jpg").symlink_to("/dev/zero")
