@@ -120,11 +120,10 @@ def header(height: int, width: int, bits: int = 8) -> bytes:
 
 def animated_png() -> bytes:
     """Ends OpenCV 4.12 to 5.0: a frame of an animation without a byte in it."""
-    rows = zlib.compress(b"\0\0\0\0")
-    control = chunk(b"fcTL", struct.pack(">IIIIIHHBB", 0, 1, 1, 0, 0, 1, 1, 0, 0))
-    more = chunk(b"fcTL", struct.pack(">IIIIIHHBB", 1, 1, 1, 0, 0, 1, 1, 0, 0)) + chunk(b"fdAT")
-    start = header(1, 1) + chunk(b"acTL", struct.pack(">II", 2, 0)) + control
-    return start + chunk(b"IDAT", rows) + more + chunk(b"IEND")
+    control = chunk(b"fcTL", struct.pack(">IIIIIHHBB", 0, 4, 4, 0, 0, 1, 1, 0, 0))
+    picture = chunk(b"IDAT", zlib.compress(bytes((1 + 3 * 4) * 4)))
+    animation = chunk(b"acTL", struct.pack(">II", 2, 0))
+    return header(4, 4) + animation + picture + control + chunk(b"fdAT") + chunk(b"IEND")
 
 
 def wide_png(side: int) -> bytes:
@@ -164,7 +163,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before >> 10)
 """
 
 HOSTILE: dict[str, tuple[Callable[[], bytes], str]] = {
-    "empty frame of an animation": (animated_png, "read (1, 1, 3)"),
+    "empty frame of an animation": (animated_png, "read (4, 4, 3)"),
     "chunk beyond the end": (long_chunk, "refused it: truncated"),
     "16 bits at the limit": (lambda: wide_png(9000), "refused it: 81 million pixels"),
     "JPEG 2000": (lambda: small_but_wide(".jp2", 8000), "refused it: 64 million pixels"),
