@@ -127,9 +127,14 @@ def animated_png() -> bytes:
 
 
 def wide_png(side: int) -> bytes:
-    """A 16-bit PNG of one colour, a thousandth of its pixels in size."""
-    rows = zlib.compress(bytes((1 + 6 * side) * side), 9)
-    return header(side, side, 16) + chunk(b"IDAT", rows) + chunk(b"IEND")
+    """A 16-bit PNG that claims a size; of its pixels only the first row is there."""
+    return header(side, side, 16) + chunk(b"IDAT", zlib.compress(bytes(6 * side))) + chunk(b"IEND")
+
+
+def claiming(data: bytes, mark: bytes, behind: int, side: int) -> bytes:
+    """A picture whose header claims another width and height, a few bytes behind a mark."""
+    at = data.index(mark) + len(mark) + behind
+    return data[:at] + struct.pack(">II", side, side) + data[at + 8 :]
 
 
 def long_chunk() -> bytes:
@@ -166,8 +171,14 @@ HOSTILE: dict[str, tuple[Callable[[], bytes], str]] = {
     "empty frame of an animation": (animated_png, "read (4, 4, 3)"),
     "chunk beyond the end": (long_chunk, "refused it: truncated"),
     "16 bits at the limit": (lambda: wide_png(9000), "refused it: 81 million pixels"),
-    "JPEG 2000": (lambda: small_but_wide(".jp2", 8000), "refused it: 64 million pixels"),
-    "AVIF": (lambda: small_but_wide(".avif", 7000), "refused it: 49 million pixels"),
+    "JPEG 2000": (
+        lambda: claiming(small_but_wide(".jp2", 64), b"\xff\x51", 4, 8000),
+        "refused it: 64 million pixels",
+    ),
+    "AVIF": (
+        lambda: claiming(small_but_wide(".avif", 8), b"ispe", 4, 7000),
+        "refused it: 49 million pixels",
+    ),
     "scans": (many_scans, "refused it: a JPEG of 2010 scans"),
     "Radiance": (lambda: b"#?RADIANCE\n-Y 99999 +X 99999\n", "refused it: a Radiance picture"),
 }
