@@ -1,9 +1,12 @@
 """Reading ahead: images by a few threads, videos by one, cameras so that the newest frame wins."""
 
+import os
+import ssl
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from threading import Condition, Event, Thread
+from contextlib import contextmanager
+from threading import Condition, Event, Lock, Thread
 from time import monotonic
 from typing import TypeVar
 
@@ -17,6 +20,9 @@ from yolov7.text import one_line
 WAITING = 2
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 30.0  # before a source that has dropped is opened again
 TIMEOUTS = [cv2.CAP_PROP_OPEN_TIMEOUT_MSEC, 10_000, cv2.CAP_PROP_READ_TIMEOUT_MSEC, 10_000]
+FFMPEG_OPTIONS = "OPENCV_FFMPEG_CAPTURE_OPTIONS"
+
+_environment = Lock()
 
 T = TypeVar("T")
 
@@ -61,8 +67,9 @@ def open_capture(target: str | int, name: str, hint: str) -> cv2.VideoCapture:
             capture = cv2.VideoCapture(target)
         elif cv2.CAP_FFMPEG in cv2.videoio_registry.getBackends():
             target.encode()  # OpenCV ends the process at half a surrogate pair
-            # FFmpeg only: another reader prints addresses, with the passwords in them.
-            capture = cv2.VideoCapture(target, cv2.CAP_FFMPEG, TIMEOUTS)
+            with _certificates_checked(target):
+                # FFmpeg only: another reader prints addresses, with the passwords in them.
+                capture = cv2.VideoCapture(target, cv2.CAP_FFMPEG, TIMEOUTS)
         else:
             target.encode()
             capture = cv2.VideoCapture(target)
@@ -73,6 +80,25 @@ def open_capture(target: str | int, name: str, hint: str) -> cv2.VideoCapture:
     if not capture.isOpened():
         raise UserError(f"{name}: {hint}")
     return capture
+
+
+@contextmanager
+def _certificates_checked(target: str) -> Iterator[None]:
+    """Have FFmpeg check the certificate of an https address, which it does not by itself.
+
+    Its options go through the environment; what the user has set there stands. Where Python knows
+    no file of certificates (Windows, some macOS), nothing is checked.
+    """
+    authorities = ssl.get_default_verify_paths().cafile
+    if not target.startswith("https://") or FFMPEG_OPTIONS in os.environ or not authorities:
+        yield
+        return
+    with _environment:
+        os.environ[FFMPEG_OPTIONS] = f"tls_verify;1|ca_file;{authorities}"
+        try:
+            yield
+        finally:
+            del os.environ[FFMPEG_OPTIONS]
 
 
 def frame_rate(capture: cv2.VideoCapture) -> float:

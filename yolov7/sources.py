@@ -7,18 +7,15 @@ newest frame wins: a slow reader sees the present, and the frames that it missed
 
 import glob
 import os
-import urllib.request
-from base64 import b64encode
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
-from http.client import HTTPException, HTTPResponse
 from itertools import groupby, repeat
 from pathlib import Path
 from threading import Condition
 from typing import Literal
-from urllib.parse import quote, unquote, urlsplit
+from urllib.parse import urlsplit
 
 import cv2
 import numpy as np
@@ -27,9 +24,10 @@ from torch import Tensor
 
 from yolov7.capture import Newest, ahead, frame_rate, next_frame, open_capture
 from yolov7.errors import UserError
+from yolov7.fetch import REFUSALS, fetch, open_url, unreachable
 from yolov7.images import IMAGE_SUFFIXES, decode_image, read_image, to_bgr
 from yolov7.letterbox import Image
-from yolov7.text import printable, split_login, without_secrets
+from yolov7.text import printable, without_secrets
 
 VIDEO_SUFFIXES = frozenset(
     {".3gp", ".asf", ".avi", ".flv", ".gif", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg"}
@@ -37,9 +35,7 @@ VIDEO_SUFFIXES = frozenset(
 )
 STREAM_SCHEMES = frozenset({"rtsp", "rtsps", "rtmp", "rtp", "udp", "tcp", "srt"})
 
-MAX_DOWNLOAD = 2**28  # bytes of one image from a URL
 SLACK = 0.01  # by which resizing may carry the values of a tensor beyond 1
-TIMEOUT_S = 10.0  # until a server has to answer
 WORKERS = 2  # threads that decode images
 
 NO_VIDEO = "not a video that can be read: check the file"
@@ -317,7 +313,7 @@ def _from_path(path: Path) -> Iterator[_Item]:
     except (OSError, ValueError) as error:  # a folder that may not be read, a name too long, a NUL
         found, missing = [], f"cannot be read: {getattr(error, 'strerror', None) or error}"
     for file in found:
-        if file.suffix.lower() in VIDEO_SUFFIXES and file.exists():
+        if file.suffix.lower() in VIDEO_SUFFIXES and os.path.isfile(file):
             yield _Item(str(file), "video", target=str(file))
         else:
             yield _Item(str(file), "image", partial(read_image, file))
@@ -326,8 +322,6 @@ def _from_path(path: Path) -> Iterator[_Item]:
 
 
 _SUFFIXES = IMAGE_SUFFIXES | VIDEO_SUFFIXES
-# What urllib raises: no connection, an address that is none, an answer that is not HTTP.
-_REFUSALS = (OSError, ValueError, HTTPException)
 
 
 def _from_url(address: str) -> _Item:
@@ -335,7 +329,7 @@ def _from_url(address: str) -> _Item:
     try:
         parts = urlsplit(address)
     except ValueError as error:
-        return _failing(name, _unreachable(name, error))
+        return _failing(name, unreachable(name, error))
     suffix = Path(parts.path).suffix.lower()
     if parts.scheme in STREAM_SCHEMES:
         return _Item(name, "live", target=address)
@@ -347,43 +341,17 @@ def _from_url(address: str) -> _Item:
     if suffix in IMAGE_SUFFIXES:
         return _Item(name, "image", partial(_download_image, address, name))
     try:  # the name does not tell: the server does
-        with _open_url(address) as answer:
+        with open_url(address) as answer:
             kind = answer.headers.get_content_maintype()
-    except _REFUSALS as error:
-        return _failing(name, _unreachable(name, error))
+    except REFUSALS as error:
+        return _failing(name, unreachable(name, error))
     if kind == "image":
         return _Item(name, "image", partial(_download_image, address, name))
     return _Item(name, "video" if kind == "video" else "live", target=address)
 
 
-def _open_url(address: str) -> HTTPResponse:
-    """The answer to an address, whose user and password become a header for its host only."""
-    url, login = split_login(address)
-    parts = urlsplit(url)
-    # Letters beyond ASCII as browsers send them.
-    path, query = quote(parts.path, safe="/%:@!$&'()*+,;=~"), quote(parts.query, safe="/%?=&+,;:@")
-    request = urllib.request.Request(parts._replace(path=path, query=query).geturl())
-    if login:
-        token = b64encode(unquote(login).encode()).decode()
-        request.add_unredirected_header("Authorization", f"Basic {token}")
-    answer: HTTPResponse = urllib.request.urlopen(request, timeout=TIMEOUT_S)
-    return answer
-
-
 def _download_image(address: str, name: str) -> Image:
-    try:
-        with _open_url(address) as answer:
-            data = answer.read(MAX_DOWNLOAD + 1)
-    except _REFUSALS as error:
-        raise _unreachable(name, error) from None
-    if len(data) > MAX_DOWNLOAD:
-        raise UserError(f"{name}: over the limit of {MAX_DOWNLOAD >> 20} MB: download it yourself")
-    return decode_image(data, name)
-
-
-def _unreachable(url: str, error: Exception) -> UserError:
-    reason = getattr(error, "reason", None) or error
-    return UserError(f"{url}: {reason}: check the address and the connection")
+    return decode_image(fetch(address), name)
 
 
 def _failing(name: str, error: UserError) -> _Item:

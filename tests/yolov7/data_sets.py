@@ -1,15 +1,20 @@
 """Small data sets for tests."""
 
 import json
+import sys
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
+import pytest
 
 from yolov7.dataset import Dataset, Labels, Sample
 
+linux = pytest.mark.skipif(
+    sys.platform != "linux", reason="needs pipes, links and names of any bytes, or counts KB"
+)
 WIDTH, HEIGHT = 80, 40
 BOX = "0 0.5 0.5 0.25 0.5"  # 30 10 50 30 in pixels
 
@@ -108,3 +113,27 @@ def sample(
 def found(*rows: list[float]) -> np.ndarray:
     """Detections from rows of x1, y1, x2, y2, score, class."""
     return np.array(rows, np.float32).reshape(-1, 6)
+
+
+def roboflow(root: Path, **splits: list[str]) -> Path:
+    """A folder per split, its json among its images; a category above the others."""
+    for split, names in splits.items():
+        images = [{"id": i, "file_name": name, "height": HEIGHT, "width": WIDTH}
+                  for i, name in enumerate(names)]  # fmt: skip
+        annotations = [{"id": i, "image_id": i, "category_id": 1, "bbox": [i, 2, 9, 9]}
+                       for i in range(len(names))]  # fmt: skip
+        categories = [{"id": 0, "name": "cells", "supercategory": "none"},
+                      {"id": 1, "name": "red", "supercategory": "cells"},
+                      {"id": 2, "name": "white", "supercategory": "cells"}]  # fmt: skip
+        for name in names:
+            write_image(root / split / name)
+        content = {"images": images, "annotations": annotations, "categories": categories}
+        (root / split / "_annotations.coco.json").write_text(json.dumps(content))
+    return root
+
+
+def unsplit(root: Path) -> Path:
+    """One json that names no split, and its images."""
+    path = coco_data(root)
+    (root / "val2017").rename(root / "images")
+    return path.rename(path.with_name("latest.json"))

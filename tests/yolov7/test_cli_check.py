@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 import pytest
 
-from tests.yolov7.data_sets import BOX, coco_content, coco_data, write_label, yolo_data
+from tests.yolov7.data_sets import BOX, coco_content, coco_data, linux, write_label, yolo_data
 from yolov7.cli import main
 from yolov7.dataset.check import check_data
 
@@ -90,6 +90,7 @@ FOUND = [
 ]
 
 
+@linux
 def test_every_planted_fault_is_found_in_one_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -134,8 +135,10 @@ def test_a_sound_data_set_has_no_faults(tmp_path: Path, capsys: pytest.CaptureFi
     (tmp_path / "images/val/b.jpg").unlink()
     (tmp_path / "images/val/c.jpg").unlink()
     (tmp_path / "labels/val/b.txt").unlink()
-    assert main(["check", "--data", str(path)]) == 0
+    pictures = tmp_path / "pictures"
+    assert main(["check", "--data", str(path), "--pictures", str(pictures)]) == 0
     assert "no faults" in capsys.readouterr().out
+    assert [picture.name for picture in pictures.iterdir()] == ["val.png"]
 
 
 @pytest.mark.parametrize(

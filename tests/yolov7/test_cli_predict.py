@@ -229,3 +229,14 @@ def test_a_stream_ends_at_ctrl_c_and_keeps_what_it_has(
 def test_defaults_are_those_of_the_interface() -> None:
     options = Predict()
     assert (options.conf, options.iou, options.max_det, options.imgsz) == (0.25, 0.45, 300, None)
+
+
+def test_passwords_of_addresses_stand_nowhere(capfd: pytest.CaptureFixture[str]) -> None:
+    url = "rtsp://me:s3cret@127.0.0.1:9/cam?token=s3cret"
+    assert main(["predict", "--source", url, "--json", "out.json"]) == 1
+    said = capfd.readouterr()
+    assert "rtsp://***@127.0.0.1:9/cam" in said.err
+    assert "s3cret" not in said.out + said.err
+    files = [path for path in Path().rglob("*") if path.is_file()]
+    assert Path("runs/predict/1/arguments.yaml") in files
+    assert not any(b"s3cret" in path.read_bytes() for path in files)

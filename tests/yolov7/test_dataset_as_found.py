@@ -1,6 +1,5 @@
 """Data sets as people have them: other tools' layouts, other systems' habits, small faults."""
 
-import json
 import os
 import subprocess
 import sys
@@ -17,6 +16,9 @@ from tests.yolov7.data_sets import (
     WIDTH,
     coco_content,
     coco_data,
+    linux,
+    roboflow,
+    unsplit,
     write_image,
     write_label,
     yolo_data,
@@ -127,6 +129,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before >> 10)
 """
 
 
+@linux
 @pytest.mark.parametrize(("text", "message"), HOSTILE_YAML.values(), ids=HOSTILE_YAML.keys())
 def test_a_hostile_yaml_is_one_line_at_once(
     tmp_path: Path, text: Callable[[], str], message: str
@@ -146,6 +149,7 @@ def check_cheap(path: Path, message: str) -> None:
     assert int(megabytes) < 200
 
 
+@linux
 @pytest.mark.parametrize("text", ["[" * 1_000_000, '{"a":' * 1_000_000], ids=["lists", "objects"])
 def test_a_deep_json_is_one_line(tmp_path: Path, text: str) -> None:
     path = tmp_path / "val.json"
@@ -162,9 +166,25 @@ def test_names_that_no_file_can_have(tmp_path: Path) -> None:
         load_data("a\0b", "val")
 
 
+@linux
+def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
+    path = yolo_data(tmp_path)
+    write_label(tmp_path / "labels/val/a.txt", *(f"0 0.{n} 0.5 0.1 0.1" for n in range(20, 40)))
+    label = tmp_path / "labels/val/b.txt"
+    label.unlink()
+    os.mkfifo(label)
+    dataset = load_data(path, "val")
+    assert [problem.text for problem in dataset.problems] == ["is no file"]
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(UserError, match="does not exist"):
+        load_data(path, "val")
+
+
 # Folders
 
 
+@linux
 def test_folders_are_searched_through_links_and_links_in_circles_end(tmp_path: Path) -> None:
     path = yolo_data(tmp_path / "set")
     write_image(tmp_path / "elsewhere/d.jpg")
@@ -296,23 +316,6 @@ def test_a_label_that_is_edited_while_the_set_is_read_is_read_again(
 # COCO
 
 
-def roboflow(root: Path, **splits: list[str]) -> Path:
-    """A folder per split, its json among its images; a category above the others."""
-    for split, names in splits.items():
-        images = [{"id": i, "file_name": name, "height": HEIGHT, "width": WIDTH}
-                  for i, name in enumerate(names)]  # fmt: skip
-        annotations = [{"id": i, "image_id": i, "category_id": 1, "bbox": [i, 2, 9, 9]}
-                       for i in range(len(names))]  # fmt: skip
-        categories = [{"id": 0, "name": "cells", "supercategory": "none"},
-                      {"id": 1, "name": "red", "supercategory": "cells"},
-                      {"id": 2, "name": "white", "supercategory": "cells"}]  # fmt: skip
-        for name in names:
-            write_image(root / split / name)
-        content = {"images": images, "annotations": annotations, "categories": categories}
-        (root / split / "_annotations.coco.json").write_text(json.dumps(content))
-    return root
-
-
 @pytest.mark.parametrize("spec", [".", "train/_annotations.coco.json"])
 def test_roboflows_layout_is_read(tmp_path: Path, spec: str) -> None:
     roboflow(tmp_path, train=["a.jpg", "b.jpg"], valid=["c.jpg"], test=["d.jpg"])
@@ -375,69 +378,7 @@ def test_windows_paths_and_sizes_of_zero_in_a_json(tmp_path: Path) -> None:
     assert (dataset.samples[0].height, dataset.samples[0].width) == (HEIGHT, WIDTH)
 
 
-def unsplit(root: Path) -> Path:
-    """One json that names no split, and its images."""
-    path = coco_data(root)
-    (root / "val2017").rename(root / "images")
-    return path.rename(path.with_name("latest.json"))
-
-
 def test_a_name_that_only_contains_a_split_is_none(tmp_path: Path) -> None:
     latest = unsplit(tmp_path / "set")
     for split in ("train", "val"):
         assert len(load_data(latest, split).samples) == 2
-
-
-# Splits
-
-
-def test_the_same_images_are_never_trained_and_evaluated_on(tmp_path: Path) -> None:
-    latest = unsplit(tmp_path / "set")
-    for spec in (latest, latest.parent.parent):
-        with pytest.raises(UserError, match="2 of 2 images of val are in train, too"):
-            load_splits(spec)
-        train, val = load_splits(spec, val_fraction=0.5, seed=1)
-        assert len(train.samples) == len(val.samples) == 1
-        assert train.samples[0].path != val.samples[0].path
-
-
-def test_links_to_images_are_the_same_images(tmp_path: Path) -> None:
-    path = yolo_data(tmp_path, "names: [a, b]\ntrain: images/val\nval: images/other\n")
-    (tmp_path / "images/other").mkdir()
-    os.symlink(tmp_path / "images/val/a.jpg", tmp_path / "images/other/a.jpg")
-    write_image(tmp_path / "images/other/b.jpg")
-    with pytest.raises(UserError, match="1 of 2 images of val are in train"):
-        load_splits(path)
-
-
-def test_images_held_out_follow_from_the_seed(tmp_path: Path) -> None:
-    for index in range(20):
-        write_image(tmp_path / f"images/{index}.jpg")
-    copies = [write_image(tmp_path / f"images/x.rf.{name}.jpg") for name in "abc"]
-    write_label(tmp_path / "labels/0.txt", BOX)
-    (tmp_path / "data.yaml").write_text("names: [a]\ntrain: images\n")
-
-    def held(seed: int) -> set[str]:
-        train, val = load_splits(tmp_path, val_fraction=0.3, seed=seed)
-        first, second = ({s.path.name for s in part.samples} for part in (train, val))
-        assert not first & second
-        assert len(first | second) == 23
-        assert len({copy.name for copy in copies} & first) in (0, 3)
-        return second
-
-    assert held(0) == held(0) != held(1)
-    for fraction in (0, 1, -0.1, float("nan")):
-        with pytest.raises(UserError, match="give a number between 0 and 1"):
-            load_splits(tmp_path, val_fraction=fraction)
-
-
-def test_splits_that_count_their_classes_differently_are_matched_by_name(tmp_path: Path) -> None:
-    roboflow(tmp_path, train=["a.jpg"], valid=["c.jpg"])
-    path = tmp_path / "valid/_annotations.coco.json"
-    content = json.loads(path.read_text())
-    content["categories"][1]["id"], content["categories"][2]["id"] = 2, 1
-    path.write_text(json.dumps(content))
-    train, val = load_splits(tmp_path)
-    assert train.names == val.names == ["red", "white"]
-    assert classes(val) == [[1]]
-    assert (train.category_ids, val.category_ids) == ([1, 2], [2, 1])

@@ -1,10 +1,6 @@
 import os
 import threading
-import time
-import urllib.request
-from base64 import b64encode
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Iterator
 from pathlib import Path
 
 import cv2
@@ -12,38 +8,12 @@ import numpy as np
 import pytest
 import torch
 
+from tests.yolov7.data_sets import linux
+from tests.yolov7.pictures import greys, picture, png, write_video
 from yolov7 import capture, sources
 from yolov7.errors import UserError
 from yolov7.letterbox import Image
 from yolov7.sources import Source
-
-
-def picture(height: int = 12, width: int = 20) -> Image:
-    """Blue rises to the right, green downwards; red is 200."""
-    image = np.full((height, width, 3), 200, np.uint8)
-    image[:, :, 0] = np.linspace(0, 255, width, dtype=np.uint8)
-    image[:, :, 1] = np.linspace(0, 255, height, dtype=np.uint8)[:, None]
-    return image
-
-
-def png(image: np.ndarray) -> bytes:
-    return cv2.imencode(".png", image)[1].tobytes()
-
-
-def write_video(path: Path, frames: int, fourcc: str = "MJPG") -> Path:
-    """Frame i is uniformly grey, 20 i."""
-    writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*fourcc), 10.0, (64, 48))
-    for index in range(frames):
-        writer.write(np.full((48, 64, 3), 20 * index % 256, np.uint8))
-    writer.release()
-    return path
-
-
-def greys(source: Source) -> list[int]:
-    return [round(float(frame.image.mean()) / 20) for frame in source]
-
-
-# Sources of images
 
 
 def test_folders_globs_and_lists(tmp_path: Path) -> None:
@@ -189,9 +159,6 @@ def test_an_empty_list_is_refused() -> None:
         Source([])
 
 
-# Videos
-
-
 def test_video_frames_with_their_numbers(tmp_path: Path) -> None:
     path = write_video(tmp_path / "v.avi", 6)
     frames = list(Source(path))
@@ -235,215 +202,11 @@ def test_leaving_a_video_early_closes_it(tmp_path: Path) -> None:
     assert threading.active_count() == before
 
 
-# Network, cameras
-
-
-@pytest.fixture
-def server() -> Iterator[Callable[[dict[str, tuple[str, bytes]]], str]]:
-    """Starts an HTTP server of path -> (content type, body); gives its address."""
-    pages: dict[str, tuple[str, bytes]] = {}
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            if self.path not in pages:
-                self.send_error(404)
-                return
-            kind, body = pages[self.path]
-            self.send_response(200)
-            self.send_header("Content-Type", kind)
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, format: str, *args: object) -> None:  # noqa: A002  # its name there
-            pass
-
-    httpd = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=httpd.serve_forever, daemon=True).start()
-
-    def start(new: dict[str, tuple[str, bytes]]) -> str:
-        pages.update(new)
-        return f"http://127.0.0.1:{httpd.server_port}"
-
-    yield start
-    httpd.shutdown()
-    httpd.server_close()
-
-
-def test_urls(server: Callable[..., str], tmp_path: Path) -> None:
-    image = picture()
-    video = write_video(tmp_path / "v.avi", 3).read_bytes()
-    url = server(
-        {
-            "/a.png?size=1": ("image/png", png(image)),
-            "/photo": ("image/png", png(image)),
-            "/v.avi": ("video/x-msvideo", video),
-        }
-    )
-    for address in (f"{url}/a.png?size=1", f"{url}/photo"):
-        np.testing.assert_array_equal(next(iter(Source(address))).image, image)
-    assert greys(Source(f"{url}/v.avi")) == [0, 1, 2]
-
-
-def test_urls_that_fail(server: Callable[..., str]) -> None:
-    url = server({"/page.png": ("text/html", b"<html>")})
-    for address, match in [
-        (f"{url}/absent.png", "absent.png: Not Found: check the address"),
-        (f"{url}/absent", "absent: Not Found: check the address"),
-        (f"{url}/page.png", "such as SVG or a web page"),
-        ("http://127.0.0.1:9/a.png", "refused: check the address and the connection"),
-        ("http://a b/a.png", "a b/a.png: URL can't contain control characters.*check the address"),
-        ("ftp://example.org/a.png", "give one of http"),
-    ]:
-        with pytest.raises(UserError, match=match):
-            list(Source(address))
-
-
-class Camera:
-    """Gives grey frames 0, 1, 2, ... as fast as they are asked for, every 10 ms."""
-
-    def __init__(self, *_: object) -> None:
-        self.count = 0
-        self.released = False
-
-    def isOpened(self) -> bool:  # noqa: N802  # OpenCV's name
-        return True
-
-    def get(self, _: int) -> float:
-        return float("nan")
-
-    def grab(self) -> bool:
-        self.count += 1
-        return True
-
-    def read(self) -> tuple[bool, Image | None]:
-        time.sleep(0.01)
-        if self.count >= 40:
-            return False, None
-        self.count += 1
-        return True, np.full((2, 2, 3), self.count, np.uint8)
-
-    def release(self) -> None:
-        self.released = True
-
-
-def test_the_newest_frame_wins_and_drops_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cv2, "VideoCapture", Camera)
-    errors: list[UserError] = []
-    source = Source(0, on_error=errors.append)
-    numbers = []
-    for frame in source:
-        assert (frame.path, frame.kind, frame.fps) == ("camera 0", "live", 0.0)
-        assert frame.image[0, 0, 0] == frame.number
-        numbers.append(frame.number)
-        time.sleep(0.05)
-    assert source.live
-    assert numbers == sorted(set(numbers))
-    assert 3 < len(numbers) < 20
-    assert source.dropped == 40 - len(numbers)
-    assert [str(error) for error in errors] == [
-        "camera 0: no frame comes any more: check the source"
-    ]
-
-
-def test_several_cameras_run_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cv2, "VideoCapture", Camera)
-    seen = [frame.path for frame in Source(["0", 1], on_error=lambda _: None)]
-    first = seen[: len(seen) // 2]
-    assert {"camera 0", "camera 1"} == set(first)
-
-
-def test_leaving_a_camera_early_releases_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    cameras: list[Camera] = []
-
-    def opened(target: object) -> Camera:
-        cameras.append(Camera(target))
-        return cameras[-1]
-
-    monkeypatch.setattr(cv2, "VideoCapture", opened)
-    frames = iter(Source(0))
-    next(frames)
-    frames.close()  # type: ignore[attr-defined]  # a generator
-    assert cameras[0].released
-
-
-@pytest.mark.parametrize("number", [63, 20240101123456])
-def test_a_camera_that_is_not_there(number: int) -> None:
-    with pytest.raises(UserError, match=f"camera {number}: cannot be opened"):
-        list(Source(number))
-
-
-def test_a_camera_is_released_when_the_next_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    camera = Camera(0)
-
-    def opened(target: int, name: str, hint: str) -> Camera:
-        if target == 1:
-            raise UserError(f"{name}: {hint}")
-        return camera
-
-    monkeypatch.setattr(sources, "open_capture", opened)
-    with pytest.raises(UserError, match="camera 1: cannot be opened"):
-        list(Source([0, 1]))
-    assert camera.released
-
-
-def test_http_streams_are_live(server: Callable[..., str]) -> None:
-    jpeg = cv2.imencode(".jpg", picture(48, 64))[1].tobytes()
-    part = b"--frame\r\nContent-Type: image/jpeg\r\nContent-Length: %d\r\n\r\n" % len(jpeg)
-    body = (part + jpeg + b"\r\n") * 8 + b"--frame--\r\n"
-    url = server({"/cam": ("multipart/x-mixed-replace; boundary=frame", body)})
-    errors: list[UserError] = []
-    source = Source(f"{url}/cam", on_error=errors.append)
-    frames = list(source)
-    assert len(errors) == 1
-    assert source.live
-    assert frames
-    assert {frame.image.shape for frame in frames} == {(48, 64, 3)}
-
-
-def test_a_stream_that_drops_is_opened_again_until_it_stays_away(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(capture, "FIRST_PAUSE_S", 0.01)
-    opened: list[Camera] = []
-
-    def connect(target: object) -> Camera:
-        if len(opened) == 2:
-            raise cv2.error("gone")
-        opened.append(Camera(target))
-        return opened[-1]
-
-    monkeypatch.setattr(cv2, "VideoCapture", connect)
-    errors: list[UserError] = []
-    notes: list[str] = []
-    source = Source(0, retry=0.3, on_error=errors.append, on_note=notes.append)
-    numbers = [frame.number for frame in source]
-    assert numbers == sorted(set(numbers))
-    assert 40 < numbers[-1] <= 80  # they go on
-    assert all(camera.released for camera in opened)
-    assert notes[0] == (
-        "camera 0: no frame comes any more: check the source; trying again in 0.0 s"
-    )
-    assert "camera 0: cannot be opened" in notes[-1]
-    assert [str(error) for error in errors] == [
-        "camera 0: cannot be opened: check that it is there"
-    ]
-    with pytest.raises(UserError, match="retry is nan seconds"):
-        Source(0, retry=float("nan"))
-
-
-@pytest.mark.parametrize(
-    ("error", "seen"), [(cv2.error("container"), UserError), (MemoryError(), MemoryError)]
-)
-def test_an_error_of_the_reading_thread_reaches_the_main_loop(
-    monkeypatch: pytest.MonkeyPatch, error: Exception, seen: type[Exception]
-) -> None:
-    def read(_: Camera) -> tuple[bool, Image]:
-        raise error
-
-    monkeypatch.setattr(Camera, "read", read)
-    monkeypatch.setattr(cv2, "VideoCapture", Camera)
-    with pytest.raises(seen):
-        list(Source(0))
+@linux
+def test_a_pipe_that_is_called_like_a_video_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.mp4")
+    with pytest.raises(UserError, match="it is a pipe"):
+        list(Source(tmp_path))
 
 
 def test_a_video_that_opencv_trips_over_is_reported_and_the_next_follows(
@@ -465,9 +228,7 @@ def test_a_video_that_opencv_trips_over_is_reported_and_the_next_follows(
     assert str(errors[0]) == f"{tmp_path / 'a.avi'}: damaged (container) from frame 2 on"
 
 
-# Names
-
-
+@linux
 def test_a_video_whose_name_is_not_utf8_is_refused(tmp_path: Path) -> None:
     name = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.avi")
     write_video(tmp_path / "v.avi", 2).rename(name)
@@ -475,33 +236,7 @@ def test_a_video_whose_name_is_not_utf8_is_refused(tmp_path: Path) -> None:
         list(Source(tmp_path))
 
 
+@linux
 def test_an_image_whose_name_is_not_utf8_is_read(tmp_path: Path) -> None:
     Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.png")).write_bytes(png(picture()))
     assert len(list(Source(tmp_path))) == 1
-
-
-def test_passwords_are_sent_and_not_shown(
-    server: Callable[..., str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    url = server({"/a%C3%BC.png": ("image/png", png(picture()))})
-    sent: list[str | None] = []
-    open_url = urllib.request.urlopen
-
-    def spy(request: urllib.request.Request, timeout: float) -> object:
-        sent.append(request.get_header("Authorization"))
-        return open_url(request, timeout=timeout)
-
-    monkeypatch.setattr(urllib.request, "urlopen", spy)
-    with_login = url.replace("://", "://me:s3cret%21@")
-    frame = next(iter(Source(f"{with_login}/aü.png")))
-    assert frame.path == f"{url.replace('://', '://***@')}/aü.png"
-    assert sent == ["Basic " + b64encode(b"me:s3cret!").decode()]
-    for address in (
-        f"{with_login}/absent.png",
-        "rtsp://me:s3cret@127.0.0.1:9/cam?password=s3cret",
-        "gopher://me:s3cret@host/a",
-        "http://me:s3cret@[::1/a.jpg",
-    ):
-        with pytest.raises(UserError) as error:
-            list(Source(address))
-        assert "s3cret" not in str(error.value)

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.yolov7.data_sets import linux
 from yolov7.drawing import draw_boxes
 from yolov7.errors import UserError
 from yolov7.text import file_name, plot_text, printable, split_login
@@ -71,6 +72,7 @@ def test_any_label_is_drawn(text: str) -> None:
     assert draw_boxes(image, boxes, [text], [0]).any()
 
 
+@linux
 @pytest.mark.parametrize("encoding", ["ascii", "utf-8", "cp1252"])
 def test_no_terminal_ends_a_run(tmp_path: Path, encoding: str) -> None:
     """Every character reaches a terminal that lacks it as its code."""
@@ -87,6 +89,7 @@ def test_no_terminal_ends_a_run(tmp_path: Path, encoding: str) -> None:
     assert len(done.stderr.splitlines()) == 1
 
 
+@linux
 def test_a_reader_that_has_had_enough_is_no_error(tmp_path: Path) -> None:
     code = """
 import sys

@@ -8,11 +8,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from yolov7.atomic import atomic
 from yolov7.dataset.check import NOTES, Report, check_data, per_class
 from yolov7.errors import UserError
 from yolov7.runs import check_writable, write_json
-from yolov7.text import printable
+from yolov7.text import file_name, printable
 from yolov7.train.autoanchor import box_sizes, possible_recall
+from yolov7.train.plots import can_plot, label_picture
 from yolov7.variants import VARIANTS
 
 NAMED = 3  # problems of a kind that are named on the terminal
@@ -32,6 +34,8 @@ class Check:
     """variant whose anchors these are"""
     all: bool = False
     """name every problem, not the first three of each kind"""
+    pictures: Path | None = None
+    """draw how many boxes there are, where and how large, into this folder: SPLIT.png"""
     json: Path | None = None
     """write splits, counts and all problems to this file"""
 
@@ -51,7 +55,17 @@ def run(options: Check) -> int:
     _print_sizes(report, options)
     _print_problems(report, len(report.problems) if options.all else NAMED)
     write_json(options.json, report.to_dict())
+    if options.pictures:
+        _draw(report, options.pictures)
     return 1 if report.faults else 0
+
+
+def _draw(report: Report, folder: Path) -> None:
+    if not can_plot():
+        raise UserError("--pictures needs matplotlib: pip install 'yolov7-triton[plots]'")
+    for split, dataset in report.splits.items():
+        with atomic(folder / f"{file_name(split)}.png") as temporary:
+            label_picture(dataset, temporary)
 
 
 def _print_classes(report: Report, console: Console) -> None:

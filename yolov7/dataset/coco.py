@@ -33,6 +33,8 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_bytes())
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except MemoryError:
+        raise UserError(f"{path} is too large for the memory of this machine") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is no valid json ({error}): download or write it again") from None
     missing = [

@@ -1,6 +1,7 @@
 """The data.yaml: where the splits of a data set lie, and what its classes are called."""
 
 import os
+import stat
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 from typing import Any
@@ -45,7 +46,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
         UserError: It cannot be read, or is no such file.
     """
     try:
-        if path.stat().st_size > LARGEST:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise UserError(f"{path} is no file")
+        if status.st_size > LARGEST:
             raise UserError(f"{path} is no data.yaml: it is larger than {LARGEST >> 10} KB")
         content = yaml.load(path.read_bytes(), _Loader)
     except OSError as error:

@@ -6,6 +6,7 @@ folder of the path is called `images` they lie beside the image.
 """
 
 import os
+import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from yolov7.errors import UserError
 from yolov7.images import IMAGE_SUFFIXES
 from yolov7.text import printable
 
+LARGEST = 2**28  # bytes of a text: a list of two million images
 SLACK = 0.01  # fractions that rounding carried out of 0..1 are meant
 FIELDS = ("the class", "cx", "cy", "the width", "the height")
 
@@ -124,7 +126,9 @@ def read_labels(
     except FileNotFoundError:
         return Labels.background(), []
     except UserError as error:
-        return Labels.background(), [Problem("wrong label", str(path), str(error))]
+        return Labels.background(), [
+            Problem("wrong label", str(path), str(error).removeprefix(f"{path} "))
+        ]
     rows: list[tuple[int, np.ndarray, Polygon | None]] = []
     problems: list[Problem] = []
     seen: set[str] = set()
@@ -222,8 +226,13 @@ def polygon_area(polygon: Polygon) -> float:
 
 def _read_text(path: Path) -> str:
     try:
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):
+            raise UserError(f"{path} is no file")
+        if status.st_size > LARGEST:
+            raise UserError(f"{path} is no list or label: it is larger than {LARGEST >> 20} MB")
         return path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
+    except (FileNotFoundError, UserError):
         raise
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read as text: {printable(error)}") from None

@@ -71,7 +71,7 @@ def read_header(file: BinaryIO) -> Header | None:
         if magic.startswith(start, at):
             try:
                 header = read(file)
-            except (struct.error, LookupError, OverflowError, ValueError):
+            except (struct.error, LookupError, ArithmeticError, ValueError):
                 return None
             return header if header and header.height > 0 and header.width > 0 else None
     return None

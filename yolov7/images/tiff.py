@@ -63,6 +63,6 @@ def exif_orientation(record: bytes) -> int:
     """
     try:
         kind, value = read_directory(BytesIO(record)).get(ORIENTATION, Numbers(SHORT, 1))
-    except (struct.error, LookupError, OverflowError, ValueError):
+    except (struct.error, LookupError, ArithmeticError, ValueError):
         return 1
     return value if kind == SHORT and 1 <= value <= 8 else 1

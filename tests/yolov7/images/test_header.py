@@ -6,7 +6,7 @@ from io import BytesIO
 import cv2
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from yolov7.images.header import FORMATS, read_header
@@ -88,6 +88,9 @@ FILES: dict[str, Callable[[], bytes]] = {
 }
 
 
+ENCODED = {name: make() for name, make in FILES.items()}
+
+
 @pytest.mark.parametrize("make", FILES.values(), ids=FILES.keys())
 def test_the_size_is_that_which_the_decoder_sees(make: Callable[[], bytes]) -> None:
     data = make()
@@ -131,4 +134,14 @@ def test_avif_says_how_it_is_turned(turns: int, orientation: int) -> None:
 @given(st.sampled_from([bytes(at) + mark for at, mark, _ in FORMATS]), st.binary(max_size=200))
 def test_whatever_follows_the_first_bytes_is_borne(start: bytes, rest: bytes) -> None:
     header = read_header(BytesIO(start + rest))
+    assert header is None or min(header.height, header.width) > 0
+
+
+@given(st.sampled_from(sorted(FILES)), st.integers(0, 400), st.binary(min_size=1, max_size=8))
+@example(
+    "padded jpeg", ENCODED["padded jpeg"].index(b"\xff\xc0") + 11, b"\0\0\2\0\1\3\0"
+)  # no factors
+def test_whatever_is_changed_in_a_file_is_borne(name: str, at: int, change: bytes) -> None:
+    data = ENCODED[name]
+    header = read_header(BytesIO(data[:at] + change + data[at + len(change) :]))
     assert header is None or min(header.height, header.width) > 0
