@@ -4,6 +4,7 @@ Whatever an item of an epoch shows follows from (seed, epoch, position) alone, n
 ranks or what was loaded before: runs are reproducible and resume exactly.
 """
 
+import hashlib
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -18,7 +19,7 @@ from yolov7.errors import UserError
 from yolov7.train.augment import Augmenter
 from yolov7.train.config import Augmentation
 from yolov7.train.images import CacheKind, ImageStore
-from yolov7.train.paste import build_bank
+from yolov7.train.options import Train
 from yolov7.train.sampler import Key
 from yolov7.train.scene import Scene
 
@@ -26,15 +27,20 @@ Augment = Callable[[Scene, Generator], Scene]
 STRETCH = (0.5, 1.5)  # of a batch, in multi-scale training
 
 
-def read_data(data: str, split: str, val_split: str) -> tuple[Dataset, Dataset]:
+def read_data(options: Train) -> tuple[Dataset, Dataset]:
     """The splits to train and to evaluate on.
 
     Raises:
         UserError: a split is missing.
     """
-    if not data:
+    if not options.data:
         raise UserError("nothing to train on: give --data, such as a data.yaml or a COCO json")
-    return load_data(data, split), load_data(data, val_split)
+    try:
+        return load_data(options.data, options.split), load_data(options.data, options.val_split)
+    except UserError as error:
+        if options.resume is None:
+            raise
+        raise UserError(f"{error}; if the data has moved, name it with --data") from None
 
 
 def check_data(train: Dataset, val: Dataset) -> None:
@@ -52,6 +58,16 @@ def check_data(train: Dataset, val: Dataset) -> None:
         raise UserError(
             f"trained on are the classes {train.names}, evaluated {val.names}: make them alike"
         )
+
+
+def fingerprint(dataset: Dataset) -> str:
+    """A digest of the images' names and sizes and of their labels, wherever they lie."""
+    digest = hashlib.sha256(repr(dataset.names).encode(errors="surrogateescape"))
+    for sample in dataset.samples:
+        about = sample.path.name, sample.height, sample.width
+        digest.update(repr(about).encode(errors="surrogateescape"))
+        digest.update(sample.labels.classes.tobytes() + sample.labels.boxes.tobytes())
+    return digest.hexdigest()
 
 
 class Item(NamedTuple):
@@ -92,12 +108,9 @@ class TrainingData(TorchDataset[Item]):
     ) -> None:
         self.seed = seed
         self.store = ImageStore(dataset.samples, size, cache)
-        bank = []
-        if augmentation.paste_in:
-            counts = [sum(map(bool, sample.labels.polygons)) for sample in dataset.samples]
-            bank = build_bank(self.store, counts, np.random.default_rng(seed))
+        outlined = [i for i, s in enumerate(dataset.samples) if any(s.labels.polygons)]
         count = len(dataset.samples)
-        self.augmenter = Augmenter(augmentation, size, self.store, count, bank)
+        self.augmenter = Augmenter(augmentation, size, self.store, count, outlined)
         self.augment = augment
 
     def __getitem__(self, key: Key) -> Item:
@@ -109,7 +122,7 @@ class TrainingData(TorchDataset[Item]):
             UserError: no image can be read.
         """
         rng = np.random.default_rng((self.seed, key.epoch, key.position))
-        scene = self.augmenter(key.image, key.shape, rng)
+        scene = self.augmenter(key.image, key.shape, rng, key.others)
         if self.augment is not None:
             scene = augmented(scene, self.augment, rng)
         return Item(*to_tensors(scene), self.store.take_notes())

@@ -39,8 +39,8 @@ class Ranks:
         return self.rank == 0
 
     def say(self, text: str) -> None:
-        """Print a line, once for all processes."""
-        if self.main:
+        """Print a line, once for all processes; nothing, where there is nothing to say."""
+        if self.main and text:
             print(text, flush=True)
 
 

@@ -1,6 +1,6 @@
 """What a training run can be told; the command line is made of it."""
 
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from yolov7.errors import UserError
@@ -25,7 +25,11 @@ LEAST = {
 }
 MOST = {"seed": 2**63 - 1}  # PyTorch's generators take no more
 GEOMETRY = ("degrees", "shear", "perspective", "translate", "scale", "mosaic")
-ANEW = ("epochs", "patience", "hours", "workers", "device")  # options that a resumption takes
+# What may be given to a run that is resumed.
+ANEW = (
+    *("data", "epochs", "patience", "hours", "val_every", "val_engine", "workers", "cache"),
+    *("device", "kernels"),
+)
 
 
 @dataclass(kw_only=True)
@@ -105,8 +109,9 @@ class Train:
     name: str | None = None
     """name of the run (default: the next free number)"""
     resume: str | None = None
-    """folder of a run to go on with; of the other options only epochs, patience, hours, workers,
-    device and json count; on several machines, all of them have to see the folder"""
+    """folder of a run to go on with; data (where it has moved), epochs, patience, hours, val-every,
+    val-engine, workers, cache, device and kernels may be given anew; on several machines, all of
+    them have to see the folder"""
     json: str | None = None
     """write the result to this file"""
 
@@ -135,23 +140,29 @@ def hyper_parameters(options: Train, variant: Variant) -> HyperParameters:
     return hyper.with_values(dict.fromkeys(GEOMETRY, 0.0)) if options.rect else hyper
 
 
-def resumed_options(given: Train, state: dict[str, Any]) -> Train:
-    """The options of the run that is resumed, with those that are given anew: not the default.
+def resumed_options(given: Train, state: dict[str, Any]) -> tuple[Train, str]:
+    """The options of the run that is resumed, with those given anew, and what to say of these.
 
     Raises:
-        UserError: it is finished.
+        UserError: the run is finished, or began with another value of an option that cannot
+            change.
     """
-    defaults = {f.name: f.default for f in fields(Train)}
-    saved = {k: v for k, v in state["options"].items() if k in defaults}
+    usual = asdict(Train())
+    saved = {k: v for k, v in state["options"].items() if k in usual}
     saved["freeze"] = tuple(saved["freeze"])
-    options = Train(**saved)
-    for name in ANEW:
-        if getattr(given, name) != defaults[name]:
-            setattr(options, name, getattr(given, name))
-    options.resume, options.json = given.resume, given.json
+    anew = {k: v for k, v in vars(given).items() if v != usual[k] and v != saved.get(k)}
+    folder = anew.pop("resume")
+    report = anew.pop("json", None)
+    for name in anew:
+        if name not in ANEW:
+            raise UserError(
+                f"--resume goes on as the run began, with --{name.replace('_', '-')} "
+                f"{saved.get(name)}: leave it out, or begin a new run with --weights "
+                f"{folder}/weights/last.safetensors"
+            )
+    options = Train(**saved | anew | {"resume": folder, "json": report})
     done = state["progress"]["epoch"]
     if done >= (EPOCHS if options.epochs is None else options.epochs):
-        raise UserError(
-            f"{given.resume} has finished its {done} epochs: give more --epochs to go on"
-        )
-    return options
+        raise UserError(f"{folder} has finished its {done} epochs: give more --epochs to go on")
+    changes = [f"--{k.replace('_', '-')} {v} instead of {saved.get(k)}" for k, v in anew.items()]
+    return options, f"resumed after epoch {done}" + (f", {', '.join(changes)}" if changes else "")

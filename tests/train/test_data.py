@@ -92,6 +92,28 @@ def test_image_weights_decide_how_often_an_image_is_drawn() -> None:
     assert share == pytest.approx([0, 0.1, 0.9], abs=0.05)
 
 
+def test_image_weights_reach_every_image_of_a_mosaic_and_keep_rectangles() -> None:
+    weights = np.array([0.0, 1.0, 9.0, 0.0])
+    plain = EpochSampler(4, 4, 64)
+    assert all(key.others == () for batch in plain for key in batch)
+    shapes = [(64, 32), (64, 64), (32, 64), (64, 32)]
+    sampler = EpochSampler(4, 2, 64, weights=weights, shapes=shapes)
+    drawn: list[int] = []
+    for sampler.epoch in range(50):
+        for batch in sampler:
+            assert batch[0].shape == batch[1].shape
+            drawn += [other for key in batch for other in key.others]
+        order = [
+            key.image for batch in sorted(sampler, key=lambda b: b[0].position) for key in batch
+        ]
+        assert order == sorted(order, key=lambda i: shapes[i][0] / shapes[i][1])
+    share = np.bincount(drawn, minlength=4) / len(drawn)
+    assert share == pytest.approx([0, 0.1, 0.9, 0], abs=0.02)
+    ranks = [EpochSampler(4, 1, 64, weights=weights, rank=r, world=2) for r in range(2)]
+    whole = list(EpochSampler(4, 2, 64, weights=weights))
+    assert [a + b for a, b in zip(*ranks, strict=True)] == whole
+
+
 def test_rectangular_batches(dataset: Dataset) -> None:
     shapes = rectangles(dataset.samples, 64, 32)
     assert shapes == [(64, 64), (64, 64), (64, 64), (64, 64), (32, 64), (64, 64), (64, 64)]
