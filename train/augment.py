@@ -34,7 +34,13 @@ class Augmenter:
     outlined: Sequence[int] = ()
 
     def __call__(
-        self, index: int, shape: tuple[int, int], rng: Generator, others: Sequence[int] = ()
+        self,
+        index: int,
+        shape: tuple[int, int],
+        rng: Generator,
+        others: Sequence[int] = (),
+        *,
+        mosaic: bool = True,
     ) -> Scene:
         """An augmented image of (height, width) that shows image `index`.
 
@@ -45,6 +51,7 @@ class Augmenter:
             shape: of the result.
             rng: draws all that is random.
             others: images that join it in mosaics, at least `OTHERS`; none: drawn from all alike.
+            mosaic: whether it may be a mosaic.
         """
         config, left = self.config, iter(others)
 
@@ -53,7 +60,7 @@ class Augmenter:
                 return list(islice(left, count))
             return [int(i) for i in rng.integers(self.count, size=count)]
 
-        if rng.random() < config.mosaic:
+        if rng.random() < config.mosaic and mosaic:
             scene = self._mosaic(index, draw, rng)
             if rng.random() < config.mixup:
                 (second,) = draw(1)

@@ -6,6 +6,7 @@ ranks or what was loaded before: runs are reproducible and resume exactly.
 
 import hashlib
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -27,12 +28,33 @@ Augment = Callable[[Scene, Generator], Scene]
 STRETCH = (0.5, 1.5)  # of a batch, in multi-scale training
 
 
-def read_data(options: Train) -> tuple[Dataset, Dataset]:
-    """The splits to train and to evaluate on.
+def open_data(options: Train, given: tuple[Dataset, Dataset] | None) -> tuple[Dataset, Dataset]:
+    """What to train and to evaluate on.
+
+    Args:
+        options: the data set, its splits, and what is taken of them.
+        given: the splits, instead of those of the options.
 
     Raises:
-        UserError: a split is missing.
+        UserError: a split is missing, there is no box to train on, or the classes differ.
     """
+    train, val = given or _read(options)
+    train = part_of(train, options.fraction, options.seed)
+    if options.single_class:
+        train, val = as_one_class(train), as_one_class(val)
+    if not sum(int((~sample.labels.crowd).sum()) for sample in train.samples):
+        raise UserError(
+            f"the {len(train.samples)} images to train on have not a single box, the first is "
+            f"{train.samples[0].path}: check where the labels lie"
+        )
+    if train.names != val.names:
+        raise UserError(
+            f"trained on are the classes {train.names}, evaluated {val.names}: make them alike"
+        )
+    return train, val
+
+
+def _read(options: Train) -> tuple[Dataset, Dataset]:
     if not options.data:
         raise UserError("nothing to train on: give --data, such as a data.yaml or a COCO json")
     try:
@@ -43,21 +65,22 @@ def read_data(options: Train) -> tuple[Dataset, Dataset]:
         raise UserError(f"{error}; if the data has moved, name it with --data") from None
 
 
-def check_data(train: Dataset, val: Dataset) -> None:
-    """See whether there is something to learn, and whether it is what is evaluated.
+def part_of(dataset: Dataset, fraction: float, seed: int) -> Dataset:
+    """A share of the images, at least one, in their order."""
+    count = max(1, round(fraction * len(dataset.samples)))
+    if count == len(dataset.samples):
+        return dataset
+    kept = np.random.default_rng(seed).permutation(len(dataset.samples))[:count]
+    return replace(dataset, samples=[dataset.samples[i] for i in np.sort(kept)])
 
-    Raises:
-        UserError: there is no box to train on, or the classes differ.
-    """
-    if not sum(int((~sample.labels.crowd).sum()) for sample in train.samples):
-        raise UserError(
-            f"the {len(train.samples)} images to train on have not a single box, the first is "
-            f"{train.samples[0].path}: check where the labels lie"
-        )
-    if train.names != val.names:
-        raise UserError(
-            f"trained on are the classes {train.names}, evaluated {val.names}: make them alike"
-        )
+
+def as_one_class(dataset: Dataset) -> Dataset:
+    """The same boxes, all of the class "object"."""
+    samples = [
+        replace(s, labels=replace(s.labels, classes=np.zeros_like(s.labels.classes)))
+        for s in dataset.samples
+    ]
+    return replace(dataset, samples=samples, names=["object"], category_ids=[0])
 
 
 def fingerprint(dataset: Dataset) -> str:
@@ -122,7 +145,7 @@ class TrainingData(TorchDataset[Item]):
             UserError: no image can be read.
         """
         rng = np.random.default_rng((self.seed, key.epoch, key.position))
-        scene = self.augmenter(key.image, key.shape, rng, key.others)
+        scene = self.augmenter(key.image, key.shape, rng, key.others, mosaic=key.mosaic)
         if self.augment is not None:
             scene = augmented(scene, self.augment, rng)
         return Item(*to_tensors(scene), self.store.take_notes())

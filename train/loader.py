@@ -23,7 +23,7 @@ from yolov7.train.assigner import pad_labels
 from yolov7.train.config import Augmentation
 from yolov7.train.data import Augment, Item, TrainingData
 from yolov7.train.distributed import Ranks
-from yolov7.train.options import Train
+from yolov7.train.options import EPOCHS, Train
 from yolov7.train.sampler import EpochSampler, image_weights, rectangles
 
 STALLED = 300  # seconds without a batch: hundreds of times what one takes on a slow disk
@@ -180,6 +180,7 @@ def training_loader(
         rank=ranks.rank,
         world=ranks.world,
         shapes=rectangles(samples, size, model.stride) if options.rect else None,
+        mosaics=(options.epochs or EPOCHS) - options.no_mosaic_epochs,
     )
     if options.image_weights:
         sampler.weights = image_weights(dataset, np.zeros(len(dataset.names)))

@@ -23,12 +23,7 @@ from yolov7.runs import new_run
 from yolov7.train.autoanchor import fit_model_anchors
 from yolov7.train.autobatch import batch_size
 from yolov7.train.config import HyperParameters
-from yolov7.train.data import (
-    Augment,
-    check_data,
-    fingerprint,
-    read_data,
-)
+from yolov7.train.data import Augment, fingerprint, open_data
 from yolov7.train.distributed import (
     Ranks,
     collect,
@@ -143,8 +138,7 @@ class Run:
         if device.type == "cpu":
             keep_freed_memory()
 
-        self.train_set, self.val_set = data or read_data(options)
-        check_data(self.train_set, self.val_set)
+        self.train_set, self.val_set = open_data(options, data)
         self.told: set[str] = set()
         self._tell(f"left out: {line}" for line in self.train_set.skipped)
         self._tell(f"left out of the evaluation: {line}" for line in self.val_set.skipped)
@@ -179,7 +173,14 @@ class Run:
         self.val_loss = validation_loss(
             model, self.val_set, share_of, weights, dtype, ranks, options.workers
         )
-        schedule = Schedule(self.hyper, self.epochs, len(self.sampler), batch, options.linear_lr)
+        schedule = Schedule(
+            self.hyper,
+            self.epochs,
+            len(self.sampler),
+            batch,
+            options.linear_lr,
+            options.accumulate,
+        )
         ema = EMA(model)
         images = torch.rand(batch // ranks.world, 3, self.size, self.size, device=device)
         fused = use_kernels(options.kernels, model, images, dtype, ranks)
@@ -196,7 +197,7 @@ class Run:
         own = self._own_callbacks() if self.ranks.main else []
         others = callbacks if self.ranks.main else []
         for callback in (*own, *others):
-            callback.on_start(self.folder, asdict(self.options))
+            callback.on_start(self.folder, asdict(self.options), self.step.model)
         self._tell(
             header(self.step.model, self.train_set, self.val_set, self.step.dtype, self.ranks)
         )
@@ -227,13 +228,14 @@ class Run:
         progress, stopped = self.progress, ""
         started = perf_counter() - progress.seconds
         while not stopped:
-            row = self._train_epoch()
+            row = self._train_epoch([*own, *others])
             progress.epoch += 1
             validation = None
-            stopped = self._limit(started)
+            asked = next((callback.stop for callback in (*own, *others) if callback.stop), "")
+            stopped = self._limit(started) or share(asked, self.ranks)
             if stopped or progress.epoch % self.options.val_every == 0:
                 validation = self._validate()
-                stopped = self._limit(started) or self._no_better()
+                stopped = self._limit(started) or stopped or self._no_better()
             row |= {name: progress.stats[name] if validation else math.nan for name in REPORTED}
             # The row first: one too many is cut when the run is resumed, one too few is lost.
             for callback in own:
@@ -244,7 +246,7 @@ class Run:
             self.ranks.say(epoch_line(row, self.epochs))
         return stopped
 
-    def _train_epoch(self) -> dict[str, float]:
+    def _train_epoch(self, callbacks: Sequence[Callback]) -> dict[str, float]:
         """One pass over the images; its row of results.csv, without the evaluation."""
         progress, step = self.progress, self.step
         step.model.train()
@@ -262,6 +264,8 @@ class Run:
             terms = step(batch, progress)
             report = step.weights.weigh(terms) | {k: terms[k] for k in ("matches", "overflow")}
             meter.add(report, len(batch.images))
+            for callback in callbacks:
+                callback.on_batch(batch, terms)
         for others in collect(sorted(notes), self.ranks):
             self._tell(others)
         row = merged(collect(meter.row(), self.ranks))
@@ -325,6 +329,9 @@ class Run:
         save_model(model, self.folder / "weights" / "last.safetensors", **about)
         if progress.best_epoch == progress.epoch > 0:
             save_model(model, self.folder / "weights" / "best.safetensors", **about)
+        every = self.options.save_every
+        if every is not None and progress.epoch % every == 0 < progress.epoch:
+            save_model(model, self.folder / f"weights/epoch{progress.epoch}.safetensors", **about)
         save_state(self.folder, self._state())
 
     def _state(self) -> State:

@@ -20,14 +20,28 @@ LEAST = {
     "patience": 1,
     "hours": 0,
     "val_every": 1,
+    "save_every": 1,
+    "accumulate": 1,
+    "no_mosaic_epochs": 0,
+    "fraction": 0,
     "workers": 0,
     "seed": 0,
 }
-MOST = {"seed": 2**63 - 1}  # PyTorch's generators take no more
+MOST = {"seed": 2**63 - 1, "fraction": 1}  # PyTorch's generators take no larger seed
 GEOMETRY = ("degrees", "shear", "perspective", "translate", "scale", "mosaic")
 # What may be given to a run that is resumed.
 ANEW = (
-    *("data", "epochs", "patience", "hours", "val_every", "val_engine", "workers", "cache"),
+    *(
+        "data",
+        "epochs",
+        "patience",
+        "hours",
+        "val_every",
+        "save_every",
+        "val_engine",
+        "workers",
+        "cache",
+    ),
     *("device", "kernels"),
 )
 
@@ -54,6 +68,10 @@ class Train:
     """split to train on"""
     val_split: str = "val"
     """split to evaluate on"""
+    fraction: float = 1.0
+    """share of the images to train on, drawn by the seed"""
+    single_class: bool = False
+    """all classes are one, called object"""
     imgsz: int | None = None
     """side of the images in pixels, a multiple of the stride (default: the model's)"""
     epochs: int | None = None
@@ -65,11 +83,15 @@ class Train:
     set: dict[str, float] = field(default_factory=dict)
     """hyper-parameters over the preset's, as NAME VALUE pairs"""
     optimizer: OptimizerName = "sgd"
-    """sgd: Nesterov momentum"""
+    """sgd: Nesterov momentum; adam and adamw want a lower rate, such as --set lr0 0.001"""
+    accumulate: int | None = None
+    """batches whose gradients are summed for a step (default: as many as make 64 images)"""
     linear_lr: bool = False
     """a linear schedule instead of a cosine"""
     plain_loss: bool = False
     """every candidate is a match; heads without auxiliary outputs only"""
+    no_mosaic_epochs: int = 0
+    """last epochs, whose images are no mosaics"""
     clip: float = 0.0
     """largest norm of the gradients; 0: no limit"""
     freeze: tuple[str, ...] = ()
@@ -90,6 +112,8 @@ class Train:
     """stop after so many epochs without a better model (default: never)"""
     hours: float | None = None
     """stop after the epoch in which so many hours have passed (default: no limit)"""
+    save_every: int | None = None
+    """epochs between weights that are kept beside last and best (default: none are)"""
     val_every: int = 1
     """epochs between evaluations; the last epoch is always evaluated"""
     val_engine: Literal["auto", "eager", "compile", "graph"] = "eager"

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from yolov7.dataset import Dataset
 from yolov7.model import YOLOv7
 from yolov7.train.distributed import Ranks
+from yolov7.train.loader import Batch
 from yolov7.train.meter import LOSSES
 from yolov7.train.validation import Validation
 
@@ -40,10 +42,19 @@ class Result:
 
 
 class Callback:
-    """Something that follows a run; override what is of interest. Called on the main process."""
+    """Something that follows a run; override what is of interest. Called on the main process.
 
-    def on_start(self, folder: Path, options: dict[str, Any]) -> None:
-        """The run's folder exists, training begins."""
+    Attributes:
+        stop: why the run is to end with the epoch that is going on; empty: it is not.
+    """
+
+    stop = ""
+
+    def on_start(self, folder: Path, options: dict[str, Any], model: YOLOv7) -> None:
+        """The run's folder exists, training begins; it changes `model` in place."""
+
+    def on_batch(self, batch: Batch, terms: dict[str, Tensor]) -> None:
+        """A batch has been learnt from; `terms` are its unweighted losses, on the device."""
 
     def on_epoch(self, row: dict[str, float], validation: Validation | None) -> None:
         """An epoch has ended; `row` is its line of results.csv."""

@@ -21,6 +21,7 @@ class Key(NamedTuple):
     image: int  # index in the data set
     shape: tuple[int, int]  # height and width of the result
     others: tuple[int, ...] = ()  # images to join it in mosaics; none: any, alike
+    mosaic: bool = True  # whether it may be a mosaic
 
 
 @dataclass
@@ -38,6 +39,7 @@ class EpochSampler(Sampler[list[Key]]):
         rank, world: this rank's share.
         shapes: with rectangular batches, height and width of each image's batch by `group_shapes`.
         weights: how often an image is drawn, `[count]`; None: each once.
+        mosaics: epochs from the first on that may have mosaics; None: all of them.
         epoch: which epoch's order comes next.
     """
 
@@ -49,6 +51,7 @@ class EpochSampler(Sampler[list[Key]]):
     world: int = 1
     shapes: list[tuple[int, int]] | None = None
     weights: NDArray[np.float64] | None = None
+    mosaics: int | None = None
     epoch: int = 0
 
     def __len__(self) -> int:
@@ -65,6 +68,7 @@ class EpochSampler(Sampler[list[Key]]):
             share = self.weights / self.weights.sum()
             others = rng.choice(self.count, (len(order), OTHERS), p=share)
         steps = order.reshape(-1, self.world, self.batch)
+        mosaic = self.mosaics is None or self.epoch < self.mosaics
         sequence = np.arange(len(steps))
         if self.shapes is not None:
             sequence = rng.permutation(sequence)  # neighbours in aspect share a batch
@@ -73,7 +77,7 @@ class EpochSampler(Sampler[list[Key]]):
             members = steps[step, self.rank].tolist()
             shape = self._shape(steps[step].ravel().tolist())
             yield [
-                Key(self.epoch, at, index, shape, tuple(others[at].tolist()))
+                Key(self.epoch, at, index, shape, tuple(others[at].tolist()), mosaic)
                 for at, index in enumerate(members, start)
             ]
 

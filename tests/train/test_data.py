@@ -9,7 +9,7 @@ import torch
 from tests.train.test_augment import NOTHING
 from yolov7.dataset import Dataset, Labels, Sample
 from yolov7.train.config import PRESETS
-from yolov7.train.data import TrainingData, stretch
+from yolov7.train.data import TrainingData, part_of, stretch
 from yolov7.train.images import CacheKind, ImageStore
 from yolov7.train.loader import Batch, Loader
 from yolov7.train.sampler import EpochSampler, Key, rectangles
@@ -112,6 +112,25 @@ def test_image_weights_reach_every_image_of_a_mosaic_and_keep_rectangles() -> No
     ranks = [EpochSampler(4, 1, 64, weights=weights, rank=r, world=2) for r in range(2)]
     whole = list(EpochSampler(4, 2, 64, weights=weights))
     assert [a + b for a, b in zip(*ranks, strict=True)] == whole
+
+
+def test_the_last_epochs_have_no_mosaics(dataset: Dataset) -> None:
+    data = TrainingData(dataset, 64, replace(NOTHING, mosaic=1.0))
+    alone = TrainingData(dataset, 64, NOTHING)
+    sampler = EpochSampler(len(SHAPES), 1, 64, mosaics=2)
+    for sampler.epoch, same in ((0, False), (1, False), (2, True), (3, True)):
+        for (key,) in sampler:
+            assert torch.equal(data[key].image, alone[key].image) == same
+
+
+def test_a_part_of_a_data_set_is_drawn_by_the_seed(dataset: Dataset) -> None:
+    half, again, other = (part_of(dataset, 0.5, seed) for seed in (0, 0, 1))
+    ids = [[sample.image_id for sample in part.samples] for part in (half, again, other)]
+    assert ids[0] == ids[1] == sorted(ids[0])
+    assert ids[0] != ids[2]
+    assert len(ids[0]) == len(ids[2]) == round(len(SHAPES) / 2)
+    assert len(part_of(dataset, 0.0, 0).samples) == 1
+    assert part_of(dataset, 1.0, 0) is dataset
 
 
 def test_rectangular_batches(dataset: Dataset) -> None:
