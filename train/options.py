@@ -73,7 +73,7 @@ class Train:
     single_class: bool = False
     """all classes are one, called object"""
     imgsz: int | None = None
-    """side of the images in pixels, a multiple of the stride (default: the model's)"""
+    """side of the images in pixels, rounded up to the stride (default: the model's)"""
     epochs: int | None = None
     """passes over the images (default: 300, or those of the resumed run)"""
     batch: int = 16
@@ -97,7 +97,7 @@ class Train:
     freeze: tuple[str, ...] = ()
     """parts of the network that stay as they are, such as stem backbone.0"""
     autoanchor: bool = True
-    """fit the anchors where fewer than 98 %% of the boxes match one"""
+    """fit the anchors where fewer than 98 % of the boxes match one"""
     image_weights: bool = False
     """draw images of rare and badly detected classes more often"""
     multi_scale: bool = False
@@ -134,7 +134,7 @@ class Train:
     """name of the run (default: the next free number)"""
     resume: str | None = None
     """folder of a run to go on with; data (where it has moved), epochs, patience, hours, val-every,
-    val-engine, workers, cache, device and kernels may be given anew; on several machines, all of
+    save-every, val-engine, workers, cache, device and kernels may be given anew; on several machines, all of
     them have to see the folder"""
     json: str | None = None
     """write the result to this file"""
