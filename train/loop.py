@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from time import perf_counter
@@ -37,6 +38,7 @@ from yolov7.train.loader import training_loader
 from yolov7.train.loss import LossWeights, head_loss
 from yolov7.train.meter import Meter, merged
 from yolov7.train.model import build_model, fit_classes, freeze, frozen_to_eval
+from yolov7.train.norm import why_not_fused
 from yolov7.train.options import (
     EPOCHS,
     Train,
@@ -182,8 +184,8 @@ class Run:
             options.accumulate,
         )
         ema = EMA(model)
-        images = torch.rand(batch // ranks.world, 3, self.size, self.size, device=device)
-        fused = use_kernels(options.kernels, model, images, dtype, ranks)
+        why_not = partial(why_not_fused, model, (share_of, 3, self.size, self.size), dtype)
+        fused = use_kernels(options.kernels, device, why_not, ranks)
         network = over_ranks(model, device, ranks, sync_bn=options.sync_bn, fused=fused)
         self.step = Step(model, network, ema, loss, weights, schedule, options, dtype, ranks)
         if state:

@@ -134,8 +134,8 @@ class Train:
     """name of the run (default: the next free number)"""
     resume: str | None = None
     """folder of a run to go on with; data (where it has moved), epochs, patience, hours, val-every,
-    save-every, val-engine, workers, cache, device and kernels may be given anew; on several machines, all of
-    them have to see the folder"""
+    save-every, val-engine, workers, cache, device and kernels may be given anew; on several
+    machines, all of them have to see the folder"""
     json: str | None = None
     """write the result to this file"""
 
