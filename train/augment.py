@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 
 import cv2
 import numpy as np
 from numpy.random import Generator
 
 from yolov7.train.config import Augmentation
-from yolov7.train.paste import CutOut, copy_paste, paste_in
+from yolov7.train.paste import copy_paste, gather, paste_in
 from yolov7.train.scene import Scene, assemble, flipped, grey, letterboxed, perspective
 
 MIXUP_BETA = 8.0
@@ -23,40 +24,61 @@ class Augmenter:
         size: side of the result in pixels.
         load: gives an image of the data set, its longer side scaled to `size`.
         count: images in the data set.
-        bank: objects to paste in.
+        outlined: images with outlined objects, which may be pasted in.
     """
 
     config: Augmentation
     size: int
     load: Callable[[int], Scene]
     count: int
-    bank: Sequence[CutOut] = ()
+    outlined: Sequence[int] = ()
 
-    def __call__(self, index: int, shape: tuple[int, int], rng: Generator) -> Scene:
+    def __call__(
+        self,
+        index: int,
+        shape: tuple[int, int],
+        rng: Generator,
+        others: Sequence[int] = (),
+        *,
+        mosaic: bool = True,
+    ) -> Scene:
         """An augmented image of (height, width) that shows image `index`.
 
         A mosaic, which shows others too, is square whatever the shape.
+
+        Args:
+            index: of the image.
+            shape: of the result.
+            rng: draws all that is random.
+            others: images that join it in mosaics, at least `OTHERS`; none: drawn from all alike.
+            mosaic: whether it may be a mosaic.
         """
-        config = self.config
-        if rng.random() < config.mosaic:
-            scene = self._mosaic(index, rng)
+        config, left = self.config, iter(others)
+
+        def draw(count: int) -> list[int]:
+            if others:
+                return list(islice(left, count))
+            return [int(i) for i in rng.integers(self.count, size=count)]
+
+        if rng.random() < config.mosaic and mosaic:
+            scene = self._mosaic(index, draw, rng)
             if rng.random() < config.mixup:
-                scene = mixup(scene, self._mosaic(int(rng.integers(self.count)), rng), rng)
+                (second,) = draw(1)
+                scene = mixup(scene, self._mosaic(second, draw, rng), rng)
         else:
             scene = perspective(letterboxed(self.load(index), shape), shape, config, rng)
         scene = jitter_colour(scene, config, rng)
         if rng.random() < config.paste_in:
-            scene = paste_in(scene, self.bank, rng)
+            scene = paste_in(scene, gather(self.load, self.outlined, rng), rng)
         if rng.random() < config.flipud:
             scene = flipped(scene, horizontally=False)
         if rng.random() < config.fliplr:
             scene = flipped(scene, horizontally=True)
         return scene
 
-    def _mosaic(self, index: int, rng: Generator) -> Scene:
+    def _mosaic(self, index: int, draw: Callable[[int], list[int]], rng: Generator) -> Scene:
         nine = rng.random() < self.config.mosaic9
-        others = rng.integers(self.count, size=8 if nine else 3)
-        scenes = [self.load(i) for i in (index, *others.tolist())]
+        scenes = [self.load(i) for i in (index, *draw(8 if nine else 3))]
         scene = (mosaic9 if nine else mosaic4)(scenes, self.size, rng)
         scene = copy_paste(scene, self.config.copy_paste, rng)
         return perspective(scene, (self.size, self.size), self.config, rng)

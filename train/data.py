@@ -4,7 +4,9 @@ Whatever an item of an epoch shows follows from (seed, epoch, position) alone, n
 ranks or what was loaded before: runs are reproducible and resume exactly.
 """
 
+import hashlib
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -18,7 +20,7 @@ from yolov7.errors import UserError
 from yolov7.train.augment import Augmenter
 from yolov7.train.config import Augmentation
 from yolov7.train.images import CacheKind, ImageStore
-from yolov7.train.paste import build_bank
+from yolov7.train.options import Train
 from yolov7.train.sampler import Key
 from yolov7.train.scene import Scene
 
@@ -26,23 +28,20 @@ Augment = Callable[[Scene, Generator], Scene]
 STRETCH = (0.5, 1.5)  # of a batch, in multi-scale training
 
 
-def read_data(data: str, split: str, val_split: str) -> tuple[Dataset, Dataset]:
-    """The splits to train and to evaluate on.
+def open_data(options: Train, given: tuple[Dataset, Dataset] | None) -> tuple[Dataset, Dataset]:
+    """What to train and to evaluate on.
+
+    Args:
+        options: the data set, its splits, and what is taken of them.
+        given: the splits, instead of those of the options.
 
     Raises:
-        UserError: a split is missing.
+        UserError: a split is missing, there is no box to train on, or the classes differ.
     """
-    if not data:
-        raise UserError("nothing to train on: give --data, such as a data.yaml or a COCO json")
-    return load_data(data, split), load_data(data, val_split)
-
-
-def check_data(train: Dataset, val: Dataset) -> None:
-    """See whether there is something to learn, and whether it is what is evaluated.
-
-    Raises:
-        UserError: there is no box to train on, or the classes differ.
-    """
+    train, val = given or _read(options)
+    train = part_of(train, options.fraction, options.seed)
+    if options.single_class:
+        train, val = as_one_class(train), as_one_class(val)
     if not sum(int((~sample.labels.crowd).sum()) for sample in train.samples):
         raise UserError(
             f"the {len(train.samples)} images to train on have not a single box, the first is "
@@ -52,6 +51,46 @@ def check_data(train: Dataset, val: Dataset) -> None:
         raise UserError(
             f"trained on are the classes {train.names}, evaluated {val.names}: make them alike"
         )
+    return train, val
+
+
+def _read(options: Train) -> tuple[Dataset, Dataset]:
+    if not options.data:
+        raise UserError("nothing to train on: give --data, such as a data.yaml or a COCO json")
+    try:
+        return load_data(options.data, options.split), load_data(options.data, options.val_split)
+    except UserError as error:
+        if options.resume is None:
+            raise
+        raise UserError(f"{error}; if the data has moved, name it with --data") from None
+
+
+def part_of(dataset: Dataset, fraction: float, seed: int) -> Dataset:
+    """A share of the images, at least one, in their order."""
+    count = max(1, round(fraction * len(dataset.samples)))
+    if count == len(dataset.samples):
+        return dataset
+    kept = np.random.default_rng(seed).permutation(len(dataset.samples))[:count]
+    return replace(dataset, samples=[dataset.samples[i] for i in np.sort(kept)])
+
+
+def as_one_class(dataset: Dataset) -> Dataset:
+    """The same boxes, all of the class "object"."""
+    samples = [
+        replace(s, labels=replace(s.labels, classes=np.zeros_like(s.labels.classes)))
+        for s in dataset.samples
+    ]
+    return replace(dataset, samples=samples, names=["object"], category_ids=[0])
+
+
+def fingerprint(dataset: Dataset) -> str:
+    """A digest of the images' names and sizes and of their labels, wherever they lie."""
+    digest = hashlib.sha256(repr(dataset.names).encode(errors="surrogateescape"))
+    for sample in dataset.samples:
+        about = sample.path.name, sample.height, sample.width
+        digest.update(repr(about).encode(errors="surrogateescape"))
+        digest.update(sample.labels.classes.tobytes() + sample.labels.boxes.tobytes())
+    return digest.hexdigest()
 
 
 class Item(NamedTuple):
@@ -92,12 +131,9 @@ class TrainingData(TorchDataset[Item]):
     ) -> None:
         self.seed = seed
         self.store = ImageStore(dataset.samples, size, cache)
-        bank = []
-        if augmentation.paste_in:
-            counts = [sum(map(bool, sample.labels.polygons)) for sample in dataset.samples]
-            bank = build_bank(self.store, counts, np.random.default_rng(seed))
+        outlined = [i for i, s in enumerate(dataset.samples) if any(s.labels.polygons)]
         count = len(dataset.samples)
-        self.augmenter = Augmenter(augmentation, size, self.store, count, bank)
+        self.augmenter = Augmenter(augmentation, size, self.store, count, outlined)
         self.augment = augment
 
     def __getitem__(self, key: Key) -> Item:
@@ -109,7 +145,7 @@ class TrainingData(TorchDataset[Item]):
             UserError: no image can be read.
         """
         rng = np.random.default_rng((self.seed, key.epoch, key.position))
-        scene = self.augmenter(key.image, key.shape, rng)
+        scene = self.augmenter(key.image, key.shape, rng, key.others, mosaic=key.mosaic)
         if self.augment is not None:
             scene = augmented(scene, self.augment, rng)
         return Item(*to_tensors(scene), self.store.take_notes())

@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from yolov7.errors import UserError
-from yolov7.train.norm import KernelsName, join_norms, why_not_fused
+from yolov7.train.norm import KernelsName, join_norms
 
 TIMEOUT = timedelta(minutes=30)  # for a rank that waits while another evaluates
 
@@ -39,8 +39,8 @@ class Ranks:
         return self.rank == 0
 
     def say(self, text: str) -> None:
-        """Print a line, once for all processes."""
-        if self.main:
+        """Print a line, once for all processes; nothing, where there is nothing to say."""
+        if self.main and text:
             print(text, flush=True)
 
 
@@ -87,24 +87,22 @@ def synchronise(model: nn.Module, ranks: Ranks) -> None:
 
 
 def use_kernels(
-    choice: KernelsName, model: nn.Module, images: Tensor, dtype: torch.dtype, ranks: Ranks
+    choice: KernelsName, device: torch.device, why_not: Callable[[], str], ranks: Ranks
 ) -> bool:
     """Whether norms and activations of a model run by our kernels.
 
     Args:
         choice: auto: on CUDA, where they work; on: on a CPU too, by their plain references.
-        model: stays as it is.
-        images: `[B, 3, H, W]` like those of the first step.
-        dtype: what the network computes in.
+        device: where the model lies.
+        why_not: tries them and says why they do not work here; empty: they do.
         ranks: which process this is.
 
     Raises:
         UserError: they are asked for and do not work on every process.
     """
-    if choice == "off" or (choice == "auto" and not images.is_cuda):
+    if choice == "off" or (choice == "auto" and device.type != "cuda"):
         return False
-    reasons = collect(why_not_fused(model, images, dtype), ranks)
-    reason = next(filter(None, reasons), "")
+    reason = next(filter(None, collect(why_not(), ranks)), "")
     if reason and choice == "on":
         raise UserError(f"--kernels on: {reason}: use auto or off")
     if reason:

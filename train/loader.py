@@ -10,15 +10,21 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import cv2
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, get_worker_info
 
+from yolov7.dataset import Dataset
 from yolov7.errors import UserError
+from yolov7.model import YOLOv7
 from yolov7.train.assigner import pad_labels
+from yolov7.train.config import Augmentation
 from yolov7.train.data import Augment, Item, TrainingData
-from yolov7.train.sampler import EpochSampler
+from yolov7.train.distributed import Ranks
+from yolov7.train.options import EPOCHS, Train
+from yolov7.train.sampler import EpochSampler, image_weights, rectangles
 
 STALLED = 300  # seconds without a batch: hundreds of times what one takes on a slow disk
 FULL = (
@@ -140,6 +146,46 @@ class Loader(DataLoader[Item]):
                 images, labels = torch.from_numpy(batch.images), torch.from_numpy(batch.labels)
                 batch = Batch(images, labels, batch.notes)
             yield batch
+
+
+def training_loader(
+    options: Train,
+    dataset: Dataset,
+    model: YOLOv7,
+    augmentation: Augmentation,
+    batch: int,
+    ranks: Ranks,
+    augment: Augment | None,
+) -> tuple[EpochSampler, Loader]:
+    """Augmented images, each rank's share of every batch, and the order that they come in.
+
+    Args:
+        options: cache, image weights, rectangles, seed and workers.
+        dataset: the images.
+        model: gives their side and stride.
+        augmentation: of the hyper-parameters.
+        batch: images of a step of this rank.
+        ranks: which process this is.
+        augment: see `TrainingData`.
+    """
+    samples, size, seed = dataset.samples, model.imgsz, options.seed
+    data = TrainingData(
+        dataset, size, augmentation, augment=augment, seed=seed, cache=options.cache
+    )
+    sampler = EpochSampler(
+        len(samples),
+        batch,
+        size,
+        seed=seed,
+        rank=ranks.rank,
+        world=ranks.world,
+        shapes=rectangles(samples, size, model.stride) if options.rect else None,
+        mosaics=(options.epochs or EPOCHS) - options.no_mosaic_epochs,
+    )
+    if options.image_weights:
+        sampler.weights = image_weights(dataset, np.zeros(len(dataset.names)))
+    pin = model.head.anchors.is_cuda
+    return sampler, Loader(data, sampler, workers=options.workers, pin=pin)
 
 
 @contextmanager

@@ -2,8 +2,9 @@
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from time import perf_counter
@@ -23,12 +24,7 @@ from yolov7.runs import new_run
 from yolov7.train.autoanchor import fit_model_anchors
 from yolov7.train.autobatch import batch_size
 from yolov7.train.config import HyperParameters
-from yolov7.train.data import (
-    Augment,
-    TrainingData,
-    check_data,
-    read_data,
-)
+from yolov7.train.data import Augment, fingerprint, open_data
 from yolov7.train.distributed import (
     Ranks,
     collect,
@@ -38,10 +34,11 @@ from yolov7.train.distributed import (
     use_kernels,
 )
 from yolov7.train.ema import EMA
-from yolov7.train.loader import Loader
+from yolov7.train.loader import training_loader
 from yolov7.train.loss import LossWeights, head_loss
 from yolov7.train.meter import Meter, merged
 from yolov7.train.model import build_model, fit_classes, freeze, frozen_to_eval
+from yolov7.train.norm import why_not_fused
 from yolov7.train.options import (
     EPOCHS,
     Train,
@@ -50,9 +47,9 @@ from yolov7.train.options import (
     resumed_options,
 )
 from yolov7.train.plots import Plotter, can_plot, save_batch
-from yolov7.train.precision import training_dtype
-from yolov7.train.report import Callback, CsvWriter, Result, TensorBoard, epoch_line
-from yolov7.train.sampler import EpochSampler, image_weights, rectangles
+from yolov7.train.precision import slow_precision, training_dtype
+from yolov7.train.report import Callback, CsvWriter, Result, TensorBoard, epoch_line, header
+from yolov7.train.sampler import image_weights
 from yolov7.train.schedule import Schedule
 from yolov7.train.state import State, load_state, save_state
 from yolov7.train.step import Progress, Step
@@ -99,13 +96,15 @@ def train(
             "weights nor variant beside it"
         )
     state: State = {}
+    note = ""
     if options.resume is not None:
         state = load_state(Path(options.resume))
-        options = resumed_options(options, state)
+        options, note = resumed_options(options, state)
     device = resolve_device(options.device)
     with process_group(device) as ranks:
         if device.type == "cuda" and ranks.world > 1:
             device = torch.device("cuda", ranks.local)
+        ranks.say(note)
         run = Run(options, device, ranks, state, model=model, data=data, augment=augment)
         return run.train(callbacks)
 
@@ -141,10 +140,7 @@ class Run:
         if device.type == "cpu":
             keep_freed_memory()
 
-        self.train_set, self.val_set = data or read_data(
-            options.data, options.split, options.val_split
-        )
-        check_data(self.train_set, self.val_set)
+        self.train_set, self.val_set = open_data(options, data)
         self.told: set[str] = set()
         self._tell(f"left out: {line}" for line in self.train_set.skipped)
         self._tell(f"left out of the evaluation: {line}" for line in self.val_set.skipped)
@@ -156,6 +152,7 @@ class Run:
         if options.autoanchor and not state:
             ranks.say(fit_model_anchors(model, self.train_set, self.size, options.seed))
         dtype = training_dtype(options.precision, device)
+        ranks.say(slow_precision(dtype, device))
         model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # stub lacks it
         loss = head_loss(
             model, plain=options.plain_loss, label_smoothing=self.hyper.label_smoothing
@@ -171,14 +168,24 @@ class Run:
 
         count = len(self.train_set.samples)
         batch = batch_size(options, model, loss, count, self.size, dtype, ranks)
-        self.sampler, self.loader = self._loader(model, batch, augment)
-        self.val_loss = validation_loss(
-            model, self.val_set, batch // ranks.world, weights, dtype, ranks, options.workers
+        augmentation, share_of = self.hyper.augmentation, batch // ranks.world
+        self.sampler, self.loader = training_loader(
+            options, self.train_set, model, augmentation, share_of, ranks, augment
         )
-        schedule = Schedule(self.hyper, self.epochs, len(self.sampler), batch, options.linear_lr)
+        self.val_loss = validation_loss(
+            model, self.val_set, share_of, weights, dtype, ranks, options.workers
+        )
+        schedule = Schedule(
+            self.hyper,
+            self.epochs,
+            len(self.sampler),
+            batch,
+            options.linear_lr,
+            options.accumulate,
+        )
         ema = EMA(model)
-        images = torch.rand(batch // ranks.world, 3, self.size, self.size, device=device)
-        fused = use_kernels(options.kernels, model, images, dtype, ranks)
+        why_not = partial(why_not_fused, model, (share_of, 3, self.size, self.size), dtype)
+        fused = use_kernels(options.kernels, device, why_not, ranks)
         network = over_ranks(model, device, ranks, sync_bn=options.sync_bn, fused=fused)
         self.step = Step(model, network, ema, loss, weights, schedule, options, dtype, ranks)
         if state:
@@ -192,19 +199,45 @@ class Run:
         own = self._own_callbacks() if self.ranks.main else []
         others = callbacks if self.ranks.main else []
         for callback in (*own, *others):
-            callback.on_start(self.folder, asdict(self.options))
-        for line in self._header():
-            self.ranks.say(line)
+            callback.on_start(self.folder, asdict(self.options), self.step.model)
+        self._tell(
+            header(self.step.model, self.train_set, self.val_set, self.step.dtype, self.ranks)
+        )
+        workers = self.loader.num_workers
+        self.ranks.say(f"{self.step.schedule}; {workers} workers; into {self.folder}")
+        if not self.progress.step:
+            self._save()  # from its first batch on, a run can be resumed
+        try:
+            stopped = self._epochs(own, others)
+        except (KeyboardInterrupt, OSError, UserError):
+            self.ranks.say(f"what was saved last is kept: yolov7 train --resume {self.folder}")
+            raise
+        result = Result(
+            folder=self.folder,
+            epochs=self.progress.epoch,
+            best_epoch=self.progress.best_epoch,
+            fitness=self.progress.best,
+            stats=self.progress.stats,
+            hours=self.progress.seconds / 3600,
+            stopped=stopped,
+        )
+        for callback in (*own, *others):
+            callback.on_end(result)
+        return result
+
+    def _epochs(self, own: Sequence[Callback], others: Sequence[Callback]) -> str:
+        """Train, evaluate, save, report, over and over; why that ended."""
         progress, stopped = self.progress, ""
         started = perf_counter() - progress.seconds
         while not stopped:
-            row = self._train_epoch()
+            row = self._train_epoch([*own, *others])
             progress.epoch += 1
             validation = None
-            stopped = self._limit(started)
+            asked = next((callback.stop for callback in (*own, *others) if callback.stop), "")
+            stopped = self._limit(started) or share(asked, self.ranks)
             if stopped or progress.epoch % self.options.val_every == 0:
                 validation = self._validate()
-                stopped = self._limit(started) or self._no_better()
+                stopped = self._limit(started) or stopped or self._no_better()
             row |= {name: progress.stats[name] if validation else math.nan for name in REPORTED}
             # The row first: one too many is cut when the run is resumed, one too few is lost.
             for callback in own:
@@ -213,35 +246,9 @@ class Run:
             for callback in others:
                 callback.on_epoch(row, validation)
             self.ranks.say(epoch_line(row, self.epochs))
-        result = Result(
-            folder=self.folder,
-            epochs=progress.epoch,
-            best_epoch=progress.best_epoch,
-            fitness=progress.best,
-            stats=progress.stats,
-            hours=progress.seconds / 3600,
-            stopped=stopped,
-        )
-        for callback in (*own, *others):
-            callback.on_end(result)
-        return result
+        return stopped
 
-    def _header(self) -> Iterator[str]:
-        """What is about to happen."""
-        model = self.step.model
-        parameters = sum(p.numel() for p in model.parameters()) / 1e6
-        boxes = [len(sample.labels.classes) for sample in self.train_set.samples]
-        precision = str(self.step.dtype).removeprefix("torch.")
-        where = f"{self.device}" if self.ranks.world == 1 else f"{self.ranks.world} processes"
-        yield f"{model.variant.name}, {parameters:.1f} M parameters, on {where} in {precision}"
-        yield (
-            f"{len(boxes)} images of {self.size} pixels ({boxes.count(0)} without boxes), "
-            f"{sum(boxes)} boxes of {len(model.names)} classes; evaluated on "
-            f"{len(self.val_set.samples)} images"
-        )
-        yield f"{self.step.schedule}; {self.loader.num_workers} workers; into {self.folder}"
-
-    def _train_epoch(self) -> dict[str, float]:
+    def _train_epoch(self, callbacks: Sequence[Callback]) -> dict[str, float]:
         """One pass over the images; its row of results.csv, without the evaluation."""
         progress, step = self.progress, self.step
         step.model.train()
@@ -259,6 +266,8 @@ class Run:
             terms = step(batch, progress)
             report = step.weights.weigh(terms) | {k: terms[k] for k in ("matches", "overflow")}
             meter.add(report, len(batch.images))
+            for callback in callbacks:
+                callback.on_batch(batch, terms)
         for others in collect(sorted(notes), self.ranks):
             self._tell(others)
         row = merged(collect(meter.row(), self.ranks))
@@ -301,9 +310,11 @@ class Run:
         return ""
 
     def _no_better(self) -> str:
-        """Why an evaluation ends the run; empty: it does not."""
-        patience = self.options.patience
-        if patience is not None and self.progress.epoch - self.progress.best_epoch >= patience:
+        """Why an evaluation ends the run; empty: it does not, or nothing was ever found."""
+        patience, progress = self.options.patience, self.progress
+        if patience is None or progress.best <= 0:
+            return ""
+        if progress.epoch - progress.best_epoch >= patience:
             return f"no better model in {patience} epochs"
         return ""
 
@@ -318,8 +329,11 @@ class Run:
             "training": asdict(self.options),
         }
         save_model(model, self.folder / "weights" / "last.safetensors", **about)
-        if progress.best_epoch == progress.epoch:
+        if progress.best_epoch == progress.epoch > 0:
             save_model(model, self.folder / "weights" / "best.safetensors", **about)
+        every = self.options.save_every
+        if every is not None and progress.epoch % every == 0 < progress.epoch:
+            save_model(model, self.folder / f"weights/epoch{progress.epoch}.safetensors", **about)
         save_state(self.folder, self._state())
 
     def _state(self) -> State:
@@ -332,6 +346,7 @@ class Run:
             "options": asdict(self.options) | {"batch": self.step.schedule.batch, "resume": None},
             "hyper": asdict(self.hyper),
             "images": len(self.train_set.samples),
+            "data": fingerprint(self.train_set),
         }
 
     def _restore(self, state: State) -> None:
@@ -341,49 +356,36 @@ class Run:
                 f"{self.folder} was trained on {state['images']} images, now there are "
                 f"{len(self.train_set.samples)}: start a new run from its weights"
             )
+        if state["data"] != fingerprint(self.train_set):
+            self.ranks.say("warning: images or labels are not those that the run began with")
         self.step.load_state_dict(state)
         if state["image_weights"] is not None:
             self.sampler.weights = state["image_weights"].numpy()
         self.progress = Progress(**state["progress"])
+        was = state["options"]["epochs"] or EPOCHS
+        if was != self.epochs:
+            schedule, progress = self.step.schedule, self.progress
+            before = replace(schedule, epochs=was).at(progress.epoch, progress.step).lr
+            now = schedule.at(progress.epoch, progress.step).lr
+            self.ranks.say(
+                f"the learning rate goes on at {now:.2g}, {now / max(before, 1e-12):.2g} times "
+                f"that of {was} epochs"
+            )
 
     def _model(self, state: State, given: YOLOv7 | None) -> tuple[HyperParameters, YOLOv7]:
         """Hyper-parameters and model, of the options or of the run that is resumed."""
         if state:
             model = given or load_model(self.folder / "weights" / "last.safetensors")
+            if model.names != self.train_set.names:
+                raise UserError(
+                    f"{self.folder} learns {model.names}, the data has {self.train_set.names}"
+                )
             return HyperParameters.from_dict(state["hyper"]), model
         names = self.train_set.names
         model, note = fit_classes(given or build_model(self.options, len(names)), names)
         if note:
             self.ranks.say(note)
         return hyper_parameters(self.options, model.variant), model
-
-    def _loader(
-        self, model: YOLOv7, batch: int, augment: Augment | None
-    ) -> tuple[EpochSampler, Loader]:
-        """Augmented images, each rank's share of every batch."""
-        options, samples = self.options, self.train_set.samples
-        data = TrainingData(
-            self.train_set,
-            self.size,
-            self.hyper.augmentation,
-            augment=augment,
-            seed=options.seed,
-            cache=options.cache,
-        )
-        sampler = EpochSampler(
-            len(samples),
-            batch // self.ranks.world,
-            self.size,
-            seed=options.seed,
-            rank=self.ranks.rank,
-            world=self.ranks.world,
-            shapes=rectangles(samples, self.size, model.stride) if options.rect else None,
-        )
-        if options.image_weights:
-            ap = np.zeros(len(self.train_set.names))
-            sampler.weights = image_weights(self.train_set, ap)
-        pin = self.device.type == "cuda"
-        return sampler, Loader(data, sampler, workers=options.workers, pin=pin)
 
     def _own_callbacks(self) -> list[Callback]:
         """Those that fill the run's folder."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from yolov7.blocks import Conv
 from yolov7.kernels.bn_silu import batch_norm_act
+from yolov7.model import YOLOv7
 from yolov7.train.precision import autocast
 
 KernelsName = Literal["auto", "on", "off"]
@@ -87,12 +88,12 @@ def join_norms(model: nn.Module, *, synced: bool = False) -> None:
                 setattr(module, name, NormAct(child, "none", synced=True))
 
 
-def why_not_fused(model: nn.Module, images: Tensor, dtype: torch.dtype) -> str:
+def why_not_fused(model: YOLOv7, shape: tuple[int, int, int, int], dtype: torch.dtype) -> str:
     """Try the fused operation at every norm of a model, forward and backward.
 
     Args:
         model: in training form, stays as it is.
-        images: `[B, 3, H, W]` of the shape of the first step.
+        shape: of the first step's images, `[B, 3, H, W]`.
         dtype: what the network computes in.
 
     Returns:
@@ -101,6 +102,8 @@ def why_not_fused(model: nn.Module, images: Tensor, dtype: torch.dtype) -> str:
     """
     probe = copy.deepcopy(model).train()
     join_norms(probe)
+    device = model.head.anchors.device
+    images = torch.rand(shape, device=device, generator=torch.Generator(device).manual_seed(0))
     different: list[str] = []
 
     def compare(name: str, norm: NormAct, x: Tensor) -> None:
@@ -119,8 +122,8 @@ def why_not_fused(model: nn.Module, images: Tensor, dtype: torch.dtype) -> str:
                 lambda norm, inputs, name=name: compare(name, norm, inputs[0])
             )
     try:
-        with torch.no_grad(), autocast(images.device, dtype):
-            probe(images)
+        with torch.no_grad(), autocast(device, dtype):
+            probe(images.contiguous(memory_format=torch.channels_last))
     except Exception as error:  # whatever a compiler, a driver or a launch raises
         return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
     return different[0] if different else ""

@@ -6,11 +6,11 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Adam, Optimizer
+from torch.optim import Adam, AdamW, Optimizer
 
 from yolov7.train.schedule import Rates
 
-OptimizerName = Literal["sgd", "adam"]
+OptimizerName = Literal["sgd", "adam", "adamw"]
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
@@ -36,10 +36,10 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, ob
 
 
 def build_optimizer(model: nn.Module, name: OptimizerName, weight_decay: float) -> Optimizer:
-    """SGD with Nesterov momentum, or Adam; the rates are set before every step."""
+    """SGD with Nesterov momentum, Adam or AdamW; the rates are set before every step."""
     groups = parameter_groups(model, weight_decay)
-    if name == "adam":
-        return Adam(groups, lr=0.0, weight_decay=0.0)
+    if name != "sgd":
+        return {"adam": Adam, "adamw": AdamW}[name](groups, lr=0.0, weight_decay=0.0)
     return torch.optim.SGD(groups, lr=0.0, momentum=0.9, nesterov=True, weight_decay=0.0)
 
 

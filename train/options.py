@@ -1,6 +1,6 @@
 """What a training run can be told; the command line is made of it."""
 
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from yolov7.errors import UserError
@@ -20,12 +20,30 @@ LEAST = {
     "patience": 1,
     "hours": 0,
     "val_every": 1,
+    "save_every": 1,
+    "accumulate": 1,
+    "no_mosaic_epochs": 0,
+    "fraction": 0,
     "workers": 0,
     "seed": 0,
 }
-MOST = {"seed": 2**63 - 1}  # PyTorch's generators take no more
+MOST = {"seed": 2**63 - 1, "fraction": 1}  # PyTorch's generators take no larger seed
 GEOMETRY = ("degrees", "shear", "perspective", "translate", "scale", "mosaic")
-ANEW = ("epochs", "patience", "hours", "workers", "device")  # options that a resumption takes
+# What may be given to a run that is resumed.
+ANEW = (
+    *(
+        "data",
+        "epochs",
+        "patience",
+        "hours",
+        "val_every",
+        "save_every",
+        "val_engine",
+        "workers",
+        "cache",
+    ),
+    *("device", "kernels"),
+)
 
 
 @dataclass(kw_only=True)
@@ -50,8 +68,12 @@ class Train:
     """split to train on"""
     val_split: str = "val"
     """split to evaluate on"""
+    fraction: float = 1.0
+    """share of the images to train on, drawn by the seed"""
+    single_class: bool = False
+    """all classes are one, called object"""
     imgsz: int | None = None
-    """side of the images in pixels, a multiple of the stride (default: the model's)"""
+    """side of the images in pixels, rounded up to the stride (default: the model's)"""
     epochs: int | None = None
     """passes over the images (default: 300, or those of the resumed run)"""
     batch: int = 16
@@ -61,17 +83,21 @@ class Train:
     set: dict[str, float] = field(default_factory=dict)
     """hyper-parameters over the preset's, as NAME VALUE pairs"""
     optimizer: OptimizerName = "sgd"
-    """sgd: Nesterov momentum"""
+    """sgd: Nesterov momentum; adam and adamw want a lower rate, such as --set lr0 0.001"""
+    accumulate: int | None = None
+    """batches whose gradients are summed for a step (default: as many as make 64 images)"""
     linear_lr: bool = False
     """a linear schedule instead of a cosine"""
     plain_loss: bool = False
     """every candidate is a match; heads without auxiliary outputs only"""
+    no_mosaic_epochs: int = 0
+    """last epochs, whose images are no mosaics"""
     clip: float = 0.0
     """largest norm of the gradients; 0: no limit"""
     freeze: tuple[str, ...] = ()
     """parts of the network that stay as they are, such as stem backbone.0"""
     autoanchor: bool = True
-    """fit the anchors where fewer than 98 %% of the boxes match one"""
+    """fit the anchors where fewer than 98 % of the boxes match one"""
     image_weights: bool = False
     """draw images of rare and badly detected classes more often"""
     multi_scale: bool = False
@@ -86,6 +112,8 @@ class Train:
     """stop after so many epochs without a better model (default: never)"""
     hours: float | None = None
     """stop after the epoch in which so many hours have passed (default: no limit)"""
+    save_every: int | None = None
+    """epochs between weights that are kept beside last and best (default: none are)"""
     val_every: int = 1
     """epochs between evaluations; the last epoch is always evaluated"""
     val_engine: Literal["auto", "eager", "compile", "graph"] = "eager"
@@ -105,8 +133,9 @@ class Train:
     name: str | None = None
     """name of the run (default: the next free number)"""
     resume: str | None = None
-    """folder of a run to go on with; of the other options only epochs, patience, hours, workers,
-    device and json count; on several machines, all of them have to see the folder"""
+    """folder of a run to go on with; data (where it has moved), epochs, patience, hours, val-every,
+    save-every, val-engine, workers, cache, device and kernels may be given anew; on several
+    machines, all of them have to see the folder"""
     json: str | None = None
     """write the result to this file"""
 
@@ -135,23 +164,29 @@ def hyper_parameters(options: Train, variant: Variant) -> HyperParameters:
     return hyper.with_values(dict.fromkeys(GEOMETRY, 0.0)) if options.rect else hyper
 
 
-def resumed_options(given: Train, state: dict[str, Any]) -> Train:
-    """The options of the run that is resumed, with those that are given anew: not the default.
+def resumed_options(given: Train, state: dict[str, Any]) -> tuple[Train, str]:
+    """The options of the run that is resumed, with those given anew, and what to say of these.
 
     Raises:
-        UserError: it is finished.
+        UserError: the run is finished, or began with another value of an option that cannot
+            change.
     """
-    defaults = {f.name: f.default for f in fields(Train)}
-    saved = {k: v for k, v in state["options"].items() if k in defaults}
+    usual = asdict(Train())
+    saved = {k: v for k, v in state["options"].items() if k in usual}
     saved["freeze"] = tuple(saved["freeze"])
-    options = Train(**saved)
-    for name in ANEW:
-        if getattr(given, name) != defaults[name]:
-            setattr(options, name, getattr(given, name))
-    options.resume, options.json = given.resume, given.json
+    anew = {k: v for k, v in vars(given).items() if v != usual[k] and v != saved.get(k)}
+    folder = anew.pop("resume")
+    report = anew.pop("json", None)
+    for name in anew:
+        if name not in ANEW:
+            raise UserError(
+                f"--resume goes on as the run began, with --{name.replace('_', '-')} "
+                f"{saved.get(name)}: leave it out, or begin a new run with --weights "
+                f"{folder}/weights/last.safetensors"
+            )
+    options = Train(**saved | anew | {"resume": folder, "json": report})
     done = state["progress"]["epoch"]
     if done >= (EPOCHS if options.epochs is None else options.epochs):
-        raise UserError(
-            f"{given.resume} has finished its {done} epochs: give more --epochs to go on"
-        )
-    return options
+        raise UserError(f"{folder} has finished its {done} epochs: give more --epochs to go on")
+    changes = [f"--{k.replace('_', '-')} {v} instead of {saved.get(k)}" for k, v in anew.items()]
+    return options, f"resumed after epoch {done}" + (f", {', '.join(changes)}" if changes else "")

@@ -13,8 +13,8 @@ from yolov7.letterbox import Image
 from yolov7.train.scene import Boxes, Scene, flipped
 
 MAX_COVERED = 0.3  # share of an object that a pasted one may cover
-BANK_SIZE = 512  # cut-outs kept in memory
-OFFERED = 30  # of them, drawn for one image
+OFFERED = 30  # cut-outs for one image, from at most
+GATHERED = 8  # others: COCO's have 4 each
 SIZES = (0.75,) * 2 + (0.5,) * 4 + (0.25,) * 4 + (0.125,) * 4 + (0.0625,) * 6  # of the image
 SKIPPED = 0.2  # probability that a size is left out
 MIN_PLACE = 20  # pixels a side of the rectangle to fill
@@ -52,23 +52,23 @@ def cut_out(scene: Scene, index: int) -> CutOut | None:
     return CutOut(scene.image[y1:y2, x1:x2].copy(), mask, int(scene.classes[index]))
 
 
-def build_bank(load: Callable[[int], Scene], counts: Sequence[int], rng: Generator) -> list[CutOut]:
-    """Cut out half of the outlined objects of random images, until the bank is full.
+def gather(load: Callable[[int], Scene], images: Sequence[int], rng: Generator) -> list[CutOut]:
+    """Cut out half of the outlined objects of random images, until there are enough.
 
     Args:
         load: gives the scene of an image.
-        counts: outlined objects of each image.
+        images: those with outlined objects.
         rng: draws images and objects.
     """
-    bank: list[CutOut] = []
-    for image in rng.permutation(np.flatnonzero(counts)):
-        scene = load(int(image))
+    found: list[CutOut] = []
+    for image in rng.permutation(len(images))[:GATHERED]:
+        scene = load(images[image])
         outlined = np.flatnonzero([bool(outline) for outline in scene.outlines])
         chosen = rng.permutation(outlined)[: (len(outlined) + 1) // 2]
-        bank += [cut for i in chosen if (cut := cut_out(scene, int(i))) is not None]
-        if len(bank) >= BANK_SIZE:
+        found += [cut for i in chosen if (cut := cut_out(scene, int(i))) is not None]
+        if len(found) >= OFFERED:
             break
-    return bank
+    return found
 
 
 def _covered(box: Boxes, boxes: Boxes) -> float:
@@ -79,19 +79,18 @@ def _covered(box: Boxes, boxes: Boxes) -> float:
     return float((inside / np.maximum(area, 1e-9)).max(initial=0))
 
 
-def paste_in(scene: Scene, bank: Sequence[CutOut], rng: Generator) -> Scene:
-    """Fill free rectangles of random sizes and places with objects of the bank."""
-    if not bank:
+def paste_in(scene: Scene, cuts: Sequence[CutOut], rng: Generator) -> Scene:
+    """Fill free rectangles of random sizes and places with objects."""
+    if not cuts:
         return scene
     height, width = scene.shape
-    offered = rng.integers(len(bank), size=OFFERED)
     image = scene.image.copy()
     taken, classes, added = scene.boxes, [], []
     for size in SIZES:
         skipped = rng.random() < SKIPPED
         w, h = (int(rng.uniform(1, max(1, size * side))) for side in (width, height))
         x, y = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
-        cut = bank[offered[rng.integers(OFFERED)]]
+        cut = cuts[int(rng.integers(len(cuts)))]
         place = np.array([x, y, x + w, y + h], np.float32)
         if skipped or min(w, h) <= MIN_PLACE or _covered(place, taken) >= MAX_COVERED:
             continue

@@ -2,10 +2,18 @@
 
 import csv
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from yolov7.dataset import Dataset
+from yolov7.model import YOLOv7
+from yolov7.train.distributed import Ranks
+from yolov7.train.loader import Batch
 from yolov7.train.meter import LOSSES
 from yolov7.train.validation import Validation
 
@@ -34,10 +42,19 @@ class Result:
 
 
 class Callback:
-    """Something that follows a run; override what is of interest. Called on the main process."""
+    """Something that follows a run; override what is of interest. Called on the main process.
 
-    def on_start(self, folder: Path, options: dict[str, Any]) -> None:
-        """The run's folder exists, training begins."""
+    Attributes:
+        stop: why the run is to end with the epoch that is going on; empty: it is not.
+    """
+
+    stop = ""
+
+    def on_start(self, folder: Path, options: dict[str, Any], model: YOLOv7) -> None:
+        """The run's folder exists, training begins; it changes `model` in place."""
+
+    def on_batch(self, batch: Batch, terms: dict[str, Tensor]) -> None:
+        """A batch has been learnt from; `terms` are its unweighted losses, on the device."""
 
     def on_epoch(self, row: dict[str, float], validation: Validation | None) -> None:
         """An epoch has ended; `row` is its line of results.csv."""
@@ -109,6 +126,24 @@ class TensorBoard(Callback):
     def on_end(self, result: Result) -> None:  # noqa: ARG002  # the callback's signature
         """Close the file."""
         self.writer.close()
+
+
+def header(
+    model: YOLOv7, train: Dataset, val: Dataset, dtype: torch.dtype, ranks: Ranks
+) -> Iterator[str]:
+    """What is trained, where and on what, in lines."""
+    parameters = sum(p.numel() for p in model.parameters()) / 1e6
+    device = model.head.anchors.device
+    cuda = device.type == "cuda"
+    where = torch.cuda.get_device_name(device) if cuda else str(device)
+    where = f"{ranks.world} x {where}" if ranks.world > 1 else where
+    precision = str(dtype).removeprefix("torch.")
+    yield f"{model.variant.name}, {parameters:.1f} M parameters, on {where} in {precision}"
+    boxes = [len(sample.labels.classes) for sample in train.samples]
+    yield (
+        f"{len(boxes)} images of {model.imgsz} pixels ({boxes.count(0)} without boxes), "
+        f"{sum(boxes)} boxes of {len(model.names)} classes; evaluated on {len(val.samples)} images"
+    )
 
 
 def epoch_line(row: dict[str, float], epochs: int) -> str:

@@ -10,6 +10,8 @@ from torch.utils.data import Sampler
 
 from yolov7.dataset import Dataset, Sample
 
+OTHERS = 17  # images that a mosaic of nine, blended with another, shows beside its own
+
 
 class Key(NamedTuple):
     """What an item of an epoch is made from."""
@@ -18,6 +20,8 @@ class Key(NamedTuple):
     position: int  # in the epoch
     image: int  # index in the data set
     shape: tuple[int, int]  # height and width of the result
+    others: tuple[int, ...] = ()  # images to join it in mosaics; none: any, alike
+    mosaic: bool = True  # whether it may be a mosaic
 
 
 @dataclass
@@ -35,6 +39,7 @@ class EpochSampler(Sampler[list[Key]]):
         rank, world: this rank's share.
         shapes: with rectangular batches, height and width of each image's batch by `group_shapes`.
         weights: how often an image is drawn, `[count]`; None: each once.
+        mosaics: epochs from the first on that may have mosaics; None: all of them.
         epoch: which epoch's order comes next.
     """
 
@@ -46,6 +51,7 @@ class EpochSampler(Sampler[list[Key]]):
     world: int = 1
     shapes: list[tuple[int, int]] | None = None
     weights: NDArray[np.float64] | None = None
+    mosaics: int | None = None
     epoch: int = 0
 
     def __len__(self) -> int:
@@ -56,9 +62,13 @@ class EpochSampler(Sampler[list[Key]]):
         """The batches of the current epoch."""
         rng = np.random.default_rng((self.seed, self.epoch))
         whole = self.batch * self.world
-        order = self._order(rng)
-        order = np.resize(order, len(self) * whole)
+        order = np.resize(self._order(rng), len(self) * whole)
+        others = np.zeros((len(order), 0), np.int64)
+        if self.weights is not None:
+            share = self.weights / self.weights.sum()
+            others = rng.choice(self.count, (len(order), OTHERS), p=share)
         steps = order.reshape(-1, self.world, self.batch)
+        mosaic = self.mosaics is None or self.epoch < self.mosaics
         sequence = np.arange(len(steps))
         if self.shapes is not None:
             sequence = rng.permutation(sequence)  # neighbours in aspect share a batch
@@ -66,16 +76,23 @@ class EpochSampler(Sampler[list[Key]]):
             start = (step * self.world + self.rank) * self.batch
             members = steps[step, self.rank].tolist()
             shape = self._shape(steps[step].ravel().tolist())
-            yield [Key(self.epoch, start + i, index, shape) for i, index in enumerate(members)]
+            yield [
+                Key(self.epoch, at, index, shape, tuple(others[at].tolist()), mosaic)
+                for at, index in enumerate(members, start)
+            ]
 
     def _order(self, rng: np.random.Generator) -> NDArray[np.int64]:
         if self.weights is not None:
             share = self.weights / self.weights.sum()
-            return rng.choice(self.count, self.count, p=share)
+            order = rng.choice(self.count, self.count, p=share)
+        elif self.shapes is not None:
+            order = np.arange(self.count)
+        else:
+            return rng.permutation(self.count)
         if self.shapes is not None:
-            aspects = [height / width for height, width in self.shapes]
-            return np.argsort(aspects, kind="stable")
-        return rng.permutation(self.count)
+            aspects = np.array([height / width for height, width in self.shapes])
+            order = order[np.argsort(aspects[order], kind="stable")]
+        return order
 
     def _shape(self, members: list[int]) -> tuple[int, int]:
         if self.shapes is None:

@@ -14,7 +14,7 @@ from yolov7.letterbox import GREY, Image, letterbox, letterbox_geometry
 from yolov7.train.config import Augmentation
 
 Boxes = NDArray[np.float32]
-OUTLINE_POINTS = 200  # of a resampled outline
+OUTLINE_POINTS = 200  # along an outline, beside its corners
 MIN_SIDE = 2.0  # pixels of a box that is kept after a change of geometry
 MAX_ASPECT = 20.0
 MIN_AREA_LEFT = 0.1  # of a box that was cut; of an outline:
@@ -189,24 +189,30 @@ def _warp_outlines(
     outlines: Sequence[list[Polygon]], matrix: NDArray[np.float64], shape: tuple[int, int]
 ) -> Boxes:
     """Boxes `[n, 4]` around what warped outlines show inside (height, width); zeros for nothing."""
-    points = _warp_points(_resample([part for outline in outlines for part in outline]), matrix)
-    inside = ((points >= 0) & (points <= shape[::-1])).all(2, keepdims=True)
-    low, high = (np.where(inside, points, side) for side in (np.inf, -np.inf))  # [parts, k, 2]
-    first = np.cumsum([0, *(len(outline) for outline in outlines[:-1])])
-    low, high = np.minimum.reduceat(low.min(1), first), np.maximum.reduceat(high.max(1), first)
+    along = _along([part for outline in outlines for part in outline])
+    points = _warp_points(np.concatenate(along), matrix)
+    inside = ((points >= 0) & (points <= shape[::-1])).all(1, keepdims=True)
+    low, high = (np.where(inside, points, side) for side in (np.inf, -np.inf))  # [points, 2]
+    parts = np.cumsum([0, *map(len, along)])
+    first = parts[np.cumsum([0, *map(len, outlines)])[:-1]]
+    low, high = np.minimum.reduceat(low, first), np.maximum.reduceat(high, first)
     seen = (low <= high).all(1, keepdims=True)
     return np.where(seen, np.concatenate([low, high], 1), 0).astype(np.float32)
 
 
-def _resample(parts: Sequence[Polygon]) -> NDArray[np.float32]:
-    """Closed polygons as `[n, OUTLINE_POINTS, 2]` points along their edges."""
-    counts = np.array([len(part) for part in parts])[:, None]
-    start = np.cumsum(counts)[:, None] - counts
-    at = np.arange(OUTLINE_POINTS) / OUTLINE_POINTS * counts
-    corner = at.astype(np.int64)
-    corners = np.concatenate(parts)
-    here, after = corners[start + corner], corners[start + (corner + 1) % counts]
-    return here + (at - corner)[..., None].astype(np.float32) * (after - here)
+def _along(parts: Sequence[Polygon]) -> list[NDArray[np.float32]]:
+    """Points `[k, 2]` of each closed polygon: its corners, and 200 along its edges.
+
+    The points between matter where the image's border cuts an edge.
+    """
+    along = []
+    for part in parts:
+        at = np.arange(OUTLINE_POINTS) / OUTLINE_POINTS * len(part)
+        corner = at.astype(np.int64)
+        here, after = part[corner], part[(corner + 1) % len(part)]
+        between = here + (at - corner)[:, None].astype(np.float32) * (after - here)
+        along.append(np.concatenate([part, between]))
+    return along
 
 
 def flipped(scene: Scene, *, horizontally: bool) -> Scene:

@@ -41,6 +41,7 @@ class Schedule:
         batches: batches per epoch.
         batch: images per batch, on all ranks together.
         linear: fall linearly from lr0 to lr0 x lrf instead of along a cosine.
+        every: batches per step after the warm-up; None: as many as make 64 images.
     """
 
     hyper: HyperParameters
@@ -48,6 +49,7 @@ class Schedule:
     batches: int
     batch: int
     linear: bool = False
+    every: int | None = None
 
     @property
     def warmup(self) -> int:
@@ -60,8 +62,12 @@ class Schedule:
 
     @property
     def accumulate(self) -> int:
-        """Batches per step after the warm-up: 64 images, or an epoch where that is less."""
-        return max(1, min(round(NOMINAL_BATCH / self.batch), self.batches))
+        """Batches per step after the warm-up, at most those of an epoch."""
+        return max(1, min(round(self._every), self.batches))
+
+    @property
+    def _every(self) -> float:
+        return NOMINAL_BATCH / self.batch if self.every is None else self.every
 
     @property
     def weight_decay(self) -> float:
@@ -99,5 +105,5 @@ class Schedule:
             lr=rise(0.0, lr),
             bias_lr=rise(self.hyper.warmup_bias_lr, lr),
             momentum=rise(self.hyper.warmup_momentum, self.hyper.momentum),
-            accumulate=max(1, min(round(rise(1, NOMINAL_BATCH / self.batch)), self.batches)),
+            accumulate=max(1, min(round(rise(1, self._every)), self.batches)),
         )

@@ -48,5 +48,5 @@ def load_state(folder: Path) -> State:
             return dict(torch.load(path, map_location="cpu", weights_only=True))
         except Exception as error:  # cut short, or no state: the one before may be whole
             problems.append(f"{name} is damaged ({type(error).__name__})")
-    detail = "; ".join(problems) or f"no {LAST} there: its first epoch was not finished"
+    detail = "; ".join(problems) or f"no {LAST} there: it is no run's folder"
     raise UserError(f"{folder}: cannot be resumed: {detail}")

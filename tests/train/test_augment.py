@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from yolov7.dataset.sample import Labels
 from yolov7.train.augment import Augmenter, jitter_colour, mixup, mosaic4, mosaic9
 from yolov7.train.config import PRESETS, Augmentation
-from yolov7.train.paste import CutOut, build_bank, copy_paste, cut_out, paste_in
+from yolov7.train.paste import CutOut, copy_paste, cut_out, gather, paste_in
 from yolov7.train.scene import Scene, flipped, letterboxed, perspective
 
 NOTHING = Augmentation(
@@ -169,11 +169,21 @@ def test_copy_paste_mirrors_outlined_objects() -> None:
     assert len(copy_paste(scene((60, 30, 100, 60)), 1.0, rng(0)).boxes) == 1  # onto itself
 
 
-def test_bank_takes_half_of_the_outlined_objects() -> None:
-    images = [scene(*[(10 * i, 10, 10 * i + 10, 40) for i in range(6)]) for _ in range(3)]
-    bank = build_bank(images.__getitem__, [6, 0, 6], rng(0))
-    assert len(bank) == 6
-    assert all((cut.image[cut.mask > 0] == cut.class_).all() for cut in bank)
+def test_half_of_the_outlined_objects_of_any_images_are_offered() -> None:
+    images = [scene(*[(10 * i, 10, 10 * i + 10, 40) for i in range(6)]) for _ in range(40)]
+    cuts = gather(images.__getitem__, [0, 2], rng(0))
+    assert len(cuts) == 6
+    assert all((cut.image[cut.mask > 0] == cut.class_).all() for cut in cuts)
+    asked: list[int] = []
+
+    def load(index: int) -> Scene:
+        asked.append(index)
+        return images[index]
+
+    for seed in range(30):
+        assert len(gather(load, range(40), rng(seed))) == 24  # 8 images at most
+    assert set(asked) == set(range(40))
+    assert gather(load, [], rng(0)) == []
     assert cut_out(scene((10, 10, 19, 40)), 0) is None
     assert cut_out(scene((10, 10, 40, 40), outlined=False), 0) is None
 
@@ -214,8 +224,7 @@ def test_labels_that_cannot_be_trained_on_are_dropped() -> None:
 def test_augmenter_gives_square_images_and_is_seeded(preset: str) -> None:
     images = [scene((60, 30, 100, 60), (20, 70, 45, 95)), scene(height=160, width=90)]
     config = replace(PRESETS[preset].augmentation, mosaic=0.7, flipud=0.5, paste_in=1.0)  # type: ignore[index]  # parametrized by the keys
-    cut = CutOut(np.full((40, 40, 3), 200, np.uint8), np.full((40, 40), 255, np.uint8), 7)
-    augment = Augmenter(config, 160, images.__getitem__, len(images), [cut])
+    augment = Augmenter(config, 160, images.__getitem__, len(images), [0])
     for seed in range(8):
         a, b = augment(0, (160, 160), rng(seed)), augment(0, (160, 160), rng(seed))
         assert a.shape == (160, 160)
@@ -224,3 +233,32 @@ def test_augmenter_gives_square_images_and_is_seeded(preset: str) -> None:
         assert (a.boxes >= 0).all()
         assert (a.boxes <= 160).all()
         assert not np.array_equal(a.image, augment(0, (160, 160), rng(seed + 100)).image)
+
+
+def test_the_others_of_a_mosaic_are_those_that_were_drawn() -> None:
+    asked: list[int] = []
+
+    def load(index: int) -> Scene:
+        asked.append(index)
+        return scene()
+
+    config = replace(NOTHING, mosaic=1.0, mosaic9=1.0, mixup=1.0)
+    Augmenter(config, 64, load, 1000)(1, (64, 64), rng(0), range(100, 117))
+    assert asked == [1, *range(100, 117)]
+    asked.clear()
+    Augmenter(config, 64, load, 1000)(1, (64, 64), rng(0))
+    assert len(asked) == 18
+    assert max(asked) > 117
+
+
+def test_outlines_keep_their_corners() -> None:
+    """Of a star of thin rays, points that are even along its index miss the tips."""
+    angle = np.linspace(0, 2 * np.pi, 73, endpoint=False)
+    radius = np.where(np.arange(73) % 2, 3.0, 200.0)
+    star = np.stack([320 + radius * np.cos(angle), 320 + radius * np.sin(angle)], 1)
+    outline = star.astype(np.float32)
+    box = np.concatenate([outline.min(0), outline.max(0)])[None]
+    image = np.zeros((640, 640, 3), np.uint8)
+    before = Scene(image, np.zeros(1, np.int64), box, ([outline],))
+    (after,) = perspective(before, (640, 640), replace(NOTHING, translate=0.01), rng(0)).boxes
+    np.testing.assert_allclose(after[2:] - after[:2], box[0, 2:] - box[0, :2], atol=1e-3)

@@ -9,7 +9,7 @@ import torch
 from tests.train.test_augment import NOTHING
 from yolov7.dataset import Dataset, Labels, Sample
 from yolov7.train.config import PRESETS
-from yolov7.train.data import TrainingData, stretch
+from yolov7.train.data import TrainingData, part_of, stretch
 from yolov7.train.images import CacheKind, ImageStore
 from yolov7.train.loader import Batch, Loader
 from yolov7.train.sampler import EpochSampler, Key, rectangles
@@ -90,6 +90,47 @@ def test_image_weights_decide_how_often_an_image_is_drawn() -> None:
         drawn += [key.image for batch in sampler for key in batch]
     share = np.bincount(drawn, minlength=3) / len(drawn)
     assert share == pytest.approx([0, 0.1, 0.9], abs=0.05)
+
+
+def test_image_weights_reach_every_image_of_a_mosaic_and_keep_rectangles() -> None:
+    weights = np.array([0.0, 1.0, 9.0, 0.0])
+    plain = EpochSampler(4, 4, 64)
+    assert all(key.others == () for batch in plain for key in batch)
+    shapes = [(64, 32), (64, 64), (32, 64), (64, 32)]
+    sampler = EpochSampler(4, 2, 64, weights=weights, shapes=shapes)
+    drawn: list[int] = []
+    for sampler.epoch in range(50):
+        for batch in sampler:
+            assert batch[0].shape == batch[1].shape
+            drawn += [other for key in batch for other in key.others]
+        order = [
+            key.image for batch in sorted(sampler, key=lambda b: b[0].position) for key in batch
+        ]
+        assert order == sorted(order, key=lambda i: shapes[i][0] / shapes[i][1])
+    share = np.bincount(drawn, minlength=4) / len(drawn)
+    assert share == pytest.approx([0, 0.1, 0.9, 0], abs=0.02)
+    ranks = [EpochSampler(4, 1, 64, weights=weights, rank=r, world=2) for r in range(2)]
+    whole = list(EpochSampler(4, 2, 64, weights=weights))
+    assert [a + b for a, b in zip(*ranks, strict=True)] == whole
+
+
+def test_the_last_epochs_have_no_mosaics(dataset: Dataset) -> None:
+    data = TrainingData(dataset, 64, replace(NOTHING, mosaic=1.0))
+    alone = TrainingData(dataset, 64, NOTHING)
+    sampler = EpochSampler(len(SHAPES), 1, 64, mosaics=2)
+    for sampler.epoch, same in ((0, False), (1, False), (2, True), (3, True)):
+        for (key,) in sampler:
+            assert torch.equal(data[key].image, alone[key].image) == same
+
+
+def test_a_part_of_a_data_set_is_drawn_by_the_seed(dataset: Dataset) -> None:
+    half, again, other = (part_of(dataset, 0.5, seed) for seed in (0, 0, 1))
+    ids = [[sample.image_id for sample in part.samples] for part in (half, again, other)]
+    assert ids[0] == ids[1] == sorted(ids[0])
+    assert ids[0] != ids[2]
+    assert len(ids[0]) == len(ids[2]) == round(len(SHAPES) / 2)
+    assert len(part_of(dataset, 0.0, 0).samples) == 1
+    assert part_of(dataset, 1.0, 0) is dataset
 
 
 def test_rectangular_batches(dataset: Dataset) -> None:

@@ -18,9 +18,10 @@ from yolov7.dataset import load_data
 from yolov7.engine.choose import AnyNetwork, Runtime, open_network
 from yolov7.errors import UserError
 from yolov7.evaluate import Settings, evaluate
-from yolov7.model import create_model
+from yolov7.model import YOLOv7, create_model
 from yolov7.train import autobatch, loop, validation
 from yolov7.train.distributed import Ranks
+from yolov7.train.loader import Batch
 from yolov7.train.loop import Run, train
 from yolov7.train.options import Train
 from yolov7.train.report import Callback, Result, read_rows
@@ -96,6 +97,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "plain loss": {"plain_loss": True},
     "rectangular": {"rect": True},
     "bf16": {"precision": "bf16"},
+    "adamw": {"optimizer": "adamw", "set": {"lr0": 1e-3}},
     "automatic batch": {"batch": 0},
     "clipped, ram": {"clip": 0.5, "cache": "ram", "linear_lr": True},
 }
@@ -189,7 +191,7 @@ class Recorder(Callback):
     def __init__(self) -> None:
         self.calls: list[str] = []
 
-    def on_start(self, folder: Path, options: dict[str, Any]) -> None:
+    def on_start(self, folder: Path, options: dict[str, Any], model: YOLOv7) -> None:  # noqa: ARG002
         self.weights = folder / "weights"
         self.calls.append(f"start {folder.name} {options['epochs']}")
 
@@ -206,6 +208,48 @@ def test_callbacks_and_the_time_limit(options: Train) -> None:
     result = train(replace(options, epochs=9, hours=1e-9, val_every=2), [recorder])
     assert recorder.calls == ["start run 9", "epoch 1 1 True", "1e-09 hours have passed"]
     assert (result.folder / "weights" / "best.safetensors").is_file()
+
+
+class Stopper(Callback):
+    """Ends a run by what it sees of its batches and its model."""
+
+    def __init__(self) -> None:
+        self.boxes: list[float] = []
+
+    def on_start(self, folder: Path, options: dict[str, Any], model: YOLOv7) -> None:  # noqa: ARG002
+        self.model, self.weight = model, model.stem[0].conv.weight.detach().clone()  # type: ignore[union-attr, operator]  # modules
+
+    def on_batch(self, batch: Batch, terms: dict[str, Tensor]) -> None:
+        assert len(batch.images) == 4
+        self.boxes.append(float(terms["box"].detach()))
+        same = torch.equal(self.model.stem[0].conv.weight, self.weight)  # type: ignore[union-attr, arg-type]  # modules
+        assert same == (len(self.boxes) == 1)  # the first step of a warm-up has a rate of 0
+        if len(self.boxes) == 3:
+            self.stop = "enough was seen"
+
+
+def test_a_callback_sees_batches_and_the_model_and_ends_a_run(options: Train) -> None:
+    stopper = Stopper()
+    result = train(replace(options, epochs=9, val_every=9), [Recorder(), stopper])
+    assert (result.stopped, result.epochs, len(stopper.boxes)) == ("enough was seen", 2, 4)
+    assert "AP" in result.stats  # the last epoch is evaluated
+    assert load_state(result.folder)["progress"]["epoch"] == 2
+
+
+def test_weights_are_kept_every_so_many_epochs(options: Train) -> None:
+    result = train(replace(options, epochs=5, save_every=2, val_every=9))
+    kept = sorted(path.name for path in (result.folder / "weights").glob("epoch*"))
+    assert kept == ["epoch2.safetensors", "epoch4.safetensors"]
+    assert read_metadata(result.folder / "weights" / kept[0])["epoch"] == 2
+
+
+def test_a_share_of_the_images_and_one_class(options: Train) -> None:
+    few = replace(options, epochs=1, fraction=0.5, single_class=True, accumulate=1)
+    result = train(few)
+    state = load_state(result.folder)
+    assert (state["images"], state["updates"], state["progress"]["step"]) == (4, 1, 1)
+    model = load_model(result.folder / "weights" / "last.safetensors")
+    assert (model.names, model.head.num_classes) == (["object"], 1)
 
 
 def test_the_time_limit_also_counts_the_evaluation(
@@ -225,6 +269,15 @@ def test_patience(options: Train, monkeypatch: pytest.MonkeyPatch) -> None:
     assert result.stopped == "no better model in 2 epochs"
     best = read_metadata(result.folder / "weights" / "best.safetensors")
     assert best["epoch"] == 2
+
+
+def test_patience_counts_from_the_first_thing_that_was_found(
+    options: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores = iter([0.0, 0.0, 0.0, 0.0, 0.01, 0.0, 0.0, 0.0])
+    monkeypatch.setattr(loop, "fitness", lambda _: next(scores))
+    result = train(replace(options, epochs=9, patience=2))
+    assert (result.epochs, result.best_epoch) == (7, 5)
 
 
 def test_patience_waits_for_an_evaluation(options: Train, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -284,13 +337,15 @@ def test_wrong_use_is_explained(options: Train, tmp_path: Path) -> None:
         ({"weights": str(deploy)}, "--width, .* from scratch"),
         ({"data": ""}, "give --data"),
         ({"variant": "yolov9"}, "unknown model 'yolov9'"),
-        ({"imgsz": 99999}, "imgsz is 99999: give 1 to 32768 pixels"),
+        ({"imgsz": 99999}, "imgsz is 99999: give 1 to "),
         ({"freeze": ("trunk",)}, "--freeze trunk: no such part of the network: stem"),
         ({"set": {"lr": 0.1}}, "unknown hyper-parameter 'lr'"),
         ({"variant": "yolov7-w6", "plain_loss": True}, "leave out --plain-loss"),
         ({"precision": "fp16"}, "fp16 needs a GPU"),
         ({"resume": str(tmp_path)}, "no state.pt there"),
         ({"batch": -1}, "--batch -1: give 0 or more"),
+        ({"fraction": 1.5}, "--fraction 1.5: give 1 or less"),
+        ({"accumulate": 0}, "--accumulate 0: give 1 or more"),
         ({"imgsz": 0}, "--imgsz 0: give 1 or more"),
         ({"epochs": 0}, "--epochs 0: give 1 or more"),
         ({"epochs": -1}, "--epochs -1: give 1 or more"),

@@ -2,7 +2,6 @@ import copy
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -59,7 +58,8 @@ def tiny() -> YOLOv7:
     return create_model("yolov7-tiny", 2, width=0.125)
 
 
-IMAGES = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+SHAPE = (2, 3, 64, 64)
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
 def broken(*_: Any, **__: Any) -> Tensor:
@@ -99,8 +99,8 @@ STANDINS: dict[str, tuple[Callable[..., Tensor], str]] = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_fused_operation_is_taken_where_it_agrees(tiny: YOLOv7, dtype: torch.dtype) -> None:
     before = {name: tensor.clone() for name, tensor in tiny.state_dict().items()}
-    assert why_not_fused(tiny, IMAGES, dtype) == ""
-    assert why_not_fused(create_model("yolov7-tiny-silu", 2, width=0.125), IMAGES, dtype) == ""
+    assert why_not_fused(tiny, SHAPE, dtype) == ""
+    assert why_not_fused(create_model("yolov7-tiny-silu", 2, width=0.125), SHAPE, dtype) == ""
     for name, tensor in tiny.state_dict().items():
         assert torch.equal(tensor, before[name]), name
 
@@ -112,29 +112,31 @@ def test_why_the_fused_operation_is_not_taken(
 ) -> None:
     operation, reason = STANDINS[standin]
     monkeypatch.setattr(norm, "batch_norm_act", operation)
-    found = why_not_fused(tiny, IMAGES, dtype)
+    found = why_not_fused(tiny, SHAPE, dtype)
     assert "\n" not in found
     with pytest.raises(UserError, match=f"^--kernels on: {reason}.*: use auto or off$"):
-        use_kernels("on", tiny, IMAGES, dtype, Ranks())
+        use_kernels("on", CPU, lambda: found, Ranks())
 
 
 def test_kernels_that_fail_are_one_warning(
-    options: Train,
-    tiny: YOLOv7,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    options: Train, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(norm, "batch_norm_act", broken)
-    on_a_gpu: Any = SimpleNamespace(is_cuda=True, device=torch.device("cpu"))
-    monkeypatch.setattr(YOLOv7, "forward", lambda self, _: self.stem(IMAGES))
-    assert not use_kernels("auto", tiny, on_a_gpu, torch.float32, Ranks())
+    def why_not() -> str:
+        asked.append(1)
+        return "no compiler"
+
+    asked: list[int] = []
+    assert not use_kernels("auto", CUDA, why_not, Ranks())
     assert capsys.readouterr().out == (
-        "warning: norms and activations run by PyTorch, not by our kernels: RuntimeError: ptxas "
-        "fatal: unresolved symbol\n"
+        "warning: norms and activations run by PyTorch, not by our kernels: no compiler\n"
     )
-    assert not use_kernels("off", tiny, on_a_gpu, torch.float32, Ranks())
-    assert not use_kernels("auto", tiny, IMAGES, torch.float32, Ranks())
+    assert not use_kernels("off", CUDA, why_not, Ranks())
+    assert not use_kernels("auto", CPU, why_not, Ranks())
+    assert len(asked) == 1
+    assert use_kernels("auto", CUDA, lambda: "", Ranks())
     assert not capsys.readouterr().out
+
+    monkeypatch.setattr(norm, "batch_norm_act", broken)
     with pytest.raises(UserError, match="--kernels on: RuntimeError: ptxas"):
         train(replace(options, kernels="on"))
     assert not Path(options.project).exists()

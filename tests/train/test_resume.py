@@ -1,5 +1,6 @@
 import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -100,17 +101,18 @@ loop.train(Train(**{options}))
 """
 
 
-def test_sigkill_while_the_state_is_written(options: Train) -> None:
-    """While the second state is synchronised, which is that of the second epoch."""
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_sigkill_while_the_state_is_written(epoch: int, options: Train) -> None:
+    """While the state of the epoch after `epoch` is synchronised; the first is of the start."""
     options = replace(options, val_every=100, epochs=3)
     whole = train(replace(options, name="whole"))
-    code = KILLED.format(write=2, options=asdict(options))
+    code = KILLED.format(write=epoch + 2, options=asdict(options))
     done = subprocess.run([sys.executable, "-c", code], check=False, timeout=120)
     assert done.returncode == -signal.SIGKILL
     folder = Path(options.project) / "run"
-    assert load_state(folder)["progress"]["epoch"] == 1
+    assert load_state(folder)["progress"]["epoch"] == epoch
     assert list(folder.glob(".yolov7*"))
-    assert_same(whole, train(Train(resume=str(folder), device="cpu", workers=0)))
+    assert_same(whole, train(Train(resume=str(folder), workers=0)))
     assert sorted(p.name for p in folder.glob("state*")) == ["state.previous.pt", "state.pt"]
     assert not list(folder.glob(".yolov7*"))
 
@@ -136,7 +138,7 @@ def test_a_full_disk_leaves_the_state_before(
 
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", full)
-        with pytest.raises(UserError, match=r"No space left on device.*--resume"):
+        with pytest.raises(UserError, match=r"No space left on device.*make room"):
             train(Train(resume=str(result.folder), epochs=3, device="cpu", workers=0))
         with pytest.raises(UserError, match=r"No space left on device\): make room, then start"):
             train(replace(options, name="new"))
@@ -159,7 +161,7 @@ def test_a_disk_that_fills_between_epochs_costs_no_row(
     whole = train(replace(options, name="whole"))
     with monkeypatch.context() as patch:
         patch.setattr(CsvWriter, "on_epoch", full)
-        with pytest.raises(UserError, match=r"No space left on device: 'results.csv': the last"):
+        with pytest.raises(UserError, match=r"No space left on device: 'results.csv'"):
             run(options)
     folder = Path(options.project) / "run"
     assert load_state(folder)["progress"]["epoch"] == 1
@@ -180,6 +182,86 @@ def test_a_run_goes_on_where_it_ran_unless_told(
     for epochs, device in enumerate(("auto", "cuda:1", "auto"), start=2):
         train(Train(resume=str(folder), epochs=epochs, device=device, workers=0))
     assert asked == ["cpu", "cpu", "cuda:1", "cuda:1"]
+
+
+@pytest.mark.parametrize("step", [0, 1])
+def test_a_run_that_dies_in_its_first_epoch_can_be_resumed(
+    step: int,
+    options: Train,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    whole = train(replace(options, name="whole"))
+    monkeypatch.setattr(Step, "__call__", full_after(step))
+    with pytest.raises(UserError, match="the disk is full"):
+        train(options)
+    folder = Path(options.project) / "run"
+    assert f"what was saved last is kept: yolov7 train --resume {folder}" in capsys.readouterr().out
+    assert not (folder / "weights" / "best.safetensors").exists()
+    monkeypatch.undo()
+    monkeypatch.setattr(loop, "can_plot", lambda: False)
+    assert_same(whole, train(Train(resume=str(folder), workers=0)))
+
+
+def full_after(step: int) -> Any:
+    original = Step.__call__
+
+    def call(self: Step, batch: Any, progress: Progress) -> dict[str, Tensor]:
+        if progress.step == step:
+            raise UserError("the disk is full")
+        return original(self, batch, progress)
+
+    return call
+
+
+def test_what_is_given_beside_resume_is_taken_or_refused(
+    options: Train, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = str(train(replace(options, epochs=1)).folder)
+    refused: list[tuple[dict[str, Any], str]] = [
+        ({"batch": 2}, "with --batch 4: leave it out, or begin a new run with --weights .*last"),
+        ({"imgsz": 96}, "with --imgsz 64"),
+        ({"set": {"lr0": 0.5}}, "with --set {'warmup_epochs': 100.0}"),
+        ({"freeze": ("stem",)}, "with --freeze"),
+        ({"name": "other"}, "with --name run"),
+        ({"data": "nonsense", "epochs": 2}, "nonsense .*if the data has moved, name it with"),
+    ]
+    for change, message in refused:
+        with pytest.raises(UserError, match=message):
+            train(Train(resume=folder, **change))
+    capsys.readouterr()
+    train(Train(resume=folder, epochs=2, workers=0, batch=4, patience=7, val_every=2))
+    output = capsys.readouterr().out
+    assert output.startswith(
+        "resumed after epoch 1, --epochs 2 instead of 1, --patience 7 instead of None, --val-every "
+        "2 instead of 1\n"
+    )
+    assert "the learning rate goes on at " in output
+
+
+def test_data_that_moved_is_found_and_data_that_changed_is_told(
+    options: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second, other = (tmp_path / name for name in ("first", "second", "other"))
+    shutil.copytree(Path(options.data).parent, first)
+    folder = str(train(replace(options, data=str(first), epochs=1)).folder)
+    first.rename(second)
+    with pytest.raises(UserError, match="if the data has moved, name it with --data"):
+        train(Train(resume=folder, epochs=2, workers=0))
+    train(Train(resume=folder, epochs=2, workers=0, data=str(second)))
+    assert "the run began with" not in capsys.readouterr().out
+
+    label = second / "labels" / "train" / "000.txt"
+    label.write_text(label.read_text().replace("0 0.", "1 0."))
+    train(Train(resume=folder, epochs=3, workers=0))
+    note = "warning: images or labels are not those that the run began with"
+    assert note in capsys.readouterr().out
+
+    shutil.copytree(second, other)
+    spec = other / "data.yaml"
+    spec.write_text(spec.read_text().replace("red", "pink"))
+    with pytest.raises(UserError, match=r"learns .*red.*, the data has .*pink"):
+        train(Train(resume=folder, epochs=4, workers=0, data=str(other)))
 
 
 def test_finished_runs_can_be_extended(options: Train) -> None:

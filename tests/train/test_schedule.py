@@ -99,6 +99,13 @@ def test_a_small_data_set_has_a_step_an_epoch() -> None:
     assert schedule.weight_decay == pytest.approx(5e-4 / 8)
 
 
+def test_accumulation_can_be_asked_for() -> None:
+    schedule = Schedule(P5.with_values({"warmup_epochs": 1}), 300, 1000, 16, every=10)
+    assert schedule.accumulate == 10
+    assert schedule.at(0, 500).accumulate == 6  # round(5.5), to even
+    assert schedule.weight_decay == pytest.approx(5e-4 * 160 / 64)
+
+
 def test_presets() -> None:
     names = {name: preset_name(variant) for name, variant in VARIANTS.items()}
     assert names == {
@@ -137,7 +144,7 @@ def test_only_convolution_weights_decay() -> None:
     assert sum(kept) == len(names) - len(list(frozen.parameters()))
 
 
-@pytest.mark.parametrize("name", ["sgd", "adam"])
+@pytest.mark.parametrize("name", ["sgd", "adam", "adamw"])
 def test_rates_reach_the_optimizer(name: str) -> None:
     model = create_model("yolov7-tiny", 2, width=0.125)
     optimizer = build_optimizer(model, name, 5e-4)  # type: ignore[arg-type]  # parametrized
@@ -145,7 +152,7 @@ def test_rates_reach_the_optimizer(name: str) -> None:
     assert [g["lr"] for g in optimizer.param_groups] == pytest.approx([0.055, 0.005, 0.005])
     assert [g["weight_decay"] for g in optimizer.param_groups] == [0, 5e-4, 0]
     group = optimizer.param_groups[0]
-    momentum = group["betas"][0] if name == "adam" else group["momentum"]
+    momentum = group["betas"][0] if name != "sgd" else group["momentum"]
     assert momentum == pytest.approx(0.8685)
 
 

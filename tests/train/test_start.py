@@ -14,7 +14,7 @@ from yolov7.train.report import read_rows
 # Modules that Windows, macOS or a bare installation have not got.
 MISSING = """
 import sys
-for name in ("resource", "fcntl"):
+for name in ("resource", "fcntl", "triton"):
     sys.modules[name] = None
 import multiprocessing
 multiprocessing.set_start_method("{method}")

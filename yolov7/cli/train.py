@@ -20,9 +20,7 @@ def run(options: Train) -> int:
     try:
         result = train(options)
     except OSError as error:  # a full disk, a folder that went away
-        raise UserError(
-            f"{error}: the last finished epoch is kept; mend it, then go on with --resume"
-        ) from None
+        raise UserError(str(error)) from None
     if main:
         report(result)
         write_json(options.json, asdict(result) | {"folder": str(result.folder)})
