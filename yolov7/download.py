@@ -40,7 +40,7 @@ PUBLISHED = {
     **{f"{name}_training.pt": name for name in _BOTH},
 }
 
-LARGEST = 4 << 30  # bytes of a file; the largest published one has about a quarter
+LARGEST = 4 << 30  # bytes of a file
 PATIENCE = 30  # seconds within which an answer begins, and goes on by
 SLOWEST = 30 << 10  # bytes
 _RECORD = "sha256.json"  # file name -> SHA-256, beside the files
