@@ -8,19 +8,12 @@ import hashlib
 import json
 import re
 import sys
-import time
-import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from http import HTTPStatus
-from http.client import HTTPException, HTTPMessage, HTTPResponse
 from pathlib import Path
-from queue import Empty, Queue
-from threading import Thread
-from typing import IO
-from urllib.parse import urlsplit
 
 from filelock import FileLock
 from rich.progress import DownloadColumn, Progress, TransferSpeedColumn
@@ -28,6 +21,7 @@ from rich.progress import DownloadColumn, Progress, TransferSpeedColumn
 from yolov7.atomic import atomic
 from yolov7.cache import cache_folder
 from yolov7.errors import UserError
+from yolov7.fetch import REFUSALS, Answer, answer_to, chunks
 from yolov7.progress import working
 from yolov7.text import one_line
 
@@ -42,13 +36,12 @@ PUBLISHED = {
 
 LARGEST = 4 << 30  # bytes of a file
 PATIENCE = 30  # seconds within which an answer begins, and goes on by
-SLOWEST = 30 << 10  # bytes
+SLOWEST = 1 << 10  # bytes per second
 _RECORD = "sha256.json"  # file name -> SHA-256, beside the files
 _CHUNK = 1 << 20
 _TAG = re.compile(r'"[\x21\x23-\x7e]{1,200}"')  # a strong ETag: equal only for equal bytes
 _RANGE = re.compile(r"bytes (\d{1,15})-\d{1,15}/(\d{1,15})")
 _PARTS = (HTTPStatus.PARTIAL_CONTENT, HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE)
-_Answer = HTTPResponse | urllib.error.HTTPError
 
 
 def published_weights(
@@ -181,7 +174,7 @@ def _fetch(url: str, part: _Part) -> None:
     """Download `url`, going on where an earlier download of the same version was cut."""
     have, tag = part.version()
     headers = {"Range": f"bytes={have}-", "If-Range": tag} if have else {}
-    with _opened(urllib.request.Request(url, headers=headers)) as answer:
+    with _answer(urllib.request.Request(url, headers=headers)) as answer:
         found = answer.headers.get("ETag", "")
         start, total = _place(answer)
         if answer.status in _PARTS and have and (start, found) != (have, tag):
@@ -205,7 +198,7 @@ def _fetch(url: str, part: _Part) -> None:
     return None
 
 
-def _place(answer: _Answer) -> tuple[int | None, int | None]:
+def _place(answer: Answer) -> tuple[int | None, int | None]:
     """Where in the file the answer begins, None for none of it; how long the file is, if said."""
     if answer.status == HTTPStatus.OK:
         length = answer.headers.get("Content-Length", "")
@@ -216,65 +209,27 @@ def _place(answer: _Answer) -> tuple[int | None, int | None]:
     return None, None
 
 
-class _Redirects(urllib.request.HTTPRedirectHandler):
-    """Follows where a server sends us, but not away from HTTPS, nor to FTP."""
-
-    def redirect_request(
-        self,
-        req: urllib.request.Request,
-        fp: IO[bytes],
-        code: int,
-        msg: str,
-        headers: HTTPMessage,
-        newurl: str,
-    ) -> urllib.request.Request | None:
-        if urlsplit(newurl).scheme not in ("https", req.type):
-            raise urllib.error.URLError(f"it sends us to {one_line(newurl)}")
-        return super().redirect_request(req, fp, code, msg, headers, newurl)
-
-
-def _opened(request: urllib.request.Request) -> _Answer:
-    """The answer to a request, whose head has to come in time, however slowly it drips."""
-    answers: Queue[_Answer | Exception] = Queue()
-
-    def ask() -> None:
-        try:
-            answers.put(urllib.request.build_opener(_Redirects).open(request, timeout=PATIENCE))
-        except Exception as error:
-            answers.put(error)
-
+def _answer(request: urllib.request.Request) -> Answer:
     url = request.full_url
-    Thread(target=ask, daemon=True).start()
     try:
-        answer = answers.get(timeout=PATIENCE)
-    except Empty:
-        raise UserError(f"{url}: no answer within {PATIENCE} s; run again to resume") from None
-    if isinstance(answer, HTTPResponse | urllib.error.HTTPError):
-        return answer
-    reason = one_line(getattr(answer, "reason", None) or answer or type(answer).__name__)
-    raise UserError(f"{url}: cannot be reached ({reason}); download it elsewhere and pass its path")
+        return answer_to(request, PATIENCE)
+    except TimeoutError as error:
+        raise UserError(f"{url}: {one_line(error)}; run again to resume") from None
+    except REFUSALS as error:
+        reason = one_line(getattr(error, "reason", None) or error or type(error).__name__)
+        raise UserError(
+            f"{url}: cannot be reached ({reason}); download it elsewhere and pass its path"
+        ) from None
 
 
-def _chunks(answer: _Answer, url: str) -> Iterator[bytes]:
-    """What comes, as long as it comes at some speed."""
-    since, received = time.monotonic(), 0
-    while True:
-        try:
-            chunk = answer.read1(_CHUNK)
-        except (OSError, HTTPException, ValueError) as error:
-            reason = one_line(str(error) or type(error).__name__)
-            raise UserError(f"{url}: cut off ({reason}); run again to resume") from None
-        if not chunk:
-            return
-        yield chunk
-        received += len(chunk)
-        seconds = time.monotonic() - since
-        if seconds > PATIENCE:
-            if received < SLOWEST:
-                raise UserError(
-                    f"{url}: too slow, {received} bytes in {seconds:.0f} s; run again to resume"
-                )
-            since, received = time.monotonic(), 0
+def _chunks(answer: Answer, url: str) -> Iterator[bytes]:
+    try:
+        yield from chunks(answer, PATIENCE, SLOWEST)
+    except TimeoutError as error:
+        raise UserError(f"{url}: {one_line(error)}; run again to resume") from None
+    except REFUSALS as error:
+        reason = one_line(str(error) or type(error).__name__)
+        raise UserError(f"{url}: cut off ({reason}); run again to resume") from None
 
 
 def _progress() -> Progress:

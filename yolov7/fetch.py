@@ -3,38 +3,106 @@
 A user and password in the address are sent to its host alone, and stand in no message.
 """
 
+import time
+import urllib.error
 import urllib.request
 from base64 import b64encode
-from http.client import HTTPException, HTTPResponse
-from time import monotonic
-from typing import NoReturn
-from urllib.error import URLError
+from collections.abc import Iterator
+from http.client import HTTPException, HTTPMessage, HTTPResponse
+from queue import Empty, Queue
+from threading import Thread
+from typing import IO
 from urllib.parse import quote, unquote, urlsplit
 
 from yolov7.errors import UserError
-from yolov7.text import split_login, without_secrets
+from yolov7.text import one_line, split_login, without_secrets
 
-LARGEST = 2**28  # bytes
-TIMEOUT_S = 10.0  # until a server has to answer, and to go on
-SLOWEST = 1000  # bytes per second, once TIMEOUT_S have passed
+LARGEST = 2**28  # bytes of an image
+TIMEOUT_S = 10.0  # until an image's server has to answer, and to go on
+SLOWEST = 1000  # bytes per second, over each such time
 CHUNK = 2**16
 # What urllib raises: no connection, an address that is none, an answer that is not HTTP.
 REFUSALS = (OSError, ValueError, HTTPException)
 
+Answer = HTTPResponse | urllib.error.HTTPError
 
-class _NoFtp(urllib.request.FTPHandler):
-    """Redirections may lead to http and https alone."""
 
-    def ftp_open(self, req: urllib.request.Request) -> NoReturn:
-        """Refuse."""
-        raise URLError(f"it leads to {req.type}")
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    """Follows where a server sends us, but not away from HTTPS, nor to FTP."""
+
+    def redirect_request(
+        self,
+        req: urllib.request.Request,
+        fp: IO[bytes],
+        code: int,
+        msg: str,
+        headers: HTTPMessage,
+        newurl: str,
+    ) -> urllib.request.Request | None:
+        if urlsplit(newurl).scheme not in ("https", req.type):
+            raise urllib.error.URLError(f"it sends us to {one_line(newurl)}")
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def answer_to(request: urllib.request.Request, patience: float = TIMEOUT_S) -> Answer:
+    """The answer to a request, of which nothing but the head has been read.
+
+    Args:
+        request: What is asked.
+        patience: Seconds within which the head has to come, however slowly it drips.
+
+    Raises:
+        OSError, ValueError, HTTPException: `REFUSALS`: there is none. An answer of 400 or more is
+            one, returned as it is.
+    """
+    answers: Queue[Answer | Exception] = Queue()
+
+    def ask() -> None:
+        try:
+            answers.put(urllib.request.build_opener(_Redirects).open(request, timeout=patience))
+        except Exception as error:
+            answers.put(error)
+
+    Thread(target=ask, daemon=True).start()
+    try:
+        answer = answers.get(timeout=patience)
+    except Empty:
+        raise TimeoutError(f"no answer within {patience:.0f} s") from None
+    if isinstance(answer, HTTPResponse | urllib.error.HTTPError):
+        return answer
+    raise answer
+
+
+def chunks(
+    answer: Answer, patience: float = TIMEOUT_S, slowest: float = SLOWEST
+) -> Iterator[bytes]:
+    """What comes of an answer, as long as it comes at some speed.
+
+    Args:
+        answer: Whose body is read.
+        patience: Seconds over which the speed is taken.
+        slowest: Bytes per second.
+
+    Raises:
+        OSError, ValueError, HTTPException: `REFUSALS`: it was cut off, or is too slow.
+    """
+    since, received = time.monotonic(), 0
+    while chunk := answer.read1(CHUNK):
+        yield chunk
+        received += len(chunk)
+        seconds = time.monotonic() - since
+        if seconds > patience:
+            if received < slowest * seconds:
+                raise TimeoutError(f"too slow, {received} bytes in {seconds:.0f} s")
+            since, received = time.monotonic(), 0
 
 
 def open_url(address: str) -> HTTPResponse:
-    """The answer to an address, of which nothing has been read.
+    """The answer to an address, of which nothing but the head has been read.
 
     Raises:
-        OSError, ValueError, HTTPException: `REFUSALS`: there is none.
+        OSError, ValueError, HTTPException: `REFUSALS`: there is none, or it is none of what was
+            asked for.
     """
     url, login = split_login(address)
     parts = urlsplit(url)
@@ -44,7 +112,9 @@ def open_url(address: str) -> HTTPResponse:
     if login:
         token = b64encode(unquote(login).encode()).decode()
         request.add_unredirected_header("Authorization", f"Basic {token}")
-    answer: HTTPResponse = urllib.request.build_opener(_NoFtp).open(request, timeout=TIMEOUT_S)
+    answer = answer_to(request)
+    if isinstance(answer, urllib.error.HTTPError):
+        raise answer
     return answer
 
 
@@ -56,22 +126,16 @@ def fetch(address: str) -> bytes:
     """
     name = without_secrets(address)
     data = bytearray()
-    start = monotonic()
     try:
         with open_url(address) as answer:
-            while chunk := answer.read1(CHUNK):
+            for chunk in chunks(answer):
                 data += chunk
-                waited = monotonic() - start
-                if waited > TIMEOUT_S and len(data) < SLOWEST * waited:
-                    raise TimeoutError(f"{len(data)} bytes in {waited:.0f} seconds")
                 if len(data) > LARGEST:
                     raise UserError(
                         f"{name}: over the limit of {LARGEST >> 20} MB: download it yourself"
                     )
             if answer.length:
                 raise ConnectionError(f"it ended {answer.length} bytes too early")
-    except UserError:
-        raise
     except REFUSALS as error:
         raise unreachable(name, error) from None
     return bytes(data)
@@ -79,5 +143,5 @@ def fetch(address: str) -> bytes:
 
 def unreachable(name: str, error: Exception) -> UserError:
     """The error that says why an address gave nothing."""
-    reason = getattr(error, "reason", None) or error
+    reason = one_line(getattr(error, "reason", None) or error or type(error).__name__)
     return UserError(f"{name}: {reason}: check the address and the connection")
