@@ -44,7 +44,7 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
-def answer_to(request: urllib.request.Request, patience: float = TIMEOUT_S) -> Answer:
+def answer_to(request: urllib.request.Request, patience: float) -> Answer:
     """The answer to a request, of which nothing but the head has been read.
 
     Args:
@@ -73,9 +73,7 @@ def answer_to(request: urllib.request.Request, patience: float = TIMEOUT_S) -> A
     raise answer
 
 
-def chunks(
-    answer: Answer, patience: float = TIMEOUT_S, slowest: float = SLOWEST
-) -> Iterator[bytes]:
+def chunks(answer: Answer, patience: float, slowest: float) -> Iterator[bytes]:
     """What comes of an answer, as long as it comes at some speed.
 
     Args:
@@ -112,7 +110,7 @@ def open_url(address: str) -> HTTPResponse:
     if login:
         token = b64encode(unquote(login).encode()).decode()
         request.add_unredirected_header("Authorization", f"Basic {token}")
-    answer = answer_to(request)
+    answer = answer_to(request, TIMEOUT_S)
     if isinstance(answer, urllib.error.HTTPError):
         raise answer
     return answer
@@ -128,7 +126,7 @@ def fetch(address: str) -> bytes:
     data = bytearray()
     try:
         with open_url(address) as answer:
-            for chunk in chunks(answer):
+            for chunk in chunks(answer, TIMEOUT_S, SLOWEST):
                 data += chunk
                 if len(data) > LARGEST:
                     raise UserError(
