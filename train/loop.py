@@ -363,7 +363,7 @@ class Run:
             self.sampler.weights = state["image_weights"].numpy()
         self.progress = Progress(**state["progress"])
         was = state["options"]["epochs"] or EPOCHS
-        if was != self.epochs:
+        if was != self.epochs and self.progress.step:
             schedule, progress = self.step.schedule, self.progress
             before = replace(schedule, epochs=was).at(progress.epoch, progress.step).lr
             now = schedule.at(progress.epoch, progress.step).lr
