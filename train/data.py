@@ -142,10 +142,16 @@ class TrainingData(TorchDataset[Item]):
         Raises:
             ValueError: `augment` gives an image of another size or kind, or another number of
                 classes than of boxes.
-            UserError: no image can be read.
+            UserError: no image can be read, or one that can cannot be augmented.
         """
         rng = np.random.default_rng((self.seed, key.epoch, key.position))
-        scene = self.augmenter(key.image, key.shape, rng, key.others, mosaic=key.mosaic)
+        try:
+            scene = self.augmenter(key.image, key.shape, rng, key.others, mosaic=key.mosaic)
+        except UserError:
+            raise
+        except Exception as error:  # the line that a worker's traceback would bury
+            path = self.store.samples[key.image].path
+            raise UserError(f"{path}: {type(error).__name__} {error}") from error
         if self.augment is not None:
             scene = augmented(scene, self.augment, rng)
         return Item(*to_tensors(scene), self.store.take_notes())

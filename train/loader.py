@@ -134,7 +134,7 @@ class Loader(DataLoader[Item]):
                 if not self.num_workers:
                     raise
                 # The text of a worker's error is its traceback, which ends in its own text.
-                raise UserError(str(error).rpartition("UserError: ")[2]) from None
+                raise UserError(str(error).rpartition("UserError: ")[2].strip()) from None
             except RuntimeError as error:
                 reason = str(error).partition(chr(10))[0]
                 if not reason.startswith(("DataLoader worker (", "DataLoader timed out")):

@@ -141,6 +141,7 @@ class Run:
             keep_freed_memory()
 
         self.train_set, self.val_set = open_data(options, data)
+        self.fingerprint = fingerprint(self.train_set)
         self.told: set[str] = set()
         self._tell(f"left out: {line}" for line in self.train_set.skipped)
         self._tell(f"left out of the evaluation: {line}" for line in self.val_set.skipped)
@@ -346,7 +347,7 @@ class Run:
             "options": asdict(self.options) | {"batch": self.step.schedule.batch, "resume": None},
             "hyper": asdict(self.hyper),
             "images": len(self.train_set.samples),
-            "data": fingerprint(self.train_set),
+            "data": self.fingerprint,
         }
 
     def _restore(self, state: State) -> None:
@@ -356,14 +357,14 @@ class Run:
                 f"{self.folder} was trained on {state['images']} images, now there are "
                 f"{len(self.train_set.samples)}: start a new run from its weights"
             )
-        if state["data"] != fingerprint(self.train_set):
+        if state["data"] != self.fingerprint:
             self.ranks.say("warning: images or labels are not those that the run began with")
         self.step.load_state_dict(state)
         if state["image_weights"] is not None:
             self.sampler.weights = state["image_weights"].numpy()
         self.progress = Progress(**state["progress"])
         was = state["options"]["epochs"] or EPOCHS
-        if was != self.epochs:
+        if was != self.epochs and self.progress.step:
             schedule, progress = self.step.schedule, self.progress
             before = replace(schedule, epochs=was).at(progress.epoch, progress.step).lr
             now = schedule.at(progress.epoch, progress.step).lr

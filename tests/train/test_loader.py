@@ -148,6 +148,20 @@ def test_batches_go_through_pipes_where_shared_memory_is_full(
         assert (a.notes, b.notes) == ((), (module.FULL,))
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_that_cannot_be_augmented_is_one_line_that_names_it(
+    workers: int, dataset: Dataset
+) -> None:
+    data = TrainingData(dataset, 64, NOTHING)
+
+    def fail(*_: Any, **__: Any) -> Scene:
+        raise cv2.error("(-215:Assertion failed) !ssize.empty()")
+
+    data.augmenter = fail  # type: ignore[assignment]  # a stand-in
+    with pytest.raises(UserError, match=r"^\S+/00\d\.png: error .*!ssize.empty\(\)$"):
+        next(iter(Loader(data, EpochSampler(8, 4, 64), workers=workers, pin=False)))
+
+
 def stall(scene: Scene, _: np.random.Generator) -> Scene:
     time.sleep(100)
     return scene
