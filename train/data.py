@@ -5,7 +5,7 @@ ranks or what was loaded before: runs are reproducible and resume exactly.
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -15,7 +15,7 @@ from numpy.random import Generator
 from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
 
-from yolov7.dataset import Dataset, load_data
+from yolov7.dataset import Dataset, load_splits
 from yolov7.errors import UserError
 from yolov7.train.augment import Augmenter
 from yolov7.train.config import Augmentation
@@ -36,9 +36,13 @@ def open_data(options: Train, given: tuple[Dataset, Dataset] | None) -> tuple[Da
         given: the splits, instead of those of the options.
 
     Raises:
-        UserError: a split is missing, there is no box to train on, or the classes differ.
+        UserError: a split is missing, there is no box to train on, the classes differ, or, where
+            that is asked for, anything is wrong.
     """
     train, val = given or _read(options)
+    for dataset in (train, val):
+        if options.strict and (dataset.skipped or dataset.problems):
+            raise UserError(f"--strict: {dataset.summary()}; yolov7 check names what is wrong")
     train = part_of(train, options.fraction, options.seed)
     if options.single_class:
         train, val = as_one_class(train), as_one_class(val)
@@ -58,11 +62,33 @@ def _read(options: Train) -> tuple[Dataset, Dataset]:
     if not options.data:
         raise UserError("nothing to train on: give --data, such as a data.yaml or a COCO json")
     try:
-        return load_data(options.data, options.split), load_data(options.data, options.val_split)
+        return load_splits(
+            options.data,
+            options.split,
+            options.val_split,
+            val_fraction=options.val_fraction,
+            seed=options.seed,
+        )
     except UserError as error:
         if options.resume is None:
             raise
         raise UserError(f"{error}; if the data has moved, name it with --data") from None
+
+
+def left_out(train: Dataset, val: Dataset) -> Iterator[str]:
+    """Lines about what is wrong in the data, and therefore left out."""
+    yield from (f"left out: {line}" for line in train.skipped)
+    yield from (f"left out of the evaluation: {line}" for line in val.skipped)
+    for use, dataset in (("train", train), ("evaluate", val)):
+        if dataset.problems:
+            yield f"{use} on {dataset.summary()}; yolov7 check names what is wrong"
+
+
+def match_classes(train: Dataset, val: Dataset, names: list[str]) -> tuple[Dataset, Dataset]:
+    """The splits with their classes in the order of a model's, where these are the same names."""
+    if sorted(names) != sorted(train.names):
+        return train, val
+    return train.in_order(names), val.in_order(names)
 
 
 def part_of(dataset: Dataset, fraction: float, seed: int) -> Dataset:

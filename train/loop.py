@@ -24,7 +24,7 @@ from yolov7.runs import new_run
 from yolov7.train.autoanchor import fit_model_anchors
 from yolov7.train.autobatch import batch_size
 from yolov7.train.config import HyperParameters
-from yolov7.train.data import Augment, fingerprint, open_data
+from yolov7.train.data import Augment, fingerprint, left_out, match_classes, open_data
 from yolov7.train.distributed import (
     Ranks,
     collect,
@@ -143,8 +143,7 @@ class Run:
         self.train_set, self.val_set = open_data(options, data)
         self.fingerprint = fingerprint(self.train_set)
         self.told: set[str] = set()
-        self._tell(f"left out: {line}" for line in self.train_set.skipped)
-        self._tell(f"left out of the evaluation: {line}" for line in self.val_set.skipped)
+        self._tell(left_out(self.train_set, self.val_set))
 
         self.hyper, model = self._model(state, model)
         self.size = fit(options.imgsz, model)[0]
@@ -375,15 +374,17 @@ class Run:
 
     def _model(self, state: State, given: YOLOv7 | None) -> tuple[HyperParameters, YOLOv7]:
         """Hyper-parameters and model, of the options or of the run that is resumed."""
+        last = self.folder / "weights" / "last.safetensors"
+        count = len(self.train_set.names)
+        model = given or (load_model(last) if state else build_model(self.options, count))
+        self.train_set, self.val_set = match_classes(self.train_set, self.val_set, model.names)
         if state:
-            model = given or load_model(self.folder / "weights" / "last.safetensors")
             if model.names != self.train_set.names:
                 raise UserError(
                     f"{self.folder} learns {model.names}, the data has {self.train_set.names}"
                 )
             return HyperParameters.from_dict(state["hyper"]), model
-        names = self.train_set.names
-        model, note = fit_classes(given or build_model(self.options, len(names)), names)
+        model, note = fit_classes(model, self.train_set.names)
         if note:
             self.ranks.say(note)
         return hyper_parameters(self.options, model.variant), model

@@ -68,6 +68,10 @@ class Train:
     """split to train on"""
     val_split: str = "val"
     """split to evaluate on"""
+    val_fraction: float | None = None
+    """share of the split to train on that is held out and evaluated on, instead of --val-split"""
+    strict: bool = False
+    """stop where an image or label is wrong, instead of leaving it out"""
     fraction: float = 1.0
     """share of the images to train on, drawn by the seed"""
     single_class: bool = False
