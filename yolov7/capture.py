@@ -107,8 +107,10 @@ def frame_rate(capture: cv2.VideoCapture) -> float:
     return fps if 0 < fps < 1000 else 0.0
 
 
-def next_frame(capture: cv2.VideoCapture, stride: int) -> Image | None:
-    """The next frame, None where there is none; leaves out ``stride - 1`` frames after it.
+def next_frame(capture: cv2.VideoCapture, stride: int) -> tuple[Image, float] | None:
+    """The next frame and its time stamp in seconds, None where there is none.
+
+    It leaves out ``stride - 1`` frames after it.
 
     Raises:
         UserError: OpenCV trips over what comes.
@@ -117,11 +119,12 @@ def next_frame(capture: cv2.VideoCapture, stride: int) -> Image | None:
         ok, image = capture.read()
         if not ok:
             return None
+        time = capture.get(cv2.CAP_PROP_POS_MSEC) / 1e3
         for _ in range(stride - 1):
             capture.grab()
     except cv2.error as error:
         raise UserError(f"damaged ({one_line(error.err)})") from None
-    return np.asarray(image, dtype=np.uint8)
+    return np.asarray(image, dtype=np.uint8), time
 
 
 class Newest:
@@ -138,7 +141,8 @@ class Newest:
         changed: Guards ``frame`` and ``news``; told of every new one, and of the end.
 
     Attributes:
-        frame: The newest frame that nobody has taken, and its number, from 1.
+        frame: The newest frame that nobody has taken, its number, from 1, and the seconds after
+            which it came.
         news: What the reader is to be told: lines, and at the end the error that was the reason.
         dropped: Frames that were replaced before somebody took them.
         ended: No frame comes any more.
@@ -154,7 +158,7 @@ class Newest:
         retry: float,
         changed: Condition,
     ) -> None:
-        self.frame: tuple[Image, int] | None = None
+        self.frame: tuple[Image, int, float] | None = None
         self.news: list[str | Exception] = []
         self.dropped = 0
         self.ended = False
@@ -162,12 +166,12 @@ class Newest:
         self._name, self._connect = name, connect
         self._stride, self._retry = stride, retry
         self._changed = changed
-        self._number = 1
+        self._number, self._start = 1, monotonic()
         self._stopped = Event()
         self._thread = Thread(target=self._run, daemon=True)
         self._thread.start()
 
-    def take(self) -> tuple[tuple[Image, int] | None, list[str | Exception]]:
+    def take(self) -> tuple[tuple[Image, int, float] | None, list[str | Exception]]:
         """The newest frame and the news, each once; the caller holds ``changed``."""
         taken, self.frame, self.news = (self.frame, self.news), None, []
         return taken
@@ -216,12 +220,12 @@ class Newest:
         try:
             self.fps = frame_rate(capture)
             while not self._stopped.is_set():
-                image = next_frame(capture, self._stride)
-                if image is None:
+                read = next_frame(capture, self._stride)
+                if read is None:
                     return
                 with self._changed:
                     self.dropped += self.frame is not None
-                    self.frame = image, self._number
+                    self.frame = read[0], self._number, monotonic() - self._start
                     self._changed.notify_all()
                 self._number += self._stride
         except UserError as error:

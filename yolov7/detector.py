@@ -1,10 +1,12 @@
 """From a source of images to their boxes."""
 
+import copy
 import time
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,6 +30,8 @@ MIN_TILE = 32  # pixels; less would make hundreds of thousands of tiles
 
 class Detector:
     """Finds objects in images.
+
+    It can be copied and pickled: the copy is made anew from the same weights and options.
 
     Args:
         weights: A file (an exported one, too), the name of a published one, or a model (which is
@@ -85,6 +89,11 @@ class Detector:
         layout: str | None = None,
         trust: bool = False,
     ) -> None:
+        if isinstance(weights, YOLOv7):
+            weights = copy.deepcopy(weights)  # a copy of this detector needs it as it is now
+        elif weights is not None and Path(weights).exists():
+            weights = Path(weights).absolute()  # wherever that copy is made
+        self._arguments = {key: value for key, value in locals().items() if key != "self"}
         runtime = Runtime(
             weights=weights,
             variant=variant,
@@ -130,6 +139,10 @@ class Detector:
             f"Detector({network.title}, {len(self.names)} classes, {network.device}, "
             f"{network.precision}, {network.engine})"
         )
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """How to make the same anew: networks hold locks, graphs and packed weights."""
+        return partial(type(self), **self._arguments), ()
 
     def __call__(
         self, source: object, *, vid_stride: int = 1, on_error: OnError | None = None
@@ -198,10 +211,11 @@ class Detector:
             speed = {stage: ms / len(chunk) for stage, ms in found.ms.items()}
             if "pre" in speed:
                 speed["pre"] += window.pre
-            for index, (boxes, beyond) in zip(chunk, found.rows(), strict=True):
+            for index, (rows, beyond) in zip(chunk, found.rows(), strict=True):
                 self.speed.add(speed)
                 frame, shape = window.frames[index], window.where[index].shape
-                results[index] = Results(frame, Boxes(boxes), self.names, speed, shape, beyond)
+                boxes = Boxes(rows, frame.shape)
+                results[index] = Results(frame, boxes, self.names, speed, shape, beyond)
         yield from (results[index] for index in range(len(window.frames)))
 
 

@@ -1,6 +1,8 @@
 """What was found in one image: boxes, and every form in which they can be had."""
 
+import json
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -8,6 +10,8 @@ from typing import Any
 
 import cv2
 import numpy as np
+import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from yolov7.atomic import atomic
@@ -17,20 +21,36 @@ from yolov7.errors import UserError
 from yolov7.letterbox import Image
 from yolov7.sources import Frame
 from yolov7.text import file_name, printable
+from yolov7.window import Window
+
+SHOWN = 1280  # pixels
 
 
 @dataclass(frozen=True, eq=False, repr=False)  # tensors have no one answer to ==
 class Boxes:
     """Detections of one image, the surest first.
 
+    Iterating gives each as `Boxes` of its own; an index, slice or mask gives these.
+
     Attributes:
         data: [n, 6] fp32 on the CPU: x1, y1, x2, y2 (pixels of the image), confidence, class.
+        shape: (height, width) of the image in pixels.
+        id: [n] int64 numbers of the tracks that they belong to; None where nothing is tracked.
     """
 
     data: Tensor
+    shape: tuple[int, int]
+    id: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.data)
+
+    def __iter__(self) -> Iterator["Boxes"]:
+        return (self[index] for index in range(len(self)))
+
+    def __getitem__(self, index: int | slice | list[int] | Tensor) -> "Boxes":
+        chosen = torch.arange(len(self))[index].view(-1)
+        return Boxes(self.data[chosen], self.shape, None if self.id is None else self.id[chosen])
 
     def __repr__(self) -> str:
         """One line: `Boxes(3, confidence 0.90 to 0.50)`."""
@@ -49,6 +69,16 @@ class Boxes:
         return xyxy_to_cxcywh(self.xyxy)
 
     @property
+    def xyxyn(self) -> Tensor:
+        """[n, 4] left, top, right, bottom in 0..1 of the image's width and height."""
+        return self.xyxy / self._sides
+
+    @property
+    def xywhn(self) -> Tensor:
+        """[n, 4] centre x, centre y, width, height in 0..1 of the image's width and height."""
+        return self.xywh / self._sides
+
+    @property
     def conf(self) -> Tensor:
         """[n] confidence, 0..1."""
         return self.data[:, 4]
@@ -57,6 +87,15 @@ class Boxes:
     def cls(self) -> Tensor:
         """[n] int64 class numbers."""
         return self.data[:, 5].long()
+
+    def numpy(self) -> NDArray[np.float32]:
+        """`data` as an array."""
+        return self.data.numpy()
+
+    @property
+    def _sides(self) -> Tensor:
+        height, width = self.shape
+        return self.data.new_tensor((width, height, width, height))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -79,6 +118,9 @@ class Results:
     input_shape: tuple[int, int]
     overflow: int = 0
 
+    masks = None
+    """None, always: `supervision.Detections.from_ultralytics` asks for it."""
+
     def __len__(self) -> int:
         return len(self.boxes)
 
@@ -89,7 +131,7 @@ class Results:
     def __str__(self) -> str:
         """One line: `image 3/12 bus.jpg: 448x640 4 persons, 1 bus, 6.1 ms`."""
         frame = self.frame
-        number = f"{frame.item}/{frame.items}"
+        number = f"{frame.item}/{frame.items}" if frame.items else f"{frame.item}"
         if frame.kind != "image":
             number += f" frame {frame.number}" + (f"/{frame.total}" if frame.total else "")
         height, width = self.input_shape
@@ -126,6 +168,26 @@ class Results:
         ]
         return draw_boxes(self.image, boxes.xyxy.numpy(), labels, classes)
 
+    def show(self) -> None:
+        """Show the annotated image in a window until a key is pressed or it is closed.
+
+        Raises:
+            UserError: There is no display.
+        """
+        window, picture = Window(self.path), self.plot()
+        while window.show(picture, wait=100) is None:
+            pass
+        window.close()
+
+    def _repr_png_(self) -> bytes:
+        """The annotated image, as a notebook shows it: its longer side has at most 1280 pixels."""
+        picture = self.plot()
+        ratio = SHOWN / max(picture.shape[:2])
+        if ratio < 1:
+            size = [max(round(side * ratio), 1) for side in picture.shape[1::-1]]
+            picture = np.asarray(cv2.resize(picture, size, interpolation=cv2.INTER_AREA), np.uint8)
+        return cv2.imencode(".png", picture)[1].tobytes()
+
     def save(self, path: str | Path, *, conf: bool = True) -> Path:
         """Write the annotated image; the suffix decides the format.
 
@@ -142,8 +204,7 @@ class Results:
         Raises:
             UserError: It cannot be written.
         """
-        height, width = self.image.shape[:2]
-        centres = (self.boxes.xywh / self.boxes.data.new_tensor((width, height) * 2)).tolist()
+        centres = self.boxes.xywhn.tolist()
         rows = zip(self.boxes.cls.tolist(), centres, self.boxes.conf.tolist(), strict=True)
         lines = [
             " ".join([str(cls), *(f"{x:.6f}" for x in (*box, *([score] if conf else [])))])
@@ -171,13 +232,16 @@ class Results:
         return paths
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON: path, height, width, boxes (name, class, confidence, xyxy), speed."""
+        """For JSON: path, height, width, boxes (name, class, confidence, xyxy), speed.
+
+        Of a video, camera or stream also frame, its number, and time, in seconds.
+        """
         boxes = self.boxes
         rows = zip(boxes.cls.tolist(), boxes.conf.tolist(), boxes.xyxy.tolist(), strict=True)
-        height, width = self.image.shape[:2]
+        height, width = boxes.shape
         row: dict[str, Any] = {"path": self.path, "height": height, "width": width}
         if self.frame.kind != "image":
-            row["frame"] = self.frame.number
+            row |= {"frame": self.frame.number, "time": round(self.frame.time, 3)}
         row["boxes"] = [
             {
                 "name": self.names[cls],
@@ -189,6 +253,31 @@ class Results:
         ]
         row["speed"] = {stage: round(ms, 3) for stage, ms in self.speed.items()}
         return row
+
+    def to_json(self) -> str:
+        """`to_dict` as text."""
+        return json.dumps(self.to_dict())
+
+    def to_df(self) -> Any:
+        """As a `pandas.DataFrame`, a box a row: name, class, confidence, x1, y1, x2, y2 (pixels).
+
+        Raises:
+            UserError: The package pandas is not installed.
+        """
+        try:
+            pandas = import_module("pandas")
+        except ImportError:
+            raise UserError("to_df: run `pip install pandas` first") from None
+        boxes, classes = self.boxes, self.boxes.cls.numpy()
+        columns = {
+            "name": [self.names[cls] for cls in classes],
+            "class": classes,
+            "confidence": boxes.conf.numpy(),
+            **dict(zip(("x1", "y1", "x2", "y2"), boxes.xyxy.numpy().T, strict=True)),
+        }
+        if boxes.id is not None:
+            columns["id"] = boxes.id.numpy()
+        return pandas.DataFrame(columns)
 
     def to_coco(
         self, image_id: int | str, category_ids: list[int] | None = None
@@ -216,6 +305,7 @@ class Results:
             xyxy=self.boxes.xyxy.numpy(),
             confidence=self.boxes.conf.numpy(),
             class_id=classes,
+            tracker_id=None if self.boxes.id is None else self.boxes.id.numpy(),
             data={"class_name": np.array([self.names[cls] for cls in classes], dtype=str)},
         )
 

@@ -1,41 +1,27 @@
-"""Where images come from: files, folders, globs, URLs, videos, cameras, streams, arrays, tensors.
+"""Where images come from, frame by frame: files, videos, cameras, streams, arrays and more.
 
 ``Source`` turns any of these, or a list of them, into frames, in constant memory. Files are decoded
 by threads a few images ahead of the reader. Cameras and streams are read all the time, and the
 newest frame wins: a slow reader sees the present, and the frames that it missed are counted.
 """
 
-import glob
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
-from itertools import groupby, repeat
-from pathlib import Path
+from itertools import count, groupby, repeat
 from threading import Condition
 from typing import Literal
-from urllib.parse import urlsplit
 
 import cv2
-import numpy as np
-import torch
 from torch import Tensor
 
 from yolov7.capture import Newest, ahead, frame_rate, next_frame, open_capture
 from yolov7.errors import UserError
-from yolov7.fetch import REFUSALS, fetch, open_url, unreachable
-from yolov7.images import IMAGE_SUFFIXES, decode_image, read_image, to_bgr
+from yolov7.items import Item, find_items
 from yolov7.letterbox import Image
-from yolov7.text import printable, without_secrets
+from yolov7.text import printable
 
-VIDEO_SUFFIXES = frozenset(
-    {".3gp", ".asf", ".avi", ".flv", ".gif", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg"}
-    | {".ogv", ".ts", ".webm", ".wmv"}
-)
-STREAM_SCHEMES = frozenset({"rtsp", "rtsps", "rtmp", "rtp", "udp", "tcp", "srt"})
-
-SLACK = 0.01  # by which resizing may carry the values of a tensor beyond 1
 WORKERS = 2  # threads that decode images
 
 NO_VIDEO = "not a video that can be read: check the file"
@@ -52,11 +38,13 @@ class Frame:
         pixels: [H, W, 3] uint8, BGR; a tensor if the image was given as one on a GPU.
         path: File, URL, "camera 0", "array 0" and the like.
         item: Which of the source's items this is, from 1.
-        items: How many items the source has.
+        items: How many items the source has; 0 where only its end tells.
         kind: "image"; "video" for a frame of a file; "live" for one of a camera or stream.
         number: Frame of the video or stream, from 1; 1 for an image.
         total: Frames that a video's header promises; 0 where it says nothing.
         fps: Frames per second of a video or stream; 0 where it says nothing.
+        time: Seconds since the start of the video, by its time stamps, or since the camera or
+            stream was opened; 0 for an image.
     """
 
     pixels: Image | Tensor
@@ -67,6 +55,7 @@ class Frame:
     number: int = 1
     total: int = 0
     fps: float = 0.0
+    time: float = 0.0
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -81,15 +70,6 @@ class Frame:
         return pixels.cpu().numpy() if isinstance(pixels, Tensor) else pixels
 
 
-@dataclass(frozen=True)
-class _Item:
-    name: str
-    kind: Literal["image", "video", "live"]
-    load: Callable[[], Image | Tensor] | None = None  # images
-    here: bool = False  # nothing is waited for: an array or tensor
-    target: str | int = ""  # what OpenCV opens: videos, cameras, streams
-
-
 class Source:
     """Frames of one source, or of a list of sources, one after the other.
 
@@ -98,7 +78,10 @@ class Source:
     Args:
         source: Path, folder, glob, URL, video, camera number, stream address, array ([H, W],
             [H, W, 1 | 3 | 4] or a batch of these; BGR; 8 or 16 bit), tensor ([C, H, W] or a batch;
-            RGB; uint8, or floating in 0..1), or a list of these.
+            RGB; uint8, or floating in 0..1), PIL image (as its pixels lie, without regard to EXIF),
+            bytes of an image file or a file object with them, a .txt with a source a line, a list
+            of these, or what is iterated over: a generator, a DataLoader. That gives its sources
+            one by one, none before its turn.
         vid_stride: Take every n-th frame of a video or stream.
         retry: Seconds for which a camera or stream that has dropped is tried again.
         on_error: Called with the error of an item that cannot be read, or of a camera or stream
@@ -122,17 +105,20 @@ class Source:
             raise UserError(f"vid_stride is {vid_stride}: give 1 or more")
         if not retry >= 0:  # nor NaN
             raise UserError(f"retry is {retry:g} seconds: give 0 or more")
-        self.items = list(_items(source))
+        # Cameras and streams last; the sort is stable.
+        self.items = sorted(find_items(source), key=lambda item: item.kind == "live")
+        lazy = any(item.kind == "sources" for item in self.items)
+        self._count = 0 if lazy else len(self.items)
         self.vid_stride = vid_stride
         self.retry = retry
         self.on_error = on_error
         self.on_note = on_note
-        self._readers: list[tuple[int, _Item, Newest]] = []
+        self._readers: list[tuple[int, Item, Newest]] = []
         if not self.items:
             raise UserError("the list of sources is empty: give at least one")
 
     def __len__(self) -> int:
-        """Number of items: images, videos, cameras, streams."""
+        """Number of items: images, videos, cameras, streams; one for what is iterated over."""
         return len(self.items)
 
     @property
@@ -147,29 +133,45 @@ class Source:
 
     def __iter__(self) -> Iterator[Frame]:
         """Frames in order, as far as they can be read."""
-        numbered = list(enumerate(self.items, 1))
-        finite = [(number, item) for number, item in numbered if item.kind != "live"]
-        for kind, group in groupby(finite, key=lambda pair: pair[1].kind):
-            if kind == "image":
-                yield from self._images(list(group))
-            else:
-                for number, item in group:
-                    yield from self._video(number, item)
-        live = [(number, item) for number, item in numbered if item.kind == "live"]
+        numbers = count(1)
+        yield from self._finite((item for item in self.items if item.kind != "live"), numbers)
+        live = [item for item in self.items if item.kind == "live"]
         if live:
-            yield from self._live(live)
+            yield from self._live(list(zip(numbers, live, strict=False)))
 
-    def _images(self, group: list[tuple[int, _Item]]) -> Iterator[Frame]:
-        loads = (partial(_attempt, item.load) for _, item in group if item.load)
-        here = all(item.here for _, item in group)
+    def _finite(self, items: Iterable[Item], numbers: Iterator[int]) -> Iterator[Frame]:
+        for kind, group in groupby(items, key=lambda item: item.kind):
+            if kind == "image":
+                yield from self._images(list(group), numbers)
+                continue
+            for item in group:
+                if kind == "video":
+                    yield from self._video(next(numbers), item)
+                else:
+                    yield from self._one_by_one(item, numbers)
+
+    def _one_by_one(self, item: Item, numbers: Iterator[int]) -> Iterator[Frame]:
+        for source in item.sources:
+            try:
+                found = list(find_items(source))
+                if any(member.kind == "live" for member in found):
+                    raise UserError(f"{found[0].name}: give cameras and streams in a list")
+            except UserError as error:
+                self._report(error)
+                continue
+            yield from self._finite(found, numbers)
+
+    def _images(self, group: list[Item], numbers: Iterator[int]) -> Iterator[Frame]:
+        loads = (partial(_attempt, item.load) for item in group if item.load)
+        here = len(group) == 1 or all(item.here for item in group)
         images = (load() for load in loads) if here else ahead(loads, WORKERS)
-        for (number, item), image in zip(group, images, strict=True):
+        for item, number, image in zip(group, numbers, images, strict=False):
             if isinstance(image, UserError):
                 self._report(image)
             else:
-                yield Frame(image, item.name, number, len(self))
+                yield Frame(image, item.name, number, self._count)
 
-    def _video(self, number: int, item: _Item) -> Iterator[Frame]:
+    def _video(self, number: int, item: Item) -> Iterator[Frame]:
         try:
             capture = open_capture(item.target, item.name, NO_VIDEO)
         except UserError as error:
@@ -181,8 +183,11 @@ class Source:
         # The header's count is a promise only: the end is where no frame comes any more.
         with closing(reads):
             try:
-                while (image := next(reads)) is not None:
-                    yield Frame(image, item.name, number, len(self), "video", position, total, fps)
+                while (read := next(reads)) is not None:
+                    image, time = read
+                    yield Frame(
+                        image, item.name, number, self._count, "video", position, total, fps, time
+                    )
                     position += self.vid_stride
             except UserError as error:
                 self._report(UserError(f"{item.name}: {error} from frame {position} on"))
@@ -196,7 +201,7 @@ class Source:
             )
             self._report(UserError(f"{item.name}: {line}"))
 
-    def _live(self, group: list[tuple[int, _Item]]) -> Iterator[Frame]:
+    def _live(self, group: list[tuple[int, Item]]) -> Iterator[Frame]:
         changed = Condition()
         self._readers = []
         try:
@@ -219,10 +224,9 @@ class Source:
                     return
                 for (number, item, reader), (frame, news) in zip(self._readers, taken, strict=True):
                     if frame:
-                        image, count = frame
-                        yield Frame(
-                            image, item.name, number, len(self), "live", count, 0, reader.fps
-                        )
+                        image, position, time = frame
+                        place = item.name, number, self._count
+                        yield Frame(image, *place, "live", position, 0, reader.fps, time)
                     for said in news:
                         self._pass_on(said)
         finally:
@@ -241,126 +245,6 @@ class Source:
         if self.on_error is None:
             raise error
         self.on_error(error)
-
-
-def _items(source: object) -> Iterator[_Item]:
-    """The items that a source, or a list of them, stands for."""
-    if isinstance(source, (list, tuple)):
-        for member in source:
-            yield from _items(member)
-    elif isinstance(source, np.ndarray):
-        batch = source if source.ndim == 4 else [source]
-        for index, array in enumerate(batch):
-            name = f"array {index}"
-            yield _Item(name, "image", partial(to_bgr, array, name), here=True)
-    elif isinstance(source, Tensor):
-        for index, tensor in enumerate(source if source.ndim == 4 else [source]):
-            name = f"tensor {index}"
-            yield _Item(name, "image", partial(_from_tensor, tensor, name), here=True)
-    elif isinstance(source, bool) or not isinstance(source, (int, str, Path)):
-        kind = type(source).__name__  # PIL images, too: RGB or BGR would be a guess
-        raise UserError(f"a source cannot be a {kind}: give a path, URL, array, tensor or a list")
-    elif source == "":
-        raise UserError("the source is empty: name a file, a folder, a camera or a stream")
-    elif isinstance(source, int) or (
-        isinstance(source, str) and source.isdecimal() and not os.path.exists(source)
-    ):
-        yield _Item(f"camera {source}", "live", target=int(source))
-    elif "://" in str(source):
-        yield _from_url(str(source))
-    else:
-        yield from _from_path(Path(source))
-
-
-def _is_camera(source: str | Path) -> bool:
-    """Whether a text is the number of a camera: no file or folder is called so."""
-    return isinstance(source, str) and source.isdecimal() and not os.path.exists(source)
-
-
-def _from_tensor(tensor: Tensor, name: str) -> Image | Tensor:
-    if _stays(tensor):
-        return tensor.detach().flip(0).movedim(0, 2).contiguous()
-    pixels = tensor.detach().cpu()
-    if pixels.is_floating_point():
-        pixels = pixels.float().nan_to_num()
-        if pixels.numel() and (largest := pixels.max().item()) > 1 + SLACK:
-            raise UserError(f"{name}: values up to {largest:g}: give 0 to 1, or uint8 for 0 to 255")
-        pixels = pixels.clamp(0, 1).mul(255).round().to(torch.uint8)
-    if pixels.ndim == 3:
-        pixels = pixels.movedim(0, 2)
-        if pixels.shape[2] in (3, 4):
-            pixels = pixels[:, :, [2, 1, 0]]
-    return to_bgr(pixels.numpy(), name)
-
-
-def _stays(tensor: Tensor) -> bool:
-    """Whether a tensor stays on its GPU: the kernels take it as it is."""
-    return tensor.is_cuda and tensor.dtype == torch.uint8 and tensor.ndim == 3 and len(tensor) == 3
-
-
-def _from_path(path: Path) -> Iterator[_Item]:
-    name = str(path)
-    try:
-        if path.is_dir():
-            found = sorted(p for p in path.iterdir() if p.suffix.lower() in _SUFFIXES)
-            missing = "a folder without images or videos: give another, or one of its parts"
-        elif not path.exists() and any(letter in name for letter in "*?["):
-            matches = (Path(match) for match in glob.glob(name, recursive=True))
-            found = sorted(p for p in matches if p.suffix.lower() in _SUFFIXES)
-            missing = "matches no image or video: check the pattern"
-        else:
-            found, missing = [path], ""
-    except (OSError, ValueError) as error:  # a folder that may not be read, a name too long, a NUL
-        found, missing = [], f"cannot be read: {getattr(error, 'strerror', None) or error}"
-    for file in found:
-        if file.suffix.lower() in VIDEO_SUFFIXES and os.path.isfile(file):
-            yield _Item(str(file), "video", target=str(file))
-        else:
-            yield _Item(str(file), "image", partial(read_image, file))
-    if not found:
-        yield _failing(name, UserError(f"{name}: {missing}"))
-
-
-_SUFFIXES = IMAGE_SUFFIXES | VIDEO_SUFFIXES
-
-
-def _from_url(address: str) -> _Item:
-    name = without_secrets(address)
-    try:
-        parts = urlsplit(address)
-    except ValueError as error:
-        return _failing(name, unreachable(name, error))
-    suffix = Path(parts.path).suffix.lower()
-    if parts.scheme in STREAM_SCHEMES:
-        return _Item(name, "live", target=address)
-    if parts.scheme not in ("http", "https"):
-        known = ", ".join(sorted(STREAM_SCHEMES | {"http", "https"}))
-        return _failing(name, UserError(f"{name}: give one of {known}"))
-    if suffix in VIDEO_SUFFIXES:
-        return _Item(name, "video", target=address)
-    if suffix in IMAGE_SUFFIXES:
-        return _Item(name, "image", partial(_download_image, address, name))
-    try:  # the name does not tell: the server does
-        with open_url(address) as answer:
-            kind = answer.headers.get_content_maintype()
-    except REFUSALS as error:
-        return _failing(name, unreachable(name, error))
-    if kind == "image":
-        return _Item(name, "image", partial(_download_image, address, name))
-    return _Item(name, "video" if kind == "video" else "live", target=address)
-
-
-def _download_image(address: str, name: str) -> Image:
-    return decode_image(fetch(address), name)
-
-
-def _failing(name: str, error: UserError) -> _Item:
-    """An item that is reported when its turn comes."""
-    return _Item(name, "image", partial(_fail, error))
-
-
-def _fail(error: UserError) -> Image:
-    raise error
 
 
 def _attempt(load: Callable[[], Image | Tensor]) -> Image | Tensor | UserError:

@@ -42,14 +42,17 @@ def test_the_newest_frame_wins_and_drops_are_counted(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(cv2, "VideoCapture", Camera)
     errors: list[UserError] = []
     source = Source(0, on_error=errors.append)
-    numbers = []
+    numbers, times = [], []
     for frame in source:
+        times.append(frame.time)
         assert (frame.path, frame.kind, frame.fps) == ("camera 0", "live", 0.0)
         assert frame.image[0, 0, 0] == frame.number
         numbers.append(frame.number)
         time.sleep(0.05)
     assert source.live
     assert numbers == sorted(set(numbers))
+    assert 0 < times[0] < 0.5
+    assert times == sorted(set(times))
     assert 3 < len(numbers) < 20
     assert source.dropped == 40 - len(numbers)
     assert [str(error) for error in errors] == [

@@ -1,3 +1,6 @@
+import copy
+import multiprocessing
+import pickle
 import time
 from collections.abc import Callable, Iterator
 from importlib.resources import files
@@ -10,7 +13,7 @@ import pytest
 import torch
 
 from tests.yolov7.networks import StandIn
-from yolov7 import Detector, create_model, load_model
+from yolov7 import Detector, create_model, load_model, save_model
 from yolov7.augmented import Augmented
 from yolov7.boxes import box_iou, frame_table, in_frames
 from yolov7.engine.eager import Network
@@ -185,8 +188,7 @@ def test_classes_by_name_and_number(images: list[Image]) -> None:
 
 
 def _only(result: Results, classes: set[int]) -> Any:
-    keep = torch.tensor([c in classes for c in result.boxes.cls.tolist()])
-    return type(result.boxes)(result.boxes.data[keep])
+    return result.boxes[torch.tensor([c in classes for c in result.boxes.cls.tolist()])]
 
 
 def test_thresholds(images: list[Image]) -> None:
@@ -395,3 +397,35 @@ def test_speed_by_percentile() -> None:
         "speed per image (p50/p99 ms): pre 1.0/1.0, network 51.0/100.0, nms 0.5/0.5, "
         "total 52.5/101.5; 19.0 images/s"
     )
+
+
+def _boxes_elsewhere(detector: Detector, image: Image) -> torch.Tensor:
+    return detector(image)[0].boxes.data
+
+
+@pytest.mark.parametrize("called", [False, True], ids=["before a call", "after a call"])
+@pytest.mark.parametrize("given", ["embedded", "file", "model"])
+def test_a_detector_can_be_copied(
+    given: str, called: bool, images: list[Image], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load_model()
+    save_model(model, tmp_path / "a.safetensors")
+    monkeypatch.chdir(tmp_path)
+    weights = {"embedded": None, "file": "a.safetensors", "model": model}[given]
+    detector = Detector(weights, device="cpu", conf=0.4, classes=["RBC"], batch=2)
+    if called:
+        detector(images[0])
+    with torch.no_grad():
+        next(model.parameters()).zero_()  # the user's own, which goes on
+    monkeypatch.chdir("/")
+    expected = detector(images[0])[0]
+    for copied in (copy.deepcopy(detector), pickle.loads(pickle.dumps(detector))):
+        torch.testing.assert_close(copied(images[0])[0].boxes.data, expected.boxes.data)
+        assert copied.batch == 2
+        assert copied.network is not detector.network
+
+
+def test_a_detector_goes_to_another_process(detector: Detector, images: list[Image]) -> None:
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        found = pool.apply(_boxes_elsewhere, (detector, images[0]))
+    torch.testing.assert_close(found, detector(images[0])[0].boxes.data, rtol=1e-4, atol=1e-2)

@@ -23,7 +23,7 @@ def result(path: str = "a.png", names: tuple[str, ...] = ("cell",), **frame: obj
     image = np.random.default_rng(0).integers(0, 255, (64, 96, 3), np.uint8)
     where = Frame(image, path=path, **{"item": 1, "items": 1, **frame})  # type: ignore[arg-type]
     rows = torch.tensor([[1.0, 2.0, 30.0, 40.0, 0.9, 0.0]])
-    return Results(where, Boxes(rows), list(names), {"network": 1.0}, (64, 96))
+    return Results(where, Boxes(rows, where.shape), list(names), {"network": 1.0}, (64, 96))
 
 
 def outputs(folder: Path) -> Outputs:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from yolov7 import window
 from yolov7.drawing import class_colour
 from yolov7.errors import UserError
 from yolov7.images import read_image
@@ -23,7 +24,7 @@ SPEED = {"pre": 1.0, "network": 4.0, "nms": 1.1}
 def make(rows: list[list[float]], shape: tuple[int, int] = (100, 200), **frame: object) -> Results:
     image = np.full((*shape, 3), 90, np.uint8)
     where = {"path": "street.jpg", "item": 3, "items": 12, **frame}
-    boxes = Boxes(torch.tensor(rows, dtype=torch.float32).view(-1, 6))
+    boxes = Boxes(torch.tensor(rows, dtype=torch.float32).view(-1, 6), shape)
     return Results(Frame(image, **where), boxes, NAMES, SPEED, (448, 640))  # type: ignore[arg-type]
 
 
@@ -44,6 +45,30 @@ def test_boxes_in_every_form() -> None:
     assert boxes.cls.dtype == torch.int64
 
 
+def test_boxes_in_parts_of_the_image() -> None:
+    boxes = make(BOXES).boxes
+    torch.testing.assert_close(boxes.xyxyn[0], torch.tensor([0.05, 0.2, 0.25, 0.8]))
+    torch.testing.assert_close(boxes.xywhn[0], torch.tensor([0.15, 0.5, 0.2, 0.6]))
+    assert boxes.numpy().shape == (3, 6)
+    assert boxes.numpy().dtype == np.float32
+    assert boxes.id is None
+
+
+def test_boxes_one_by_one_and_by_index() -> None:
+    boxes = make(BOXES).boxes
+    assert [int(box.cls) for box in boxes] == [0, 1, 0]
+    assert [len(box) for box in boxes] == [1, 1, 1]
+    assert boxes[-1].xyxy[0].tolist() == [0, 0, 20, 10]
+    assert boxes[1:].conf.tolist() == [0.75, 0.5]
+    assert boxes[boxes.cls == 0].cls.tolist() == [0, 0]
+    assert boxes[[2, 0]].xyxyn[1].tolist() == boxes.xyxyn[0].tolist()
+    with pytest.raises(IndexError):
+        boxes[3]
+    assert list(make([]).boxes) == []
+    tracked = Boxes(boxes.data, boxes.shape, torch.tensor([7, 8, 9]))
+    assert [int(box.id) for box in tracked if box.id is not None] == [7, 8, 9]
+
+
 def test_the_line_of_an_image() -> None:
     line = "image 3/12 street.jpg: 448x640 2 persons, 1 bus, 6.1 ms"
     assert str(make(BOXES)) == line
@@ -53,6 +78,7 @@ def test_the_line_of_an_image() -> None:
 def test_the_line_of_a_frame() -> None:
     video = make([], path="v.mp4", kind="video", number=7, total=300)
     assert str(video).startswith("video 3/12 frame 7/300 v.mp4: 448x640")
+    assert str(make([], items=0)).startswith("image 3 street.jpg: ")
     live = make([], path="camera 0", kind="live", number=7)
     assert str(live).startswith("video 3/12 frame 7 camera 0: 448x640")
 
@@ -143,7 +169,60 @@ def test_to_dict_is_json() -> None:
         ],
         "speed": SPEED,
     }
-    assert make([], kind="video", number=7).to_dict()["frame"] == 7
+    frame = make([], kind="video", number=7, time=0.24).to_dict()
+    assert (frame["frame"], frame["time"]) == (7, 0.24)
+    assert json.loads(make(BOXES).to_json()) == make(BOXES).to_dict()
+
+
+def test_to_df(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(UserError, match="pip install pandas"):
+        make(BOXES).to_df()
+    monkeypatch.setitem(sys.modules, "pandas", SimpleNamespace(DataFrame=dict))
+    columns = make(BOXES).to_df()
+    assert list(columns) == ["name", "class", "confidence", "x1", "y1", "x2", "y2"]
+    assert columns["name"] == ["person", "bus", "person"]
+    assert columns["x2"].tolist() == [50, 180, 20]
+
+
+def test_to_df_of_pandas() -> None:
+    pytest.importorskip("pandas")
+    frame = make(BOXES).to_df()
+    assert frame.shape == (3, 7)
+    assert frame[frame["name"] == "bus"]["y2"].tolist() == [90]
+    assert make([]).to_df().shape == (0, 7)
+
+
+def test_a_notebook_shows_a_picture() -> None:
+    shown = cv2.imdecode(np.frombuffer(make(BOXES)._repr_png_(), np.uint8), cv2.IMREAD_COLOR)
+    assert shown is not None
+    np.testing.assert_array_equal(shown, make(BOXES).plot())
+    large = cv2.imdecode(np.frombuffer(make([], (300, 2560))._repr_png_(), np.uint8), 1)
+    assert large is not None
+    assert large.shape == (150, 1280, 3)
+
+
+@pytest.mark.parametrize("ending", ["k", "closed"])
+def test_show(ending: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[np.ndarray] = []
+    answers = iter([None, None, ending])
+    monkeypatch.setattr(window, "_opens", lambda: True)
+    monkeypatch.setattr(cv2, "imshow", lambda _, picture: shown.append(picture))
+    monkeypatch.setattr(cv2, "waitKey", lambda _: ord("k") if next(answers) == "k" else -1)
+    monkeypatch.setattr(cv2, "getWindowProperty", lambda *_: 0.0 if len(shown) == 3 else 1.0)
+    make(BOXES).show()
+    assert len(shown) == 3
+    np.testing.assert_array_equal(shown[0], make(BOXES).plot())
+
+
+def test_show_without_a_display_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Qt would end the process, which is why another one tries."""
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setenv("DISPLAY", ":97")
+    for name in ("WAYLAND_DISPLAY", "QT_QPA_PLATFORM"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(UserError, match="show needs a display"):
+        make(BOXES).show()
 
 
 def test_to_coco() -> None:
@@ -162,7 +241,30 @@ def test_to_supervision(monkeypatch: pytest.MonkeyPatch) -> None:
     assert fields["xyxy"].shape == (3, 4)
     assert fields["class_id"].tolist() == [0, 1, 0]
     assert fields["data"]["class_name"].tolist() == ["person", "bus", "person"]
+    assert fields["tracker_id"] is None
     assert make([]).to_supervision()["xyxy"].shape == (0, 4)
+
+
+def test_supervision_reads_results() -> None:
+    supervision = pytest.importorskip("supervision")
+    for result in (make(BOXES), make([])):
+        read, made = supervision.Detections.from_ultralytics(result), result.to_supervision()
+        assert len(read) == len(result)
+        np.testing.assert_array_equal(read.xyxy, made.xyxy)
+        np.testing.assert_array_equal(read.confidence, made.confidence)
+        np.testing.assert_array_equal(read.class_id, made.class_id)
+        assert read.data["class_name"].tolist() == made.data["class_name"].tolist()
+        assert read.tracker_id is None
+
+
+def test_results_have_what_supervision_asks_for() -> None:
+    """`Detections.from_ultralytics` reads these, and takes `obb` for oriented boxes."""
+    result = make(BOXES)
+    assert result.masks is None
+    assert not hasattr(result, "obb")
+    assert result.boxes.id is None
+    assert [result.names[index] for index in result.boxes.cls.cpu().numpy().astype(int)]
+    assert result.boxes.xyxy.cpu().numpy().shape == (3, 4)
 
 
 def test_one_video_file_is_written_at_a_time_and_streams_side_by_side(

@@ -10,7 +10,7 @@ import torch
 
 from tests.yolov7.data_sets import linux
 from tests.yolov7.pictures import greys, picture, png, write_video
-from yolov7 import capture, sources
+from yolov7 import capture, items, sources
 from yolov7.errors import UserError
 from yolov7.letterbox import Image
 from yolov7.sources import Source
@@ -48,7 +48,7 @@ def test_images_are_read_a_few_ahead_only(monkeypatch: pytest.MonkeyPatch) -> No
         reads.append(str(path))
         return picture()
 
-    monkeypatch.setattr(sources, "read_image", read)
+    monkeypatch.setattr(items, "read_image", read)
     frames = iter(Source([f"{index}.jpg" for index in range(100)]))
     next(frames)
     assert len(reads) < 10
@@ -169,6 +169,13 @@ def test_video_frames_with_their_numbers(tmp_path: Path) -> None:
     assert greys(Source(path)) == [0, 1, 2, 3, 4, 5]
 
 
+def test_video_frames_with_their_time_stamps(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "v.avi", 5)
+    assert [frame.time for frame in Source(path)] == pytest.approx([0, 0.1, 0.2, 0.3, 0.4])
+    assert [frame.time for frame in Source(path, vid_stride=2)] == pytest.approx([0, 0.2, 0.4])
+    assert next(iter(Source(picture()))).time == 0
+
+
 def test_video_stride(tmp_path: Path) -> None:
     source = Source(write_video(tmp_path / "v.avi", 7), vid_stride=3)
     assert greys(source) == [0, 3, 6]
@@ -216,7 +223,7 @@ def test_a_video_that_opencv_trips_over_is_reported_and_the_next_follows(
         write_video(tmp_path / name, 2)
     whole, count = capture.next_frame, iter(range(9))
 
-    def tripping(reader: cv2.VideoCapture, stride: int) -> Image | None:
+    def tripping(reader: cv2.VideoCapture, stride: int) -> tuple[Image, float] | None:
         if next(count) == 1:
             raise UserError("damaged (container)")
         return whole(reader, stride)
