@@ -101,7 +101,7 @@ class Train:
     freeze: tuple[str, ...] = ()
     """parts of the network that stay as they are, such as stem backbone.0"""
     autoanchor: bool = True
-    """fit the anchors where fewer than 98 % of the boxes match one"""
+    """leave the anchors as they are, even where fewer than 98 % of the boxes match one"""
     image_weights: bool = False
     """draw images of rare and badly detected classes more often"""
     multi_scale: bool = False
@@ -125,7 +125,7 @@ class Train:
     workers: int | None = None
     """processes that prepare images (default: one per core, at most 8)"""
     device: str = "auto"
-    """auto, cpu, cuda or cuda:N (default: auto, or that of the resumed run)"""
+    """auto, cpu, cuda or cuda:N; a resumed run keeps its own"""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """arithmetic of the network; auto: bf16 on CUDA, fp32 on a CPU"""
     kernels: KernelsName = "auto"

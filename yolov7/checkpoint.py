@@ -26,6 +26,7 @@ from yolov7.unpickle import Record, StoredTensor, TorchFile, module_tensors
 from yolov7.variants import LARGEST_IMGSZ, VARIANTS, Variant
 
 DEMO_WEIGHTS = "blood-cells-tiny.safetensors"  # embedded; used when no weights are named
+DEMO = "blood-cells"  # their name
 _FORMAT = "yolov7-triton/2"
 _KEY = "yolov7"  # of our metadata among the file's
 _LONGEST = 1 << 24  # characters of our metadata; a thousand classes take a thousandth of it
@@ -36,8 +37,8 @@ def load_model(weights: str | Path | None = None, *, variant: str | None = None)
 
     Args:
         weights: our .safetensors, the authors' .pt, a state dict under their names, or the name of
-            a published file ("yolov7.pt"), which is downloaded on first use. None: the embedded
-            demo weights.
+            a published file ("yolov7.pt"), which is downloaded on first use. "blood-cells", or
+            None: the embedded demo weights.
         variant: a key of `VARIANTS`; None recognises it from the tensors. Needed only for
             a state dict of `yolov7-tiny-silu`, whose tensors are those of `yolov7-tiny`.
 
@@ -46,7 +47,7 @@ def load_model(weights: str | Path | None = None, *, variant: str | None = None)
     """
     if variant is not None and variant not in VARIANTS:
         raise UserError(f"unknown variant {variant!r}: choose from {', '.join(VARIANTS)}")
-    if weights is None:
+    if weights is None or (str(weights) == DEMO and not Path(weights).is_file()):
         with as_file(files("yolov7.assets") / DEMO_WEIGHTS) as path:
             return _load_safetensors(path)
     path = Path(weights)

@@ -91,7 +91,7 @@ class Detector:
     ) -> None:
         if isinstance(weights, YOLOv7):
             weights = copy.deepcopy(weights)  # a copy of this detector needs it as it is now
-        elif weights is not None and Path(weights).exists():
+        elif weights is not None and Path(weights).is_file():
             weights = Path(weights).absolute()  # wherever that copy is made
         self._arguments = {key: value for key, value in locals().items() if key != "self"}
         runtime = Runtime(

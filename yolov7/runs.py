@@ -12,6 +12,8 @@ import yaml
 from yolov7.atomic import atomic
 from yolov7.errors import UserError
 
+ARGUMENTS = "arguments.yaml"
+
 
 def new_run(project: Path, name: str | None) -> Path:
     """Create the folder of a run.
@@ -54,6 +56,13 @@ def _candidates(project: Path, name: str | None) -> Iterator[str]:
     yield from map(str, count(1 + max(taken, default=0)))
 
 
+def remove_empty(folder: Path) -> None:
+    """Remove the folder of a run that has left nothing but what it was told."""
+    if [path.name for path in folder.iterdir()] in ([], [ARGUMENTS]):
+        (folder / ARGUMENTS).unlink(missing_ok=True)
+        folder.rmdir()
+
+
 def write_arguments(folder: Path, arguments: dict[str, Any]) -> None:
     """Write what a verb was told to `arguments.yaml` in the folder of its run.
 
@@ -61,7 +70,7 @@ def write_arguments(folder: Path, arguments: dict[str, Any]) -> None:
         UserError: It cannot be written.
     """
     plain = {key: str(v) if isinstance(v, Path) else v for key, v in arguments.items()}
-    _write(folder / "arguments.yaml", yaml.safe_dump(plain, sort_keys=False))
+    _write(folder / ARGUMENTS, yaml.safe_dump(plain, sort_keys=False))
 
 
 def check_writable(path: str | Path | None) -> None:

@@ -105,8 +105,9 @@ class Source:
             raise UserError(f"vid_stride is {vid_stride}: give 1 or more")
         if not retry >= 0:  # nor NaN
             raise UserError(f"retry is {retry:g} seconds: give 0 or more")
-        # Cameras and streams last; the sort is stable.
-        self.items = sorted(find_items(source), key=lambda item: item.kind == "live")
+        self.items = list(find_items(source))
+        if self.live:  # cameras and streams last
+            self.items.sort(key=lambda item: item.kind == "live")
         lazy = any(item.kind == "sources" for item in self.items)
         self._count = 0 if lazy else len(self.items)
         self.vid_stride = vid_stride

@@ -1,9 +1,13 @@
 """The command line itself, `info` and `convert`."""
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -39,6 +43,91 @@ def test_wrong_usage_exits_with_two(capsys: pytest.CaptureFixture[str]) -> None:
         main(["info", "yolov7", "--imgzs", "640"])
     assert end.value.code == 2
     assert "--imgsz" in capsys.readouterr().err  # the nearest option
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_says_a_default_once(
+    verb: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "400")
+    with pytest.raises(SystemExit):
+        main([verb, "--help"])
+    printed = capsys.readouterr().out
+    for nonsense in ("%%", "{None}", "(default: )", "(default: '')", "None", "default: False"):
+        assert nonsense not in printed
+    assert all(line.count("default") <= 1 for line in printed.splitlines())
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        ("detect --source a.jpg", "no verb 'detect': here it is yolov7 predict"),
+        ("test", "no verb 'test': here it is yolov7 val"),
+        ("task=detect", "no verb 'task=detect': the verb comes first, then --name value"),
+        ("--weights a.pt", "no verb '--weights': the verb comes first, then --name value"),
+        ("predict --conf-thres 0.4", "--conf-thres: here it is --conf"),
+        ("predict --iou_thres=0.4", "--iou_thres=0.4: here it is --iou"),
+        ("predict --img-size 640", "--img-size: here it is --imgsz"),
+        ("predict --view-img", "--view-img: here it is --show"),
+        ("predict source=a.jpg", "source=a.jpg: write --source a.jpg"),
+        ("predict model=yolov7.pt", "model=yolov7.pt: here it is --weights yolov7.pt"),
+        ("val --batch-size 8", "--batch-size: here it is --batch"),
+        ("train --hyp a.yaml", "--hyp: here it is --preset, and --set NAME VALUE"),
+        ("export --format tensorrt", "tensorrt: TensorRT builds its engine from --format onnx"),
+        ("export --format=engine", "--format=engine: TensorRT builds its engine from --format"),
+    ],
+)
+def test_words_of_other_programs_are_told_the_word_here(
+    words: str, line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        code: object = main(words.split())
+    except SystemExit as end:
+        code = end.code
+    assert code == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {line}")
+    assert error.count("\n") == 1
+
+
+def test_a_value_may_hold_an_equals_sign(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["predict", "--weights", "blood-cells", "--source", "http://[::1/a.jpg?source=b"]
+    assert main(words) == 1
+    assert "Invalid IPv6" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a pseudo-terminal is Unix's")
+@pytest.mark.parametrize("no_color", ["", "1"])
+def test_no_color(no_color: str) -> None:
+    import pty
+
+    ours, theirs = pty.openpty()
+    environment = {**os.environ, "NO_COLOR": no_color, "TERM": "xterm"}
+    command = [sys.executable, "-m", "yolov7", "check", "--help"]
+    process = subprocess.Popen(command, stdout=theirs, env=environment)
+    os.close(theirs)
+    printed = b""
+    with suppress(OSError), open(ours, "rb", buffering=0) as file:  # Linux's end of a terminal
+        while chunk := file.read(4096):
+            printed += chunk
+    assert process.wait(60) == 0
+    assert b"--split" in printed
+    assert (b"\x1b[" in printed) == (not no_color)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals are Unix's")
+@pytest.mark.parametrize("after", [0.15, 0.6, 1.5, 3.0])
+def test_ctrl_c_ends_quietly_at_any_moment(after: float, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "yolov7", "predict", "--device", "cpu", "--nosave"]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path
+    )
+    time.sleep(after)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode in (0, 130, -signal.SIGINT)
+    assert "Traceback" not in error
+    assert error in ("", "interrupted\n")
 
 
 def test_user_errors_are_one_line_and_exit_with_one(capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 import yaml
 
+from yolov7 import window
 from yolov7.cli import main
+from yolov7.cli.options import COCO_WEIGHTS
 from yolov7.cli.predict import Predict
+from yolov7.download import PUBLISHED
 from yolov7.images import read_image
 
 
@@ -19,7 +22,9 @@ def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def predict(*arguments: str) -> int:
-    return main(["predict", "--device", "cpu", *arguments])
+    named = "--weights" in arguments or "--source" not in arguments
+    weights = [] if named else ["--weights", "blood-cells"]
+    return main(["predict", "--device", "cpu", *weights, *arguments])
 
 
 def sample(name: str = "BloodImage_00068.jpg") -> np.ndarray:
@@ -136,7 +141,8 @@ def test_the_others_are_done_and_the_exit_code_is_1() -> None:
     Path("in/cut.jpg").write_bytes(cv2.imencode(".jpg", sample())[1].tobytes()[:5000])
     Path("in/no.mp4").write_text("no video")
     sources = ["in", "missing.jpg", "http://[::1/a.jpg", "http://a b/a.jpg", "x" * 300]
-    command = [sys.executable, "-m", "yolov7", "predict", "--source", *sources]
+    words = ["predict", "--weights", "blood-cells", "--source", *sources]
+    command = [sys.executable, "-m", "yolov7", *words]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     out, err = done.stdout, done.stderr
     assert done.returncode == 1
@@ -176,15 +182,73 @@ def test_errors_are_one_line(
     assert err.count("\n") == 1
 
 
-def test_show_without_a_display_is_an_error(
+def test_show_without_a_display_is_an_error_before_anything_is_written(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def no_display(*_: object) -> None:
-        raise cv2.error("no display")
-
-    monkeypatch.setattr(cv2, "imshow", no_display)
+    monkeypatch.setattr(window, "_opens", lambda: False)
     assert predict("--show") == 1
-    assert "error: --show needs a display: leave it out" in capfd.readouterr().err
+    assert capfd.readouterr().err == (
+        "error: show needs a display, and none can be opened here: leave it out\n"
+    )
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize("key", [ord("q"), -1], ids=["q", "closed"])
+def test_show_ends_and_the_recording_is_whole(key: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_video("clip.avi", 5)
+    monkeypatch.setattr(window, "_opens", lambda: True)
+    monkeypatch.setattr(cv2, "imshow", lambda *_: None)
+    monkeypatch.setattr(cv2, "waitKey", lambda _: key)
+    monkeypatch.setattr(cv2, "getWindowProperty", lambda *_: 0.0)
+    assert predict("--source", "clip.avi", "--show") == 0
+    capture = cv2.VideoCapture("runs/predict/1/clip.mp4")
+    assert capture.read()[0]
+    assert not capture.read()[0]
+
+
+def test_a_source_without_weights_is_answered_by_what_to_choose(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    write_sample("street.png")
+    assert main(["predict", "--source", "street.png"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: which weights? add --weights with")
+    assert set(COCO_WEIGHTS) <= set(PUBLISHED)
+    for part in (*COCO_WEIGHTS, "about  75 MB", "GPL-3.0", "downloaded", "blood-cells", "Apache"):
+        assert part in error
+    assert not Path("runs").exists()
+
+
+def test_no_folder_is_left_where_nothing_was_done() -> None:
+    assert predict("--source", "absent.jpg") == 1
+    assert list(Path("runs/predict").iterdir()) == []
+    write_sample("a.png")
+    assert predict("--source", "absent.jpg", "a.png") == 1
+    assert sorted(path.name for path in Path("runs/predict/1").iterdir()) == [
+        "a.png",
+        "arguments.yaml",
+    ]
+
+
+def test_json_to_standard_output(capsys: pytest.CaptureFixture[str]) -> None:
+    write_video("clip.avi", 3)
+    assert predict("--source", "clip.avi", "--nosave", "--json", "-") == 0
+    printed = capsys.readouterr()
+    rows = json.loads(printed.out)
+    assert [(row["frame"], row["time"]) for row in rows] == [(1, 0.0), (2, 0.1), (3, 0.2)]
+    assert "video 1/1 frame 3/3 clip.avi" in printed.err
+    assert not Path("-").exists()
+
+
+def test_quiet(capsys: pytest.CaptureFixture[str]) -> None:
+    write_sample("a.png")
+    assert predict("--source", "a.png", "absent.png", "--quiet", "--json", "-") == 1
+    printed = capsys.readouterr()
+    assert len(json.loads(printed.out)) == 1
+    assert printed.err.splitlines() == [
+        "error: absent.png: no such file: check the path",
+        "1 of 2 sources could not be read",
+    ]
 
 
 def test_a_stream_ends_at_ctrl_c_and_keeps_what_it_has(
@@ -233,7 +297,8 @@ def test_defaults_are_those_of_the_interface() -> None:
 
 def test_passwords_of_addresses_stand_nowhere(capfd: pytest.CaptureFixture[str]) -> None:
     url = "rtsp://me:s3cret@127.0.0.1:9/cam?token=s3cret"
-    assert main(["predict", "--source", url, "--json", "out.json"]) == 1
+    write_sample("a.png")
+    assert predict("--source", "a.png", url, "--json", "out.json") == 1
     said = capfd.readouterr()
     assert "rtsp://***@127.0.0.1:9/cam" in said.err
     assert "s3cret" not in said.out + said.err

@@ -126,7 +126,7 @@ import resource, sys
 from yolov7.cli import main
 if sys.argv[1] != "0":
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]),) * 2)
-sys.exit(main(["predict", *sys.argv[2:]]))
+sys.exit(main(["predict", "--weights", "blood-cells", *sys.argv[2:]]))
 """
 JSON = ["--imgsz", "64", "--save-json", "--json", "rows.json"]
 

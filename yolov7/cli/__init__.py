@@ -1,19 +1,23 @@
-"""The command line: one typed dataclass per verb, parsed by tyro."""
+"""The command line: one typed dataclass per verb; `parse` reads its words."""
 
 import errno
 import os
+import shutil
 import signal
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
+from difflib import get_close_matches
 from importlib import import_module
 from io import TextIOWrapper
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from threading import current_thread, main_thread
 from types import ModuleType
+from typing import Any, TextIO
 
-import tyro
-
+from yolov7.cli.parse import VERBS_ELSEWHERE, parse
 from yolov7.errors import UserError
 from yolov7.text import printable
 
@@ -40,13 +44,31 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `yolov7 VERB ...`.
 
+    Args:
+        arguments: The words after `yolov7`; None: those that the process was started with.
+
     Returns:
         0: done; 1: an error that the user can mend, said in one line; 130, 141 or 143: ended by
         Ctrl-C, a closed pipe or SIGTERM. Wrong usage exits with 2.
     """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        code = _main(words)
+        sys.stdout.flush()
+    except KeyboardInterrupt:  # while it starts, or ends
+        print("interrupted", file=sys.stderr)
+        code = 130
+    except BrokenPipeError:  # `yolov7 ... | head`: nobody reads on, and nobody would read of it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 141
+    if arguments is None and current_thread() is main_thread():
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # what Python still does is nobody's concern
+    return code
+
+
+def _main(words: list[str]) -> int:
     _bear_any_text()
     warnings.formatwarning = lambda message, *_, **__: f"warning: {printable(message)}\n"
-    words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in ("-h", "--help"):
         print(_usage())
         return 0 if words else 2
@@ -57,25 +79,51 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(__version__)
         return 0
     if verb not in VERBS:
-        from difflib import get_close_matches
-
-        near = get_close_matches(verb, VERBS, 1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        print(
-            f"error: no verb {printable(repr(verb))}{hint} (verbs: {', '.join(VERBS)})",
-            file=sys.stderr,
-        )
+        print(f"error: {_no_verb(verb)}", file=sys.stderr)
         return 2
     module = import_module(f"yolov7.cli.{verb}")
-    options = tyro.cli(
-        getattr(module, verb.capitalize()),
-        prog=f"yolov7 {verb}",
-        description=VERBS[verb],
-        args=rest,
-        config=(tyro.conf.FlagCreatePairsOff,),
-    )
-    with _ended_by_sigterm():
+    options = parse(getattr(module, verb.capitalize()), verb, VERBS[verb], rest)
+    with _ended_by_sigterm(), _streams(options):
         return _run(module, options)
+
+
+def _no_verb(verb: str) -> str:
+    """What to say to a first word that is no verb."""
+    named = printable(repr(verb))
+    if verb in VERBS_ELSEWHERE:
+        return f"no verb {named}: here it is yolov7 {VERBS_ELSEWHERE[verb]}"
+    if verb.startswith("-") or "=" in verb:
+        return f"no verb {named}: the verb comes first, then --name value (yolov7 --help)"
+    near = get_close_matches(verb, VERBS, 1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    return f"no verb {named}{hint} (verbs: {', '.join(VERBS)})"
+
+
+@contextmanager
+def _streams(options: Any) -> Iterator[None]:
+    """With `--json -` the result goes to standard output, and all lines to standard error.
+
+    With `--quiet` they go nowhere.
+    """
+    with ExitStack() as stack:
+        quiet = getattr(options, "quiet", False)
+        if str(getattr(options, "json", None)) == "-":
+            folder = Path(stack.enter_context(TemporaryDirectory()))
+            options.json = type(options.json)(folder / "result.json")
+            stack.callback(_copy, folder / "result.json", sys.stdout)
+            if not quiet:
+                stack.enter_context(redirect_stdout(sys.stderr))
+        if quiet:
+            stack.enter_context(redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+        yield
+
+
+def _copy(path: Path, stream: TextIO) -> None:
+    """Write a file, if it is there, to a stream."""
+    if path.exists():
+        with suppress(BrokenPipeError), path.open(encoding="utf-8") as file:
+            shutil.copyfileobj(file, stream)
+            stream.flush()
 
 
 class Terminated(KeyboardInterrupt):
@@ -84,14 +132,11 @@ class Terminated(KeyboardInterrupt):
 
 def _run(module: ModuleType, options: object) -> int:
     try:
-        code = int(module.run(options))
-        sys.stdout.flush()
-        return code
+        return int(module.run(options))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-    except BrokenPipeError:  # `yolov7 ... | head`: nobody reads on, and nobody would read of it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+    except BrokenPipeError:
+        raise
     except OSError as error:
         if error.errno not in _FULL:
             raise

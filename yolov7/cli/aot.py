@@ -20,13 +20,13 @@ class Aot:
     target: Literal["sm_80", "sm_89", "sm_90", "sm_100"] = "sm_90"
     """architecture of the GPU"""
     variant: str | None = None
-    """model whose launches are compiled (None: a sample of layers)"""
+    """model whose launches are compiled (default: a sample of layers)"""
     batch: int = 1
     """images at a time"""
     precision: Literal["fp32", "fp16", "bf16", "fp8"] = "fp16"
     """of feature maps and weights"""
     only: tuple[str, ...] = ()
-    """kernel files, such as conv nms (none: all)"""
+    """kernel files, such as conv nms (default: all)"""
     json: Path | None = None
     """write the rows and totals to this file"""
 

@@ -24,7 +24,7 @@ class Bench(ModelOptions):
     """Time a model from a 1080p frame to the boxes, stage by stage."""
 
     engines: tuple[str, ...] = ()
-    """engines to compare (none: --engine, or with auto every one that makes sense here)"""
+    """engines to compare (default: --engine, or with auto every one that makes sense here)"""
     batch: int = 1
     """images at a time"""
     rounds: int = 50
@@ -34,7 +34,7 @@ class Bench(ModelOptions):
     project: Path = Path("runs/bench")
     """folder of the run folders"""
     name: str | None = None
-    """run folder (None: the next number)"""
+    """run folder (default: the next number)"""
     json: Path | None = None
     """write {"rows": [...], "totals": {...}} to this file"""
 

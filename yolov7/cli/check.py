@@ -27,7 +27,7 @@ class Check:
     data: str
     """data.yaml, a folder with one, a COCO json, a folder of COCO jsons, or coco"""
     split: tuple[str, ...] = ()
-    """splits to look at (none: all)"""
+    """splits to look at (default: all)"""
     imgsz: int = 640
     """longer side in pixels at which the boxes are held against the anchors"""
     variant: str = "yolov7"

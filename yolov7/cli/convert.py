@@ -28,9 +28,9 @@ class Convert:
     weights: str
     """the authors' .pt, a state dict under their names, a .safetensors, or a published name"""
     output: Path | None = None
-    """file to write (None: the weights' name with .safetensors, in this folder)"""
+    """file to write (default: the weights' name with .safetensors, in this folder)"""
     variant: str | None = None
-    """variant of a bare state dict, where its tensors do not tell (None: recognised)"""
+    """variant of a bare state dict, where its tensors do not tell (default: recognised)"""
     precision: Literal["fp32", "fp16", "fp8"] = "fp16"
     """type to store; the authors' files are fp16. fp8: fp16 weights and the ranges that the engine
     needs to run in fp8, from --calibrate"""
@@ -41,7 +41,7 @@ class Convert:
     fuse: bool = False
     """fold batch norms, RepConv branches and implicit vectors: smaller, no longer trainable"""
     imgsz: int | None = None
-    """image side to keep as the default, rounded up to the model's stride (None: that of the
+    """image side to keep in the file, rounded up to the model's stride (default: that of the
     weights)"""
 
 

@@ -23,15 +23,15 @@ class Export:
     """Write a model for ONNX Runtime, TensorRT, OpenVINO, browsers or PyTorch without its code."""
 
     weights: str | None = None
-    """.safetensors, the authors' .pt, or a published name such as yolov7.pt (None: the embedded
+    """.safetensors, the authors' .pt, or a published name such as yolov7.pt (default: the embedded
     blood-cell demo weights)"""
     variant: str | None = None
-    """variant of a bare state dict, where its tensors do not tell (None: recognised)"""
+    """variant of a bare state dict, where its tensors do not tell (default: recognised)"""
     output: Path | None = None
-    """file to write (None: the weights' name with .onnx or .pt2, in this folder)"""
+    """file to write (default: the weights' name with .onnx or .pt2, in this folder)"""
     format: Annotated[FormatName, tyro.conf.arg(help=_ABOUT)] = "onnx"
     imgsz: int | tuple[int, int] | None = None
-    """side, or height and width, in pixels, rounded up to the model's stride (None: the
+    """side, or height and width, in pixels, rounded up to the model's stride (default: the
     checkpoint's)"""
     batch: int | Literal["dynamic"] = 1
     """images per call"""

@@ -29,7 +29,7 @@ class Info:
     model: Annotated[str, tyro.conf.Positional]
     """a variant, such as yolov7-w6, or a weights file"""
     imgsz: int | None = None
-    """side of the square image in pixels, rounded up to the model's stride (None: the model's
+    """side of the square image in pixels, rounded up to the model's stride (default: the model's
     own)"""
     form: Form = "fused"
     """with training branches, as published, or folded for inference"""

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from yolov7.checkpoint import DEMO
 from yolov7.dataset.description import read_names, read_yaml
 from yolov7.engine.choose import Engine, Layout, Precision, Runtime
 
@@ -12,12 +13,12 @@ class ModelOptions:
     """The model, and how it runs."""
 
     weights: str | None = None
-    """.safetensors, the authors' .pt, an exported .onnx or .pt2, or a published name such as
-    yolov7.pt (None: the embedded blood-cell demo weights)"""
+    """.safetensors, the authors' .pt, an exported .onnx or .pt2, a published name such as
+    yolov7.pt, or blood-cells, the embedded demo (default, but for predict --source)"""
     variant: str | None = None
-    """variant of a bare state dict, where its tensors do not tell (None: recognised)"""
+    """variant of a bare state dict, where its tensors do not tell (default: recognised)"""
     imgsz: int | None = None
-    """longer side in pixels, rounded up to the model's stride (None: the checkpoint's)"""
+    """longer side in pixels, rounded up to the model's stride (default: the checkpoint's)"""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N (or N), or mps (Apple's, untested)"""
     precision: Precision = "auto"
@@ -37,6 +38,30 @@ class ModelOptions:
         """What these options say to the engines."""
         chosen = {field.name: getattr(self, field.name) for field in fields(Runtime)}
         return Runtime(**{**chosen, "names": class_names(self.names)})
+
+
+# File of the authors' release -> MB, about: two bytes a parameter.
+COCO_WEIGHTS = {
+    "yolov7-tiny.pt": 13,
+    "yolov7.pt": 75,
+    "yolov7x.pt": 143,
+    "yolov7-w6.pt": 141,
+    "yolov7-e6.pt": 195,
+    "yolov7-d6.pt": 268,
+    "yolov7-e6e.pt": 304,
+}
+
+
+def which_weights() -> str:
+    """What there is to choose from, in a few lines."""
+    files = "\n".join(f"  {name:<16}about {mb:>3} MB" for name, mb in COCO_WEIGHTS.items())
+    return (
+        "which weights? add --weights with a file of yours, or with one of these:\n"
+        "the 80 classes of COCO, downloaded on first use from the authors' release (GPL-3.0)\n"
+        f"{files}\n"
+        "red and white blood cells and platelets, the embedded demo (Apache-2.0)\n"
+        f"  {DEMO}"
+    )
 
 
 def class_names(names: tuple[str, ...]) -> list[str] | None:

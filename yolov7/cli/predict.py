@@ -2,8 +2,8 @@
 
 import os
 import sys
-from collections.abc import Iterable
-from contextlib import closing, nullcontext, suppress
+from collections.abc import Iterable, Iterator
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -11,16 +11,17 @@ from pathlib import Path
 import cv2
 
 from yolov7.checkpoint import DEMO_WEIGHTS
-from yolov7.cli.options import ModelOptions
+from yolov7.cli.options import ModelOptions, which_weights
 from yolov7.detector import Detector
 from yolov7.engine.compile import COMPILED
 from yolov7.errors import UserError
 from yolov7.progress import progress
 from yolov7.recorder import Outputs, Recorder
 from yolov7.results import Results
-from yolov7.runs import new_run, write_arguments
+from yolov7.runs import new_run, remove_empty, write_arguments
 from yolov7.sources import Source
 from yolov7.text import printable, without_secrets
+from yolov7.window import Window
 
 
 @dataclass(kw_only=True)
@@ -28,8 +29,8 @@ class Predict(ModelOptions):
     """Detect objects in images, videos, cameras and streams."""
 
     source: tuple[str, ...] = ()
-    """files, folders, globs, URLs, videos, camera numbers, stream addresses (none: the four sample
-    images)"""
+    """files, folders, globs, .txt lists, URLs, videos, camera numbers, stream addresses (default:
+    the four sample images)"""
     conf: float = 0.25
     """confidence that a box must exceed, 0 to 1"""
     iou: float = 0.45
@@ -37,7 +38,7 @@ class Predict(ModelOptions):
     max_det: int = 300
     """boxes per image at most"""
     classes: tuple[str, ...] = ()
-    """names or numbers of the classes to look for (none: all)"""
+    """names or numbers of the classes to look for (default: all)"""
     agnostic: bool = False
     """let boxes of different classes suppress each other too"""
     batch: int = 1
@@ -64,17 +65,28 @@ class Predict(ModelOptions):
     """write no annotated pictures and videos"""
     show: bool = False
     """show the annotated pictures in a window; q ends"""
+    quiet: bool = False
+    """print errors alone"""
     project: Path = Path("runs/predict")
     """folder of the run folders"""
     name: str | None = None
-    """run folder (None: the next number)"""
+    """run folder (default: the next number)"""
     json: Path | None = None
-    """write a list of path, height, width, boxes and speed per image to this file"""
+    """write a list of path, height, width, boxes and speed per image to this file; -: to standard
+    output, and the lines to standard error"""
 
 
 def run(options: Predict) -> int:
-    """Detect, print a line per image, write the run folder; 1 if an image could not be read."""
+    """Detect, print a line per image, write the run folder.
+
+    Returns:
+        1 if an image could not be read, 2 if it is not clear which weights are wanted.
+    """
+    if options.source and options.weights is None:  # blood cells in the street
+        print(f"error: {which_weights()}", file=sys.stderr)
+        return 2
     _silence_opencv()
+    window = Window("yolov7") if options.show else None
     detector = Detector(
         **vars(options.runtime()),
         conf=options.conf,
@@ -107,14 +119,15 @@ def run(options: Predict) -> int:
         told = [without_secrets(source) for source in options.source]
         write_arguments(folder, asdict(options) | {"source": told})
         with (
+            _left_out_if_empty(folder, detector),
             Recorder(_outputs(options, folder)) as recorder,
             closing(detector.stream(source)) as results,
             suppress(KeyboardInterrupt) if source.live else nullcontext(),  # ends a camera
         ):
-            for result in _with_progress(results, source):
+            for result in results if options.quiet else _with_progress(results, source):
                 print(result, flush=True)
                 recorder.write(result)
-                if options.show and not _shown(result):
+                if window and window.show(result.plot(), wait=1) in ("q", "closed"):
                     break
     if detector.speed.images:
         print(detector.speed)
@@ -125,6 +138,16 @@ def run(options: Predict) -> int:
     if detector.speed.images:
         print(f"{'results' if options.nosave else 'annotated pictures'} in {folder}")
     return 1 if errors else 0
+
+
+@contextmanager
+def _left_out_if_empty(folder: Path, detector: Detector) -> Iterator[None]:
+    """Leave no folder of a run that has seen no image, however it ends."""
+    try:
+        yield
+    finally:
+        if not detector.speed.images:
+            remove_empty(folder)
 
 
 def _with_progress(results: Iterable[Results], source: Source) -> Iterable[Results]:
@@ -156,15 +179,6 @@ def _outputs(options: Predict, folder: Path) -> Outputs:
         json=options.json,
         vid_stride=options.vid_stride,
     )
-
-
-def _shown(result: Results) -> bool:
-    """Show a picture; False when the user has asked for the end."""
-    try:
-        cv2.imshow("yolov7", result.plot())
-        return cv2.waitKey(1) & 0xFF != ord("q")
-    except cv2.error:
-        raise UserError("--show needs a display: leave it out") from None
 
 
 def _silence_opencv() -> None:

@@ -54,15 +54,15 @@ class Val(ModelOptions):
     max_det: int = 300
     """detections per image"""
     batch: int | None = None
-    """images at a time; the result does not depend on it (None: 32 on a GPU, 4 on a CPU, which more
-    does not make faster)"""
+    """images at a time; the result does not depend on it (default: 32 on a GPU, 4 on a CPU,
+    which more does not make faster)"""
     preparation: Preparation = "authors"
     """canvas of the images: authors, as for the published figures; letterbox, the smallest for
     each; square, imgsz x imgsz"""
     project: Path = Path("runs/val")
     """folder of the run folders"""
     name: str | None = None
-    """run folder (None: the next number)"""
+    """run folder (default: the next number)"""
     save_json: bool = False
     """write all detections in COCO's form to predictions.json in the run folder"""
     json: Path | None = None
