@@ -16,7 +16,7 @@ from yolov7.checkpoint import load_model, save_model
 from yolov7.dataset import Dataset
 from yolov7.device import resolve_device
 from yolov7.engine.choose import fit
-from yolov7.engine.cpu import keep_freed_memory
+from yolov7.engine.cpu import keep_freed_memory, keep_to_quota
 from yolov7.errors import UserError
 from yolov7.evaluate import Settings
 from yolov7.model import YOLOv7
@@ -139,6 +139,7 @@ class Run:
         self.progress = Progress()
         if device.type == "cpu":
             keep_freed_memory()
+            keep_to_quota()
 
         self.train_set, self.val_set = open_data(options, data)
         self.fingerprint = fingerprint(self.train_set)
