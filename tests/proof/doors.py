@@ -29,6 +29,17 @@ from yolov7.download import published_weights
 from yolov7.engine.exported import ExportedNetwork
 from yolov7.formats.metadata import FORMAT, Metadata
 from yolov7.images import image_size, read_image
+from yolov7.model import create_model
+from yolov7.schema import from_json
+from yolov7.train.config import HyperParameters
+from yolov7.train.distributed import Ranks
+from yolov7.train.ema import EMA
+from yolov7.train.loss import LossWeights, head_loss
+from yolov7.train.options import Train, resumed_options
+from yolov7.train.report import CsvWriter, read_rows
+from yolov7.train.schedule import Schedule
+from yolov7.train.state import load_state, reading_state
+from yolov7.train.step import Progress, Step
 
 
 def archive(entries: dict[str, bytes]) -> bytes:
@@ -125,7 +136,7 @@ def image_seeds() -> list[bytes]:
             (suffix, [], picture(16))
             for suffix in (".png", ".jpg", ".bmp", ".webp", ".tiff", ".ppm")
         ),
-        *((suffix, [], picture(16)) for suffix in (".gif", ".jp2", ".avif")),
+        *((suffix, [], picture(64)) for suffix in (".gif", ".jp2", ".avif")),
         (".png", [], picture(16).astype(np.uint16) * 257),
         (".png", [], picture(16)[:, :, 0]),
         (".jpg", [cv2.IMWRITE_JPEG_PROGRESSIVE, 1], picture(16)),
@@ -321,6 +332,78 @@ def open_record(folder: Path) -> Read:
     return read
 
 
+# A run that is resumed.
+
+
+@cache
+def _step() -> Step:
+    """What takes the tensors of a state, for a narrow network."""
+    model = create_model("yolov7-tiny", 1, width=0.125)
+    options, ranks = Train(), Ranks()
+    loss = head_loss(model, plain=False, label_smoothing=0.0)
+    weights = LossWeights.scaled(0.05, 0.7, 0.3, levels=3, nc=1, size=64)
+    schedule = Schedule(HyperParameters(), 3, 2, 4, linear=False)
+    network = EMA(model)
+    return Step(model, model, network, loss, weights, schedule, options, torch.float32, ranks)
+
+
+def state_seeds() -> list[bytes]:
+    """A pickled state without most of its tensors, and a whole file."""
+    state = {
+        **_step().state_dict(),
+        "model": {"x": torch.zeros(2)},
+        "ema": {},
+        "gradients": {},
+        "updates": 3,
+        "progress": asdict(Progress(epoch=1)),
+        "image_weights": torch.ones(8),
+        "options": asdict(Train(epochs=3)),
+        "hyper": asdict(HyperParameters()),
+        "images": 8,
+        "data": "0",
+    }
+    whole = BytesIO()
+    torch.save(state, whole)
+    with zipfile.ZipFile(whole) as file:
+        program = file.read(next(name for name in file.namelist() if name.endswith("data.pkl")))
+    return [program, whole.getvalue()]
+
+
+def open_state(folder: Path) -> Read:
+    """Read what a run goes on from."""
+
+    def read(data: bytes) -> None:
+        if not data.startswith(b"PK"):
+            entries = {"data.pkl": data, "version": b"3", "byteorder": b"little"}
+            entries |= {f"data/{i}": bytes(64) for i in range(4)}
+            data = archive({f"a/{name}": content for name, content in entries.items()})
+        (folder / "state.pt").write_bytes(data)
+        state = load_state(folder)
+        with reading_state(folder):
+            resumed_options(Train(resume=str(folder)), state)
+            from_json(HyperParameters, state["hyper"])
+            _step().load_state_dict(state)
+
+    return read
+
+
+def rows_seeds() -> list[bytes]:
+    """Three epochs."""
+    return [b"epoch,lr,box,AP\r\n1,0.01,0.5,\r\n2,0.005,0.25,0.1\r\n3,0.001,0.125,0.2\r\n"]
+
+
+def open_rows(folder: Path) -> Read:
+    """Cut a results.csv as a run that is resumed does, and read it to draw it."""
+    path = folder / "results.csv"
+
+    def read(data: bytes) -> None:
+        path.write_bytes(data)
+        CsvWriter(path, 2)
+        read_rows(path)
+
+    return read
+
+
 DOORS = {
     "checkpoint": Door(checkpoint_seeds, open_checkpoint),
     "weights": Door(weights_seeds, open_weights),
@@ -331,4 +414,6 @@ DOORS = {
     "onnx": Door(metadata_seeds, open_onnx),
     "pt2": Door(pt2_seeds, open_pt2),
     "record": Door(record_seeds, open_record),
+    "state": Door(state_seeds, open_state),
+    "rows": Door(rows_seeds, open_rows),
 }
