@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo quick test lint test-triton bench bench-compare baselines clean
+.PHONY: demo quick test lint proof test-triton bench bench-compare baselines clean
 
 demo: $(VENV)/.runtime  ## detect blood cells on four sample images
 	$(BIN)/yolov7 predict
@@ -22,6 +22,11 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+MINUTES ?= 5
+
+proof: $(VENV)/.dev  ## what takes long: hostile inputs for MINUTES at every door
+	$(BIN)/python -m tests.proof.fuzz --minutes $(MINUTES)
 
 # The kernel jobs under another Triton: make test-triton TRITON=3.6.0
 test-triton:

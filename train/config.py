@@ -85,12 +85,6 @@ class HyperParameters:
     label_smoothing: float = 0.0
     augmentation: Augmentation = field(default_factory=Augmentation)
 
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "HyperParameters":
-        """What `dataclasses.asdict` was given."""
-        rest = {name: value for name, value in values.items() if name != "augmentation"}
-        return cls(**rest, augmentation=Augmentation(**values["augmentation"]))
-
     def with_values(self, values: Mapping[str, float]) -> "HyperParameters":
         """A copy with some numbers replaced, by the names of the fields of both classes.
 

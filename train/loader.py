@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, get_worker_info
 
+from yolov7.cores import usable_cores
 from yolov7.dataset import Dataset
 from yolov7.errors import UserError
 from yolov7.model import YOLOv7
@@ -95,7 +96,7 @@ class Loader(DataLoader[Item]):
     ) -> None:
         if workers is None:
             ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-            workers = max(1, min(8, (os.cpu_count() or 1) // ranks))
+            workers = max(1, min(8, usable_cores() // ranks))
         super().__init__(
             data,
             batch_sampler=sampler,

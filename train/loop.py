@@ -16,11 +16,12 @@ from yolov7.checkpoint import load_model, save_model
 from yolov7.dataset import Dataset
 from yolov7.device import resolve_device
 from yolov7.engine.choose import fit
-from yolov7.engine.cpu import keep_freed_memory
+from yolov7.engine.cpu import keep_freed_memory, keep_to_quota
 from yolov7.errors import UserError
 from yolov7.evaluate import Settings
 from yolov7.model import YOLOv7
 from yolov7.runs import new_run
+from yolov7.schema import from_json
 from yolov7.train.autoanchor import fit_model_anchors
 from yolov7.train.autobatch import batch_size
 from yolov7.train.config import HyperParameters
@@ -51,7 +52,7 @@ from yolov7.train.precision import slow_precision, training_dtype
 from yolov7.train.report import Callback, CsvWriter, Result, TensorBoard, epoch_line, header
 from yolov7.train.sampler import image_weights
 from yolov7.train.schedule import Schedule
-from yolov7.train.state import State, load_state, save_state
+from yolov7.train.state import State, load_state, reading_state, save_state
 from yolov7.train.step import Progress, Step
 from yolov7.train.validation import Validation, fitness, validate, validation_loss
 
@@ -99,7 +100,8 @@ def train(
     note = ""
     if options.resume is not None:
         state = load_state(Path(options.resume))
-        options, note = resumed_options(options, state)
+        with reading_state(Path(options.resume)):
+            options, note = resumed_options(options, state)
     device = resolve_device(options.device)
     with process_group(device) as ranks:
         if device.type == "cuda" and ranks.world > 1:
@@ -139,6 +141,7 @@ class Run:
         self.progress = Progress()
         if device.type == "cpu":
             keep_freed_memory()
+            keep_to_quota()
 
         self.train_set, self.val_set = open_data(options, data)
         self.fingerprint = fingerprint(self.train_set)
@@ -189,7 +192,8 @@ class Run:
         network = over_ranks(model, device, ranks, sync_bn=options.sync_bn, fused=fused)
         self.step = Step(model, network, ema, loss, weights, schedule, options, dtype, ranks)
         if state:
-            self._restore(state)
+            with reading_state(self.folder):
+                self._restore(state)
 
     def train(self, callbacks: Sequence[Callback] = ()) -> Result:
         """Train until the epochs are done, or another limit is reached."""
@@ -359,9 +363,13 @@ class Run:
         if state["data"] != self.fingerprint:
             self.ranks.say("warning: images or labels are not those that the run began with")
         self.step.load_state_dict(state)
-        if state["image_weights"] is not None:
-            self.sampler.weights = state["image_weights"].numpy()
-        self.progress = Progress(**state["progress"])
+        if (weights := state["image_weights"]) is not None:
+            if weights.shape != (state["images"],) or not weights.isfinite().all():
+                raise ValueError("image_weights")
+            self.sampler.weights = weights.numpy()
+        stats = state["progress"]["stats"]  # NaN among them: not evaluated
+        self.progress = from_json(Progress, {**state["progress"], "stats": {}})
+        self.progress.stats = {name: float(value) for name, value in stats.items()}
         was = state["options"]["epochs"] or EPOCHS
         if was != self.epochs and self.progress.step:
             schedule, progress = self.step.schedule, self.progress
@@ -383,7 +391,8 @@ class Run:
                 raise UserError(
                     f"{self.folder} learns {model.names}, the data has {self.train_set.names}"
                 )
-            return HyperParameters.from_dict(state["hyper"]), model
+            with reading_state(self.folder):
+                return from_json(HyperParameters, state["hyper"]), model
         model, note = fit_classes(model, self.train_set.names)
         if note:
             self.ranks.say(note)

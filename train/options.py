@@ -189,6 +189,7 @@ def resumed_options(given: Train, state: dict[str, Any]) -> tuple[Train, str]:
                 f"{folder}/weights/last.safetensors"
             )
     options = Train(**saved | anew | {"resume": folder, "json": report})
+    check_numbers(options)
     done = state["progress"]["epoch"]
     if done >= (EPOCHS if options.epochs is None else options.epochs):
         raise UserError(f"{folder} has finished its {done} epochs: give more --epochs to go on")

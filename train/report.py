@@ -3,6 +3,7 @@
 import csv
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,14 +96,21 @@ class CsvWriter(Callback):
 
 
 def read_rows(path: Path) -> list[dict[str, float]]:
-    """The rows of a results.csv; NaN where an epoch has no value, no rows without the file."""
+    """The rows of a results.csv; NaN where an epoch has no value, no rows without the file.
+
+    A row that is not made of numbers, or of another length than the first line, is left out.
+    """
     if not path.is_file():
         return []
-    with path.open(newline="") as file:
-        return [
-            {name: float(value) if value else float("nan") for name, value in row.items()}
-            for row in csv.DictReader(file)
-        ]
+    names, *rows = [line.split(",") for line in path.read_text(errors="replace").splitlines()] or [
+        []
+    ]
+    read = []
+    for row in rows:
+        with suppress(ValueError):
+            cells = zip(names, row, strict=True)
+            read.append({name: float(cell) if cell else float("nan") for name, cell in cells})
+    return read
 
 
 class TensorBoard(Callback):

@@ -1,5 +1,7 @@
 """The state of a run between two epochs, on the disk: atomic, with the previous one kept."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -7,9 +9,28 @@ import torch
 
 from yolov7.atomic import atomic
 from yolov7.errors import UserError
+from yolov7.text import one_line
 
 State = dict[str, Any]  # tensors, numbers, texts, and dictionaries and lists of these
 LAST, PREVIOUS = "state.pt", "state.previous.pt"
+
+
+@contextmanager
+def reading_state(folder: Path) -> Iterator[None]:
+    """What a state of other keys, types or shapes leads to, as one line.
+
+    Raises:
+        UserError: instead of what its parts complain of.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        what = one_line(f"{type(error).__name__}: {error}")
+        raise UserError(
+            f"{folder}: cannot be resumed: {LAST} is damaged, or of another version ({what})"
+        ) from None
 
 
 def save_state(folder: Path, state: State) -> None:

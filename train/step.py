@@ -150,9 +150,9 @@ class Step:
         """Go on where a state was taken."""
         self.model.load_state_dict(state["model"])
         self.ema.model.load_state_dict(state["ema"])
-        self.ema.updates = state["updates"]
+        self.ema.updates = int(state["updates"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
-        for name, parameter in self.model.named_parameters():
-            if name in state["gradients"]:
-                parameter.grad = state["gradients"][name].to(self.device)
+        parameters = dict(self.model.named_parameters())
+        for name, gradient in state["gradients"].items():
+            parameters[name].grad = gradient.to(self.device)

@@ -112,7 +112,9 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
         with safe_open(path, "pt") as file:
             text = (file.metadata() or {}).get(_KEY, "")
     except SafetensorError as error:
-        raise UserError(f"{path}: truncated or not a safetensors file ({error})") from None
+        raise UserError(
+            f"{path}: truncated or not a safetensors file ({one_line(error)})"
+        ) from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
     try:

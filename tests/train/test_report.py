@@ -37,6 +37,19 @@ def test_rows_survive_the_file_and_a_resumption(tmp_path: Path) -> None:
     assert not path.exists()
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [b"2,x\n", b"2,0.5,7\n", b"2\n", b"\0\xff,\xff\n", b"\n", b'"2,0.5\n', b"," * 100_000 + b"\n"],
+    ids=["text", "more", "fewer", "bytes", "empty", "quote", "wide"],
+)
+def test_damaged_rows_are_left_out(tmp_path: Path, damage: bytes) -> None:
+    path = tmp_path / "results.csv"
+    path.write_bytes(b"epoch,lr\n1,0.5\n" + damage + b"3,0.25\n")
+    assert read_rows(path) == [{"epoch": 1, "lr": 0.5}, {"epoch": 3, "lr": 0.25}]
+    path.write_bytes(b"")
+    assert read_rows(path) == []
+
+
 def test_the_meter_averages_over_batches() -> None:
     meter = Meter("epoch", 2, show=False)
     for value in meter.follow([1.0, 3.0]):

@@ -84,6 +84,26 @@ def test_resumption_is_exact(name: str, options: Train, monkeypatch: pytest.Monk
     assert_same(whole, resumed)
 
 
+@pytest.fixture(scope="module")
+def run_once(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that was stopped after its first epoch."""
+    folder = tmp_path_factory.mktemp("once")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("YOLOV7_CACHE", str(folder / "cache"))
+        patch.setattr(loop, "can_plot", lambda: False)
+        options = Train(
+            data=str(shapes),
+            imgsz=64,
+            width=0.125,
+            epochs=1,
+            batch=4,
+            workers=0,
+            device="cpu",
+            project=str(folder),
+        )
+        return train(options).folder
+
+
 KILLED = """
 import os, signal, sys, torch
 torch.set_num_threads(1)
@@ -125,6 +145,44 @@ def test_a_damaged_state_falls_back_to_the_previous_one(options: Train) -> None:
     (result.folder / "state.previous.pt").unlink()
     with pytest.raises(UserError, match=r"cannot be resumed: state.pt is damaged"):
         load_state(result.folder)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({name: None} for name in ("progress", "options", "hyper", "model", "optimizer")),
+        *({"progress": {"epoch": epoch}} for epoch in ("1", 1.5, None)),
+        *({"hyper": {"lr0": rate}} for rate in ("x", float("nan"))),
+        *({"options": {"batch": batch}} for batch in ("4", -1)),
+        *({"options": {"freeze": 1}}, {"model": {"stem.0.conv.weight": torch.zeros(1)}}),
+        {"gradients": [1]},
+        {"updates": "many"},
+        {"image_weights": torch.ones(1)},
+        {"image_weights": torch.full((8,), torch.nan)},
+    ],
+    ids=lambda change: str(change)[:40],
+)
+def test_a_state_of_other_values_is_one_line(
+    change: dict[str, Any], run_once: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(run_once, tmp_path / "run"))
+    state = load_state(folder)
+    for name, value in change.items():
+        state[name] = {**state[name], **value} if isinstance(value, dict) else value
+    torch.save(state, folder / "state.pt")
+    with pytest.raises(UserError) as caught:
+        train(Train(resume=str(folder), epochs=2, device="cpu", workers=0))
+    assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize("name", ["model", "progress", "images", "data", "scaler", "updates"])
+def test_a_state_without_a_key_is_one_line(name: str, run_once: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(run_once, tmp_path / "run"))
+    state = load_state(folder)
+    del state[name]
+    torch.save(state, folder / "state.pt")
+    with pytest.raises(UserError, match=rf"is damaged, or of another version .*{name}"):
+        train(Train(resume=str(folder), epochs=2, device="cpu", workers=0))
 
 
 def test_a_full_disk_leaves_the_state_before(

@@ -302,3 +302,23 @@ def test_import_is_cheap() -> None:
 def test_unknown_attribute_of_the_package() -> None:
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = yolov7.nothing
+
+
+@pytest.mark.parametrize(
+    ("stated", "expected"),
+    [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "None")],
+)
+def test_threads_that_wait_sleep_before_pytorch_is_loaded(
+    stated: dict[str, str], expected: str
+) -> None:
+    code = """
+import os, sys
+from yolov7.cli import main
+main(["--version"])
+print(os.environ.get("GOMP_SPINCOUNT"), "torch" in sys.modules)
+"""
+    kept = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=kept | stated
+    )
+    assert done.stdout.split()[1:] == [expected, "False"]

@@ -7,6 +7,7 @@ kept: by default glibc hands every large block back to the system, and a forward
 """
 
 import ctypes
+import os
 import platform
 import threading
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from yolov7 import cores
 from yolov7.blocks import Conv, RepConv
 from yolov7.head import Detect
 from yolov7.model import YOLOv7
@@ -31,6 +33,16 @@ def keep_freed_memory() -> None:
         mmap_threshold, trim_threshold = -3, -1  # of malloc.h
         libc.mallopt(mmap_threshold, 1 << 30)
         libc.mallopt(trim_threshold, (1 << 31) - 1)
+
+
+def keep_to_quota() -> None:
+    """Use no more threads than the CPU quota of a container amounts to.
+
+    It holds for the whole process; OMP_NUM_THREADS and fewer threads are left as they are.
+    """
+    quota = cores.cpu_quota()
+    if quota and quota < torch.get_num_threads() and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(quota)
 
 
 class PackedConv(nn.Module):

@@ -7,7 +7,13 @@ import torch
 from torch import Tensor
 
 from yolov7.blocks import Conv, RepConv
-from yolov7.engine.cpu import Decoder, can_pack, keep_freed_memory, pack_convolutions
+from yolov7.engine.cpu import (
+    Decoder,
+    can_pack,
+    keep_freed_memory,
+    keep_to_quota,
+    pack_convolutions,
+)
 from yolov7.engine.faults import first_line, require_living_device, warn
 from yolov7.kernels.runtime import FLOATS
 from yolov7.model import YOLOv7
@@ -54,6 +60,7 @@ class Network:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # stub lacks it
         if device.type == "cpu":
             keep_freed_memory()
+            keep_to_quota()
         self._model = model
         self._forward = self._made_ready(model)
 

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from yolov7.cores import cpu_quota, usable_cores
 from yolov7.device import parse_device, resolve_device
 from yolov7.errors import UserError
 from yolov7.formats.base import Format, Session
@@ -77,6 +78,8 @@ class OnnxRuntime:
         self.device = torch.device("cpu")
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3  # errors; warnings are for the author of the graph
+        if (quota := cpu_quota()) is not None:
+            options.intra_op_num_threads = min(quota, usable_cores())
         providers = [*[(cuda, {"device_id": chosen.index or 0})] * on_gpu, "CPUExecutionProvider"]
         source = file if isinstance(file, bytes) else str(file)
         try:
