@@ -28,12 +28,14 @@ from torch import Tensor
 from torch._ops import OpOverload
 
 __all__ = [
+    "ARCHITECTURES",
     "DTYPE_NAMES",
     "FLOATS",
     "H200",
     "HAS_TRITON",
     "INTERPRET",
     "PRECISIONS",
+    "Architecture",
     "CompileSpec",
     "Config",
     "Rates",
@@ -45,9 +47,11 @@ __all__ = [
     "processors",
     "recording",
     "runs_kernels",
+    "shared_bytes",
     "tl",
     "triton",
     "triton_op",
+    "unfit",
 ]
 
 
@@ -107,6 +111,32 @@ class Rates:
 H200 = Rates("NVIDIA H200", 790e12, 4.3e12)
 """What the expectations in docstrings, and the order of the tuner's work, are made of."""
 
+
+@dataclass(frozen=True)
+class Architecture:
+    """What a program may count on, and how wide a typical GPU of the kind is."""
+
+    shared_bytes: int
+    """Shared memory that one program may use."""
+    processors: int
+    """Streaming multiprocessors."""
+
+
+ARCHITECTURES = {
+    (8, 0): Architecture(166_912, 108),  # A100
+    (8, 6): Architecture(101_376, 84),  # A10, RTX 30xx
+    (8, 7): Architecture(166_912, 16),  # Orin
+    (8, 9): Architecture(101_376, 128),  # L4, L40, RTX 40xx
+    (9, 0): Architecture(232_448, 132),  # H100, H200
+    (10, 0): Architecture(232_448, 148),  # B200
+    (10, 3): Architecture(232_448, 160),  # B300
+    (11, 0): Architecture(232_448, 20),  # Thor
+    (12, 0): Architecture(101_376, 170),  # RTX 50xx, RTX PRO 6000
+    (12, 1): Architecture(101_376, 48),  # DGX Spark
+}
+"""By compute capability; what is not here counts as the smallest."""
+UNKNOWN = Architecture(101_376, 108)
+
 Config = Mapping[str, int]
 """Constexprs of a kernel (``BLOCK_M`` ...) and compile options (``num_warps`` ...), by name."""
 
@@ -150,6 +180,28 @@ def runs_kernels(device: torch.device) -> bool:
     if device.type == "cuda" and not HAS_TRITON:
         _warn_of_references()
     return INTERPRET or (HAS_TRITON and device.type in ("cuda", "meta"))
+
+
+def unfit(capability: tuple[int, int]) -> str | None:
+    """Why this Triton's machine code is not to be trusted on a GPU, or None.
+
+    Before 3.7.1 it lets the matrix instructions of Blackwell's data-centre GPUs overtake cp.async
+    (triton pull requests 9610 and 10537), and results differ from run to run there (pytorch issue
+    181248). Hopper lacks the same fence, and the same case came out right there.
+
+    Args:
+        capability: the GPU's compute capability.
+    """
+    if not (HAS_TRITON and capability[0] in (10, 11)):
+        return None
+    version = tuple(int(part) for part in triton.__version__.split("+")[0].split(".")[:3])
+    if version >= (3, 7, 1):
+        return None
+    major, minor = capability
+    return (
+        f"Triton {triton.__version__} computes wrongly on compute capability {major}.{minor}: "
+        "install PyTorch 2.12 or later, which brings Triton 3.7.1"
+    )
 
 
 @functools.cache
@@ -251,7 +303,12 @@ def processors(device: torch.device) -> int:
     """Streaming multiprocessors of ``device``; of a typical GPU of its capability if absent."""
     if _recorder is None and device.type == "cuda":
         return torch.cuda.get_device_properties(device).multi_processor_count
-    return {(8, 0): 108, (8, 9): 128, (9, 0): 132, (10, 0): 148}.get(capability(device), 108)
+    return ARCHITECTURES.get(capability(device), UNKNOWN).processors
+
+
+def shared_bytes(device: torch.device) -> int:
+    """Shared memory that one program may use on ``device``; the compiler does not check it."""
+    return ARCHITECTURES.get(capability(device), UNKNOWN).shared_bytes
 
 
 def device_folder(device: torch.device) -> str | None:

@@ -10,7 +10,7 @@ from yolov7.kernels.conv.config import ConvConfig
 from yolov7.kernels.conv.launcher import long_fp8_sum, tiles
 from yolov7.kernels.conv.layer import ConvCall
 from yolov7.kernels.conv.stem import StemCall
-from yolov7.kernels.runtime import capability, processors, triton
+from yolov7.kernels.runtime import capability, processors, shared_bytes, triton
 
 TILES = (
     *((64, 32), (64, 64), (64, 128)),
@@ -38,13 +38,13 @@ def _fits_tma(call: ConvCall) -> bool:
 def default_config(calls: Sequence[ConvCall]) -> ConvConfig:
     """A config from counted tiles, for devices and sizes that nobody tuned.
 
-    No choice spills registers on sm_80, 89, 90 or 100; that is held by the ahead-of-time tests.
+    No choice spills registers or passes the shared memory of any target; that is held by the
+    ahead-of-time tests.
     """
     device = calls[0].x.device
-    units = processors(device)
-    roomy = capability(device) >= (9, 0)
-    hopper = roomy and capability(device) < (10, 0)
-    tma = roomy and fits_tma(calls)
+    units, limit = processors(device), _shared(calls)
+    hopper = capability(device)[0] == 9
+    tma = capability(device) >= (9, 0) and fits_tma(calls)
     block_m, block_n = _default_tile(calls, tma)
     block_k = _block_k(calls, tma)
     count = tiles(calls, block_m, block_n)
@@ -58,16 +58,14 @@ def default_config(calls: Sequence[ConvCall]) -> ConvConfig:
             block_n=block_n,
             block_k=block_k,
             split_k=split,
-            num_stages=2 if calls[0].exact else 4 if roomy else 3,
+            num_stages=2 if calls[0].exact else 4 if _roomy(calls) else 3,
             # Left alone, ptxas aims lower and spills a register or two of small tiles.
             maxnreg=168 if block_m * block_n <= 64 * 64 else 0,
-            launch_pdl=roomy,
+            launch_pdl=capability(device) >= (9, 0),
         )
-    added = any(c.residual is not None for c in calls)
-    staged = block_m * block_n * max(c.out.element_size() for c in calls) * (2 if added else 1)
-    stage = (block_m + block_n) * block_k * calls[0].x.element_size()
+    stages = max(1, min(4, _depth(calls, block_m, block_n, block_k, limit)))
     large = block_m * block_n >= (128 * 128 if hopper else 128 * 64)
-    occupancy = 1 if large else 2
+    occupancy = 1 if large or _depth(calls, block_m, block_n, block_k, limit // 2) < stages else 2
     # Overlapping one tile's store with the next one's loads takes registers and a second tile.
     several = count * split > units * occupancy
     return ConvConfig(
@@ -77,11 +75,30 @@ def default_config(calls: Sequence[ConvCall]) -> ConvConfig:
         block_k=block_k,
         split_k=split,
         num_warps=8 if large else 4,
-        num_stages=min(4, (_SHARED_BYTES - staged) // stage),
+        num_stages=stages,
+        # Left alone, ptxas spills to make room for a second program, which shared memory has not.
+        maxnreg=255 if large and not hopper else 0,
         flatten=hopper and several and all(map(_plain_store, calls)),
         occupancy=occupancy,
         launch_pdl=True,
     )
+
+
+def _shared(calls: Sequence[ConvCall]) -> int:
+    """Shared memory for operands and results: the pipeline's barriers and padding take the rest."""
+    return shared_bytes(calls[0].x.device) - 3 * 1024
+
+
+def _roomy(calls: Sequence[ConvCall]) -> bool:
+    """Whether gathers have room for four stages of 128 bytes along the sum: sm_90, sm_100."""
+    return _shared(calls) >= 200 * 1024
+
+
+def _depth(calls: Sequence[ConvCall], block_m: int, block_n: int, block_k: int, room: int) -> int:
+    """Stages of a pipeline of descriptor loads that fit so many bytes, beside the output's tile."""
+    added = any(c.residual is not None for c in calls)
+    staged = block_m * block_n * max(c.out.element_size() for c in calls) * (2 if added else 1)
+    return max(0, room - staged) // ((block_m + block_n) * block_k * calls[0].x.element_size())
 
 
 def _default_tile(calls: Sequence[ConvCall], tma: bool) -> tuple[int, int]:
@@ -91,17 +108,20 @@ def _default_tile(calls: Sequence[ConvCall], tma: bool) -> tuple[int, int]:
     operation. Where no tile keeps them busy it is the smallest, and the sum may be split.
     """
     device = calls[0].x.device
-    roomy = capability(device) >= (9, 0)
-    hopper = roomy and capability(device) < (10, 0)
+    major, _ = capability(device)
     width = max(16, triton.next_power_of_2(max(c.layer.out_channels for c in calls)))
     if calls[0].exact:  # multiplied one by one: operands live in registers
         return 64, min(32, width)
     sizes = _TMA_TILES if tma else _GATHER_TILES
     fitting = [(m, n) for m, n in sizes if n <= width] or [(64, width)]
-    if not all(map(_plain_store, calls)) or long_fp8_sum(calls) or not hopper:  # larger ones spill
+    if not all(map(_plain_store, calls)) or long_fp8_sum(calls) or major != 9:  # larger ones spill
         wide = max(c.out.element_size() for c in calls) == 4
-        largest = 64 * 64 if wide or (len(calls) > 1 and not roomy) else 128 * 128
+        largest = 64 * 64 if wide or (len(calls) > 1 and major < 9) else 128 * 128
         fitting = [(m, n) for m, n in fitting if m * n <= largest]
+    if tma:
+        block_k, room = _block_k(calls, tma), _shared(calls)
+        deep = [(m, n) for m, n in fitting if _depth(calls, m, n, block_k, room) >= 3]
+        fitting = deep or fitting[-1:]
     units = processors(device)
     filled = (tile for tile in fitting if _busy(tiles(calls, *tile), units) >= 0.75)
     return next(filled, fitting[-1])
@@ -109,7 +129,6 @@ def _default_tile(calls: Sequence[ConvCall], tma: bool) -> tuple[int, int]:
 
 _TMA_TILES = ((128, 256), (256, 128), (128, 128), (256, 64), (128, 64), (64, 64))
 _GATHER_TILES = ((64, 128), (64, 64))
-_SHARED_BYTES = 224 * 1024  # of Hopper's 227 KiB; the rest holds barriers
 
 
 def _plain_store(call: ConvCall) -> bool:
@@ -123,7 +142,7 @@ def _block_k(calls: Sequence[ConvCall], tma: bool) -> int:
     size = calls[0].x.element_size()
     if calls[0].exact:
         return 16
-    roomy = tma or capability(calls[0].x.device) >= (9, 0)
+    roomy = tma or _roomy(calls)
     smallest = 32 if size == 1 else 16
     widest = triton.next_power_of_2(max(c.layer.in_channels for c in calls))
     return max(smallest, min((128 if roomy else 64) // size, widest))
@@ -145,7 +164,7 @@ def search_space(calls: Sequence[ConvCall]) -> Iterator[ConvConfig]:
     layers = [call.layer for call in calls]
     hopper = capability(calls[0].x.device) >= (9, 0)
     tma = hopper and fits_tma(calls)
-    limit = (227 if hopper else 99) * 1024
+    limit = shared_bytes(calls[0].x.device)
     width = max(16, triton.next_power_of_2(max(x.out_channels for x in layers)))
     channels = triton.next_power_of_2(max(x.in_channels for x in layers))
     block_k = max(32 if size == 1 else 16, min(128 // size, channels))
@@ -177,11 +196,19 @@ def search_space(calls: Sequence[ConvCall]) -> Iterator[ConvConfig]:
 
 
 def default_stem_config(call: StemCall) -> ConvConfig:
-    """A config of the first convolution, for devices and sizes that nobody tuned."""
+    """A config of the first convolution, for devices and sizes that nobody tuned.
+
+    Of a 3x3 one in 16 bits a program takes as many rows as registers hold: what it computes of the
+    taps serves all of them. For sm_90 640x640 -> 32 in fp16 compiles to 44 instructions of a warp
+    for each row of the output at 64 rows, 38 at 128 and 31 at 256.
+    """
     block_n = max(16, triton.next_power_of_2(call.out.shape[1]))
+    if call.weight.element_size() == 4:  # twice the registers; exact operands live in them alone
+        block_n = min(block_n, 32 if call.exact else 64)
+    short = call.layer.kernel == 3 and call.weight.element_size() == 2
     return ConvConfig(
-        block_m=64,
-        block_n=min(block_n, 32) if call.exact else block_n,  # exact operands live in registers
+        block_m=max(64, 8192 // block_n) if short else 64,
+        block_n=block_n,
         block_k=32,
         num_stages=1,
         launch_pdl=capability(call.out.device) >= (9, 0),

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from yolov7.kernels import aot
 from yolov7.kernels.aot import Row, compile_all, compile_spec, load_table, passed_limits, worse
 from yolov7.kernels.conv import ConvCall, ConvConfig, ConvLaunch, StemLaunch
 from yolov7.kernels.conv.cases import SAMPLES, Record, layer_of, meta_call, stem_call
-from yolov7.kernels.runtime import PRECISIONS, recording
+from yolov7.kernels.runtime import ARCHITECTURES, PRECISIONS, recording, unfit
 
 BASELINES = Path(__file__).parents[2] / "bench" / "baselines"
 MATRIX = {
@@ -21,6 +22,7 @@ MATRIX = {
     "sm_89": {"fp16": "HMMA", "bf16": "HMMA", "fp32": "HMMA", "fp8": "QMMA"},
     "sm_90": {"fp16": "HGMMA", "bf16": "HGMMA", "fp32": "HGMMA", "fp8": "QGMMA"},
     "sm_100": {"fp16": "UTCHMMA", "bf16": "UTCHMMA", "fp32": "UTCHMMA", "fp8": "UTCQMMA"},
+    "sm_120": {"fp16": "HMMA", "bf16": "HMMA", "fp32": "HMMA", "fp8": "QMMA"},
 }
 CHAIN = Record(128, 128, 3, 1, 80, 80)
 STEMS = {  # of the whole family
@@ -119,6 +121,42 @@ def test_exact_stem_uses_no_matrix_instructions(target: str, stem: str) -> None:
 
 
 @pytest.mark.aot
+@pytest.mark.parametrize("stem", ["v7", "x", "d6"])
+@pytest.mark.parametrize("precision", ["fp16", "fp32"])
+def test_stem_spills_nothing(stem: str, precision: str) -> None:
+    """Where products pass through registers, so large tiles spill first."""
+    call = stem_call(STEMS[stem], 1, PRECISIONS[precision])
+    with recording((12, 0)) as specs:
+        launch = StemLaunch(call)
+        launch.prepare()()
+    assert passed_limits(compile_spec(specs[0], "sm_120", launch.name)) == []
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("target", ["sm_100", "sm_120"])
+def test_split_group_spills_nothing(target: str) -> None:
+    """Left alone, ptxas keeps to 128 registers, for a program that there is no memory for."""
+    records = (Record(256, 128, 3, 1, 40, 40), Record(128, 256, 3, 1, 80, 80))
+    row = compile_conv(target, *(meta_call(layer_of(r, 1), torch.float16) for r in records))
+    assert passed_limits(row) == []
+
+
+@pytest.mark.aot
+@pytest.mark.skipif(bool(unfit((10, 0))), reason="this Triton leaves the fences out")
+@pytest.mark.parametrize("target", ["sm_90", "sm_100"])
+def test_matrix_instructions_wait_for_what_was_copied(target: str) -> None:
+    call = meta_call(layer_of(replace(CHAIN, stride=2), 1), torch.float16)
+    with patch.object(aot, "unfenced", return_value=0) as counter:
+        row = compile_conv(target, call)
+    (ptx,) = counter.call_args.args
+    assert row.kernel == "conv_gather_kernel"
+    assert aot.unfenced(ptx) == 0
+    planted = aot.unfenced(ptx.replace("fence.proxy.async", "//"))
+    assert planted >= 4
+    assert "behind cp.async" in passed_limits(replace(row, unfenced=planted))[0]
+
+
+@pytest.mark.aot
 @pytest.mark.parametrize("batch", [1, 32])
 def test_nothing_became_worse(batch: int) -> None:
     """The regression check that needs no GPU.
@@ -150,7 +188,7 @@ def test_planted_loss_of_matrix_instructions_is_caught() -> None:
     assert any("HGMMA shared" in text for text in worse([lost], [good]))
 
 
-ROW = Row("conv", "shape", "sm_90", "config", 100, 50_000, 0, "HGMMA", 4, "shared", 6, 1000)
+ROW = Row("conv", "shape", "sm_90", "config", 100, 50_000, 0, "HGMMA", 4, "shared", 6, 0, 1000)
 
 
 @pytest.mark.parametrize(
@@ -171,6 +209,10 @@ def test_comparison_with_a_table(change: dict[str, Any], caught: str | None) -> 
     found = worse([replace(ROW, **change)], [ROW])
     assert bool(found) == (caught is not None)
     assert caught is None or any(caught in line for line in found)
+
+
+def test_every_target_has_limits() -> None:
+    assert all(aot.capability_of(target) in ARCHITECTURES for target in aot.TARGETS)
 
 
 def test_target_without_known_limits_is_named() -> None:

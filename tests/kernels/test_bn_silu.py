@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tests.kernels import COMPILED
 from yolov7.kernels import bn_silu as kernel
-from yolov7.kernels.aot import SHARED_LIMITS, compile_all, passed_limits
+from yolov7.kernels.aot import compile_all, passed_limits
 from yolov7.kernels.bn_silu import batch_norm_act
 from yolov7.kernels.runtime import INTERPRET
 
@@ -251,7 +252,7 @@ def test_empty_evaluation_batch() -> None:
 
 
 @pytest.mark.aot
-@pytest.mark.parametrize("target", SHARED_LIMITS)
+@pytest.mark.parametrize("target", COMPILED)
 def test_compiles_within_the_limits(target: str) -> None:
     rows = list(compile_all(target, {}, only=["bn_silu"]))
     assert {row.kernel for row in rows} == {

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from tests.conftest import reference_folder
+from tests.kernels import COMPILED
 from yolov7.kernels import letterbox as kernel
-from yolov7.kernels.aot import SHARED_LIMITS, compile_all, passed_limits
+from yolov7.kernels.aot import compile_all, passed_limits
 from yolov7.kernels.layout import PitchedLayout
 from yolov7.kernels.letterbox import letterbox, letterbox_reference
 from yolov7.kernels.runtime import FLOATS
@@ -172,7 +173,7 @@ def test_wrong_map() -> None:
 
 
 @pytest.mark.aot
-@pytest.mark.parametrize("target", SHARED_LIMITS)
+@pytest.mark.parametrize("target", COMPILED)
 def test_compiles_within_the_limits(target: str) -> None:
     rows = list(compile_all(target, {}, only=["letterbox"]))
     assert {row.kernel for row in rows} == {"_letterbox_kernel"}

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.conftest import reference_folder
+from tests.kernels import COMPILED
 from yolov7.kernels import nms
-from yolov7.kernels.aot import SHARED_LIMITS, compile_all, passed_limits
+from yolov7.kernels.aot import compile_all, passed_limits
 from yolov7.kernels.nms import Detections, batched_nms, nms_reference
 from yolov7.kernels.runtime import INTERPRET
 
@@ -295,7 +296,7 @@ def test_wrong_dtype() -> None:
 
 
 @pytest.mark.aot
-@pytest.mark.parametrize("target", SHARED_LIMITS)
+@pytest.mark.parametrize("target", COMPILED)
 def test_compiles_within_the_limits(target: str) -> None:
     rows = list(compile_all(target, {}, only=["nms"]))
     assert {row.kernel for row in rows} == {

@@ -6,9 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tests.kernels import COMPILED
 from yolov7.blocks import Conv, RepConv
 from yolov7.kernels import reparam as kernel
-from yolov7.kernels.aot import SHARED_LIMITS, compile_all, passed_limits
+from yolov7.kernels.aot import compile_all, passed_limits
 from yolov7.kernels.reparam import reparam, reparam_reference
 from yolov7.kernels.runtime import INTERPRET
 
@@ -171,7 +172,7 @@ def test_identity_needs_equal_channels() -> None:
 
 
 @pytest.mark.aot
-@pytest.mark.parametrize("target", SHARED_LIMITS)
+@pytest.mark.parametrize("target", COMPILED)
 def test_compiles_within_the_limits(target: str) -> None:
     rows = list(compile_all(target, {}, only=["reparam"]))
     assert {row.kernel for row in rows} == {"_reparam_kernel"}

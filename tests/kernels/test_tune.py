@@ -17,7 +17,7 @@ from yolov7.kernels.conv import ConvCall, ConvConfig, ConvLaunch, Launch, StemLa
 from yolov7.kernels.conv.cases import Record, layer_of, meta_call, stem_call
 from yolov7.kernels.conv.config import Entry, tuned_entries, write_entries
 from yolov7.kernels.conv.search import search_space
-from yolov7.kernels.runtime import H200, recording
+from yolov7.kernels.runtime import ARCHITECTURES, H200, recording
 
 CHAIN = Record(128, 128, 3, 1, 80, 80)
 HEAD = Record(256, 255, 1, 1, 80, 80, "none")
@@ -112,7 +112,7 @@ def test_fp8_layers_with_a_wider_output_have_configs_of_their_own(
         assert aot.passed_limits(aot.compile_spec(specs[0], "sm_90")) == []
 
 
-@pytest.mark.parametrize("capability", [(8, 0), (9, 0)], ids=["sm_80", "sm_90"])
+@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0), (12, 0)], ids=str)
 @pytest.mark.parametrize("record", [CHAIN, HEAD, Record(512, 512, 3, 2, 40, 40), SMALL], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float8_e4m3fn], ids=str)
 def test_search_space_is_small_and_fits(
@@ -122,11 +122,11 @@ def test_search_space_is_small_and_fits(
         configs = list(search_space([meta_call(layer_of(record, 1), dtype)]))
     assert 6 <= len(configs) <= 160
     assert len({str(config) for config in configs}) == len(configs)
-    tma = capability == (9, 0) and record.stride == 1
+    tma = capability >= (9, 0) and record.stride == 1
     assert {config.tma for config in configs} == {tma}
     for config in configs:
         stage = (config.block_m + config.block_n) * config.block_k * dtype.itemsize
-        assert config.num_stages * stage <= (227 if capability == (9, 0) else 99) * 1024
+        assert config.num_stages * stage <= ARCHITECTURES[capability].shared_bytes
         assert config.block_k >= (32 if dtype.itemsize == 1 else 16)
 
 

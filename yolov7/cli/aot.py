@@ -17,7 +17,7 @@ from yolov7.variants import VARIANTS
 class Aot:
     """Compile the kernels ahead of time: registers, shared memory, matrix instructions."""
 
-    target: Literal["sm_80", "sm_89", "sm_90", "sm_100"] = "sm_90"
+    target: Literal["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"] = "sm_90"
     """architecture of the GPU"""
     variant: str | None = None
     """model whose launches are compiled (default: a sample of layers)"""

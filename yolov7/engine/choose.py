@@ -1,6 +1,7 @@
 """The door to the engines: which one runs these weights here, and how frames go through it."""
 
 import copy
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from yolov7.engine.exported import ExportedNetwork
 from yolov7.engine.frames import Forward, HostFrames, Suppression
 from yolov7.errors import UserError
 from yolov7.formats import is_exported
-from yolov7.kernels.runtime import FLOATS, HAS_TRITON
+from yolov7.kernels.runtime import FLOATS, HAS_TRITON, unfit
 from yolov7.letterbox import round_up
 from yolov7.model import YOLOv7
 from yolov7.variants import LARGEST_IMGSZ
@@ -188,11 +189,16 @@ def resolve_engine(name: str, device: torch.device) -> str:
     cuda = device.type == "cuda"
     if device.type == "mps" and name not in ("auto", "eager"):
         raise UserError(f"engine {name} does not run on {device}: use eager")
-    old = cuda and torch.cuda.get_device_capability(device) < OLDEST
+    capability = torch.cuda.get_device_capability(device) if cuda else OLDEST
+    old, wrong = capability < OLDEST, unfit(capability)
     if name == "graph" and old:
         raise UserError(f"engine graph needs compute capability 8.0 or later: {device} is older")
     if name == "graph" and cuda and not HAS_TRITON:
         raise UserError("engine graph on a GPU needs OpenAI Triton: pip install triton")
+    if name == "graph" and wrong:
+        raise UserError(f"engine graph: {wrong}")
+    if name == "auto" and wrong:
+        warnings.warn(f"engine graph is left for eager: {wrong}", stacklevel=4)
     if name == "auto":
-        return "graph" if cuda and not old and HAS_TRITON else "eager"
+        return "graph" if cuda and HAS_TRITON and not (old or wrong) else "eager"
     return name
