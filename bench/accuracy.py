@@ -1,9 +1,9 @@
 """`python -m bench.accuracy NAME OPTIONS`: evaluate weights and keep the figures under NAME.
 
 OPTIONS are those of `yolov7 val`. ``bench/results/accuracy.json`` is given what was found, the
-options (but for paths), and how the weights were trained where they say so. The README's table is
-written from it by `python -m bench.tables`; runs that are named alike but for their seed get a
-mean.
+options (but for paths), and how the weights were trained where they say so. The table of
+docs/accuracy.md is written from it by `python -m bench.tables`; runs that are named alike but for
+their seed get a mean.
 """
 
 import argparse

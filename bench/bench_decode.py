@@ -1,5 +1,7 @@
 """The detection head: 1x1 convolutions, sigmoid, grid, anchors, threshold."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -10,6 +12,7 @@ from yolov7.head import Detect
 from yolov7.kernels.conv import pack_weight
 from yolov7.kernels.decode import decode
 from yolov7.kernels.layout import PitchedLayout
+from yolov7.model import channels_last
 from yolov7.variants import VARIANTS
 
 BATCHES = (1, 32)
@@ -25,8 +28,8 @@ def bench_decode(batch: int, compete: Comparison, kernel_device: torch.device, s
     )
     variant = VARIANTS["yolov7"]
     torch.manual_seed(0)
-    head = Detect(channels, classes, variant.anchors, variant.strides, implicit=False)
-    head = head.to(kernel_device, torch.float16, memory_format=torch.channels_last)  # type: ignore[call-overload]  # stub lacks it
+    made = Detect(channels, classes, variant.anchors, variant.strides, implicit=False)
+    head: Any = channels_last(made, kernel_device, torch.float16)  # its layers are Conv2d
     head.anchors = head.anchors.float()
     sides = [size // stride for stride in variant.strides]
     images = [

@@ -12,12 +12,12 @@ from bench.bench_letterbox import eager as eager_letterbox
 from bench.bench_nms import PREDICT, torchvision_loop
 from bench.comparison import Comparison, Missing, close
 from yolov7.benchmark.clock import Run, Work, captured
-from yolov7.engine.frames import Suppression
 from yolov7.engine.graph.captured import FramePipeline
 from yolov7.engine.graph.planned import PlannedNetwork
 from yolov7.kernels.nms import Detections
 from yolov7.letterbox import letterbox_geometry
-from yolov7.model import YOLOv7, create_model
+from yolov7.model import YOLOv7, channels_last, create_model
+from yolov7.suppression import Suppression
 from yolov7.variants import VARIANTS
 
 Forward = Callable[[Tensor], Tensor]
@@ -43,7 +43,7 @@ def prepared(
     model = create_model("yolov7-tiny", 3, width=0.125) if smoke else create_model(variant)
     model = model.fuse().requires_grad_(False).to(device, dtype)
     model.head.anchors = model.head.anchors.float()
-    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # stub lacks it
+    channels_last(model)
     size = 64 if smoke else model.imgsz
     batch = 1 if smoke else batch
     return model, PlannedNetwork(model, batch, size, size, dtype=dtype, device=device)

@@ -18,9 +18,10 @@ from bench.comparison import Comparison
 from yolov7.benchmark.clock import Work
 from yolov7.detector import Detector
 from yolov7.engine.eager import Network
-from yolov7.engine.frames import Done, Found, HostFrames, Pixels, Suppression
+from yolov7.engine.frames import Done, Found, HostFrames, Pixels
 from yolov7.letterbox import Geometry
 from yolov7.results import Results
+from yolov7.suppression import Suppression
 
 ROWS = 25200  # of a 640-pixel image
 

@@ -23,6 +23,17 @@ def _activation(name: Activation) -> nn.Module:
     return nn.SiLU() if name == "silu" else nn.LeakyReLU(0.1)
 
 
+def activation_name(module: nn.Module) -> Literal["silu", "leaky_relu", "none"]:
+    """What follows the convolutions of a block."""
+    match getattr(module, "act", None):
+        case nn.SiLU():
+            return "silu"
+        case nn.LeakyReLU():
+            return "leaky_relu"
+        case _:
+            return "none"
+
+
 def _batch_norm(channels: int) -> nn.BatchNorm2d:
     return nn.BatchNorm2d(channels, eps=BN_EPS, momentum=BN_MOMENTUM)
 

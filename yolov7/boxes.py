@@ -30,11 +30,16 @@ def box_area(boxes: Tensor) -> Tensor:
     return (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
 
 
-def box_iou(a: Tensor, b: Tensor) -> Tensor:
-    """Intersection over union [N, M] of xyxy boxes a [N, 4] and b [M, 4]; 0 for two empty boxes."""
+def intersection(a: Tensor, b: Tensor) -> Tensor:
+    """Areas [N, M] that xyxy boxes a [N, 4] and b [M, 4] share."""
     top_left = torch.maximum(a[:, None, :2], b[:, :2])  # [N, M, 2]
     bottom_right = torch.minimum(a[:, None, 2:], b[:, 2:])  # [N, M, 2]
-    overlap = (bottom_right - top_left).clamp(min=0).prod(dim=-1)  # [N, M]
+    return (bottom_right - top_left).clamp(min=0).prod(dim=-1)
+
+
+def box_iou(a: Tensor, b: Tensor) -> Tensor:
+    """Intersection over union [N, M] of xyxy boxes a [N, 4] and b [M, 4]; 0 for two empty boxes."""
+    overlap = intersection(a, b)
     union = box_area(a)[:, None] + box_area(b) - overlap
     return torch.where(union > 0, overlap / union, 0.0)
 

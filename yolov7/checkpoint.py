@@ -23,7 +23,7 @@ from yolov7.model import Form, YOLOv7
 from yolov7.schema import from_json
 from yolov7.text import one_line
 from yolov7.unpickle import Record, StoredTensor, TorchFile, module_tensors
-from yolov7.variants import LARGEST_IMGSZ, VARIANTS, Variant
+from yolov7.variants import LARGEST_IMGSZ, VARIANTS, Variant, named
 
 DEMO_WEIGHTS = "blood-cells-tiny.safetensors"  # embedded; used when no weights are named
 DEMO = "blood-cells"  # their name
@@ -45,8 +45,8 @@ def load_model(weights: str | Path | None = None, *, variant: str | None = None)
     Raises:
         UserError: the file is missing, damaged, hostile, or of another architecture.
     """
-    if variant is not None and variant not in VARIANTS:
-        raise UserError(f"unknown variant {variant!r}: choose from {', '.join(VARIANTS)}")
+    if variant is not None:
+        named(variant)
     if weights is None or (str(weights) == DEMO and not Path(weights).is_file()):
         with as_file(files("yolov7.assets") / DEMO_WEIGHTS) as path:
             return _load_safetensors(path)

@@ -15,13 +15,14 @@ import torch
 from yolov7.augmented import Augmented
 from yolov7.engine.choose import Runtime, fit, open_frames, open_network
 from yolov7.engine.eager import Network
-from yolov7.engine.frames import Forward, Frames, Pending, Suppression, at_least_one, equal_shapes
-from yolov7.errors import UserError
+from yolov7.engine.frames import Forward, Frames, Pending, equal_shapes
+from yolov7.errors import UserError, at_least_one
 from yolov7.letterbox import Geometry, letterbox_geometry
 from yolov7.model import YOLOv7
 from yolov7.results import Boxes, Results
 from yolov7.sources import Frame, OnError, Source
 from yolov7.speed import Speed
+from yolov7.suppression import Suppression
 from yolov7.tiling import TiledFrames
 
 WINDOW = 4  # batches of images that are read before those of equal shape are put together
@@ -39,7 +40,7 @@ class Detector:
         variant: Of a bare state dict, where its tensors do not tell.
         device: "auto", "cpu", "cuda", "cuda:N", "N" or "mps".
         precision: "auto", "fp32", "fp16", "bf16" or "fp8"; see `yolov7.engine.choose.Runtime`.
-        engine: "auto", "eager", "compile" or "graph"; likewise.
+        engine: "auto", "eager", "compile", "graph" or "openvino"; likewise.
         imgsz: Longer side, or (height, width), that images are scaled to, in pixels; rounded up to
             the model's stride. None: the checkpoint's.
         conf: What a box's confidence must exceed, 0..1.

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from yolov7.model import YOLOv7
+from yolov7.blocks import activation_name
+from yolov7.model import YOLOv7, parameter_count
 
 
 @dataclass(frozen=True)
@@ -33,11 +34,6 @@ class Layer:
         """The part of the network that the layer belongs to, such as "backbone.2"."""
         first, *rest = self.name.split(".")
         return f"{first}.{rest[0]}" if rest and rest[0].isdigit() and first != "stem" else first
-
-
-def parameter_count(model: nn.Module) -> int:
-    """Number of trainable scalars."""
-    return sum(p.numel() for p in model.parameters())
 
 
 @contextmanager
@@ -83,7 +79,7 @@ def conv_layers(model: YOLOv7, height: int, width: int) -> list[Layer]:
             Layer(
                 name=name,
                 kind=type(conv).__name__,
-                activation=_activation_after(modules, name),
+                activation=activation_name(modules[name.rpartition(".")[0]]),
                 in_channels=in_channels,
                 out_channels=out_channels,
                 kernel=conv.kernel_size[0],
@@ -97,14 +93,3 @@ def conv_layers(model: YOLOv7, height: int, width: int) -> list[Layer]:
             )
         )
     return rows
-
-
-def _activation_after(modules: dict[str, nn.Module], name: str) -> str:
-    parent = modules[name.rpartition(".")[0]]
-    match getattr(parent, "act", None):
-        case nn.SiLU():
-            return "silu"
-        case nn.LeakyReLU():
-            return "leaky_relu"
-        case _:
-            return "none"

@@ -1,7 +1,7 @@
 """YOLOv7, generated from a `Variant`: stem, backbone, pyramid pooling, neck, head."""
 
 from collections.abc import Sequence
-from typing import Literal, Self, overload
+from typing import Literal, Self, TypeVar, overload
 
 import torch
 import torch.nn.functional as F
@@ -21,9 +21,11 @@ from yolov7.blocks import (
     TinySPP,
 )
 from yolov7.head import Detect
-from yolov7.variants import VARIANTS, Downsample, Variant, scaled
+from yolov7.variants import Downsample, Variant, named, scaled
 
 Form = Literal["training", "deploy", "fused"]
+
+M = TypeVar("M", bound=nn.Module)
 
 
 def _downsample(kind: Downsample, inputs: int, out: int, activation: Activation) -> nn.Module:
@@ -174,7 +176,7 @@ class YOLOv7(nn.Module):
 
     def __repr__(self) -> str:
         """One line; `yolov7 info` and `named_modules()` have the layers."""
-        millions = sum(p.numel() for p in self.parameters()) / 1e6
+        millions = parameter_count(self) / 1e6
         return (
             f"YOLOv7({self.variant.name!r}, {len(self.names)} classes, form={self.form!r}, "
             f"{millions:.1f} M parameters)"
@@ -246,6 +248,17 @@ class YOLOv7(nn.Module):
         return self.eval()
 
 
+def parameter_count(module: nn.Module) -> int:
+    """Number of parameters, those of training branches and auxiliary heads included."""
+    return sum(p.numel() for p in module.parameters())
+
+
+def channels_last(module: M, *args: torch.device | torch.dtype) -> M:
+    """The module moved as `nn.Module.to` does it, its weights in channels_last."""
+    moved: M = module.to(*args, memory_format=torch.channels_last)  # type: ignore[call-overload]  # stub lacks it
+    return moved
+
+
 def create_model(
     name: str,
     num_classes: int = 80,
@@ -272,8 +285,7 @@ def create_model(
     Raises:
         ValueError: an unknown name, form or downsampling, or a number out of range.
     """
-    if name not in VARIANTS:
-        raise ValueError(f"unknown model {name!r}: choose from {', '.join(VARIANTS)}")
+    base = named(name)
     if form not in ("training", "deploy"):
         raise ValueError(f"form must be 'training' or 'deploy', got {form!r}")
     if downsample not in (None, "conv", "pool", "pool+conv", "downc"):
@@ -283,7 +295,7 @@ def create_model(
     if names is not None and len(names) != num_classes:
         raise ValueError(f"{len(names)} class names for {num_classes} classes")
     variant = scaled(
-        VARIANTS[name],
+        base,
         1.0 if depth is None else depth,
         1.0 if width is None else width,
         downsample,

@@ -17,7 +17,7 @@ import cv2
 from torch import Tensor
 
 from yolov7.capture import Newest, ahead, frame_rate, next_frame, open_capture
-from yolov7.errors import UserError
+from yolov7.errors import UserError, at_least_one
 from yolov7.items import Item, find_items
 from yolov7.letterbox import Image
 from yolov7.text import printable
@@ -101,8 +101,7 @@ class Source:
         on_error: OnError | None = None,
         on_note: Callable[[str], None] | None = None,
     ) -> None:
-        if vid_stride < 1:
-            raise UserError(f"vid_stride is {vid_stride}: give 1 or more")
+        at_least_one("vid_stride", vid_stride)
         if not retry >= 0:  # nor NaN
             raise UserError(f"retry is {retry:g} seconds: give 0 or more")
         self.items = list(find_items(source))

@@ -5,18 +5,26 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from yolov7.boxes import clip_boxes, cxcywh_to_xyxy, frame_table, in_frames, xyxy_to_cxcywh
+from yolov7.boxes import (
+    box_area,
+    clip_boxes,
+    cxcywh_to_xyxy,
+    frame_table,
+    in_frames,
+    intersection,
+    xyxy_to_cxcywh,
+)
 from yolov7.engine.frames import (
     Done,
     Forward,
     Found,
     HostFrames,
     Pixels,
-    Suppression,
     equal_shapes,
     milliseconds,
 )
 from yolov7.letterbox import Geometry
+from yolov7.suppression import Suppression
 
 Tile = tuple[int, int, int, int]  # left, top, right, bottom in pixels of the image
 
@@ -184,11 +192,8 @@ def drop_cut_boxes(
     near = EDGE * scale * max(tile[2] - tile[0] for tile in tiles)
     piece = _ends_at(boxes[:, 0::2], lines_x, scale, near)
     piece |= _ends_at(boxes[:, 1::2], lines_y, scale, near)
-    top_left = torch.maximum(boxes[:, None, :2], boxes[:, :2])
-    bottom_right = torch.minimum(boxes[:, None, 2:], boxes[:, 2:])
-    shared = (bottom_right - top_left).clamp(min=0).prod(-1)  # [n, n]
-    area = (boxes[:, 2:] - boxes[:, :2]).prod(-1)
-    held = (shared > COVERED * area[:, None]) & (label[:, None] == label) & ~piece
+    most = COVERED * box_area(boxes)[:, None]
+    held = (intersection(boxes, boxes) > most) & (label[:, None] == label) & ~piece
     return detections[~(piece & held.any(1))]
 
 

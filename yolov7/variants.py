@@ -10,6 +10,8 @@ from dataclasses import astuple, dataclass, replace
 from itertools import chain
 from typing import Literal
 
+from yolov7.errors import UserError
+
 Downsample = Literal["conv", "pool", "pool+conv", "downc"]
 Taps = Literal["pairs", "all"]
 
@@ -90,6 +92,11 @@ class Variant:
             strides.append(stride)
         if tuple(strides[-len(self.levels) :]) != self.strides:
             raise ValueError(f"stem and backbone have strides {strides}, levels {self.strides}")
+
+    @property
+    def stride(self) -> int:
+        """Of the coarsest level: sides of the input are multiples of it."""
+        return self.strides[-1]
 
     @property
     def strides(self) -> tuple[int, ...]:
@@ -248,3 +255,14 @@ VARIANTS: dict[str, Variant] = {
     v.name: replace(v, depth=1.0, width=1.0, downsample=None)
     for v in (TINY, TINY_SILU, V7, X, W6, E6, D6, E6E)
 }
+
+
+def named(name: str) -> Variant:
+    """The variant of a name.
+
+    Raises:
+        UserError: There is none.
+    """
+    if name not in VARIANTS:
+        raise UserError(f"no variant {name!r}: choose from {', '.join(VARIANTS)}")
+    return VARIANTS[name]

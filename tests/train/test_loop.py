@@ -336,7 +336,7 @@ def test_wrong_use_is_explained(options: Train, tmp_path: Path) -> None:
         ({"weights": str(deploy), "width": 1.0}, "is in deploy form, which cannot be trained"),
         ({"weights": str(deploy)}, "--width, .* from scratch"),
         ({"data": ""}, "give --data"),
-        ({"variant": "yolov9"}, "unknown model 'yolov9'"),
+        ({"variant": "yolov9"}, "no variant 'yolov9'"),
         ({"imgsz": 99999}, "imgsz is 99999: give 1 to "),
         ({"freeze": ("trunk",)}, "--freeze trunk: no such part of the network: stem"),
         ({"set": {"lr": 0.1}}, "unknown hyper-parameter 'lr'"),

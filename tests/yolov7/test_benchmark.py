@@ -145,6 +145,6 @@ def test_soak_reports_tail_drift_and_growth(
 
 def test_bad_options_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "--rounds", "0"]) == 1
-    assert "--rounds 0: give 1 or more" in capsys.readouterr().err
+    assert "rounds is 0: give a whole number" in capsys.readouterr().err
     assert main(["bench", "--engines", "fast"]) == 1
     assert "engine fast: give auto, eager, compile or graph" in capsys.readouterr().err

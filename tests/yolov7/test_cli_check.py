@@ -146,7 +146,7 @@ def test_a_sound_data_set_has_no_faults(tmp_path: Path, capsys: pytest.CaptureFi
     [
         (["--data", "nowhere"], "nowhere does not exist"),
         (["--data", "set", "--imgsz", "0"], "imgsz is 0"),
-        (["--data", "set", "--variant", "v9"], "unknown variant 'v9'"),
+        (["--data", "set", "--variant", "v9"], "no variant 'v9'"),
     ],
 )
 def test_what_cannot_be_checked(

@@ -59,9 +59,9 @@ def test_aot_fails_over_a_limit(
 WRONG = {
     "fp8": (["aot", "--target", "sm_80", "--precision", "fp8"], "sm_80 has no fp8"),
     "aot variant": (["aot", "--variant", "yolov9"], "no variant 'yolov9'"),
-    "aot batch": (["aot", "--batch", "0"], "--batch 0: give 1 or more"),
+    "aot batch": (["aot", "--batch", "0"], "batch is 0: give a whole number"),
     "tune variant": (["tune", "--variant", "yolov9"], "no variant 'yolov9'"),
-    "tune batch": (["tune", "--batch", "1", "0"], "--batch 1 0: give 1 or more"),
+    "tune batch": (["tune", "--batch", "1", "0"], "batch is 0: give a whole number"),
 }
 
 

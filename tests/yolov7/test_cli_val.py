@@ -223,7 +223,7 @@ def test_names_that_are_markup_or_mathematics_are_shown_as_they_are(
         (("--data", "coco"), "COCO is not in"),
         (("--data", "set", "--split", "test"), "has no split test"),
         (("--data", "set", "--conf", "1.5"), "conf is 1.5: give 0 to 1"),
-        (("--data", "set", "--batch", "0"), "batch is 0: give 1 or more"),
+        (("--data", "set", "--batch", "0"), "batch is 0: give a whole number, 1 or more"),
         (("--data", "set", "--json", "set/data.yaml/out.json"), "out.json: cannot be written"),
         (("--data", "set", "--project", "set/data.yaml"), "name another with --project"),
         (("--data", "three"), "the weights know 2 classes (cell, dot), the data set has 3"),

@@ -17,7 +17,7 @@ from yolov7 import Detector, create_model, load_model, save_model
 from yolov7.augmented import Augmented
 from yolov7.boxes import box_iou, frame_table, in_frames
 from yolov7.engine.eager import Network
-from yolov7.engine.frames import HostFrames, Suppression
+from yolov7.engine.frames import HostFrames
 from yolov7.errors import UserError
 from yolov7.images import read_image
 from yolov7.kernels.nms import Detections, batched_nms
@@ -25,6 +25,7 @@ from yolov7.letterbox import Image, letterbox, letterbox_geometry
 from yolov7.results import Results
 from yolov7.sources import Source
 from yolov7.speed import Speed
+from yolov7.suppression import Suppression
 
 SAMPLES = sorted(Path(str(files("yolov7.assets") / "images")).glob("*.jpg"))
 
@@ -293,7 +294,7 @@ def test_nan_never_becomes_a_box(monkeypatch: pytest.MonkeyPatch, images: list[I
 
 
 def test_one_shape_for_a_compiled_network(
-    monkeypatch: pytest.MonkeyPatch, images: list[Image], detector: Detector
+    monkeypatch: pytest.MonkeyPatch, images: list[Image], detector: Detector, tmp_path: Path
 ) -> None:
     shapes: set[tuple[int, ...]] = set()
 
@@ -305,7 +306,7 @@ def test_one_shape_for_a_compiled_network(
 
         return forward
 
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "set, so that the test leaves it alone")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(torch, "compile", compile_)
     monkeypatch.setattr("shutil.which", lambda name: name)
     compiled = Detector(device="cpu", engine="compile", batch=2)

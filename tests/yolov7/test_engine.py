@@ -12,7 +12,7 @@ from torch import Tensor
 
 from yolov7.checkpoint import load_model
 from yolov7.detector import Detector
-from yolov7.engine.frames import Suppression, to_input
+from yolov7.engine.frames import to_input
 from yolov7.engine.graph import planned as engine_network
 from yolov7.engine.graph.calibrate import Histogram, calibrate
 from yolov7.engine.graph.captured import FramePipeline
@@ -21,6 +21,7 @@ from yolov7.images import read_image
 from yolov7.kernels.conv import FP8_MAX, Stem
 from yolov7.letterbox import Image, letterbox, letterbox_geometry
 from yolov7.model import YOLOv7
+from yolov7.suppression import Suppression
 from yolov7.variants import VARIANTS, scaled
 
 CPU = torch.device("cpu")

@@ -28,7 +28,7 @@ from yolov7.dataset import Dataset, load_data
 from yolov7.engine.choose import Runtime, fit, open_frames, open_network
 from yolov7.engine.eager import fold_on
 from yolov7.engine.faults import require_living_device
-from yolov7.engine.frames import Found, HostFrames, Suppression, to_input
+from yolov7.engine.frames import Found, HostFrames, to_input
 from yolov7.engine.graph import captured, guard
 from yolov7.engine.graph import network as graph_module
 from yolov7.engine.graph.calibrate import calibrate
@@ -46,6 +46,7 @@ from yolov7.kernels.reparam import reparam
 from yolov7.letterbox import Image, letterbox, letterbox_geometry
 from yolov7.results import Results
 from yolov7.sources import Source
+from yolov7.suppression import Suppression
 
 SAMPLES = sorted(Path(str(files("yolov7.assets") / "images")).glob("*.jpg"))
 SIZE = 160  # enough for cells to be found, and fast
@@ -120,7 +121,7 @@ def test_val_detects_what_predict_detects(
     if engine == "compile":
         monkeypatch.setattr(torch, "compile", lambda outputs, **_: outputs)
         monkeypatch.setattr("shutil.which", lambda name: name)
-        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "set, so that the test leaves it alone")
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     elif engine == "onnxruntime":
         pytest.importorskip("onnxruntime")
         path = tmp_path / "demo.onnx"

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from tests.conftest import reference_folder
 from yolov7.blocks import Conv, DownC, Elan, PoolConv, ReOrg, RepConv
 from yolov7.head import Detect
-from yolov7.layers import conv_layers, parameter_count
-from yolov7.model import YOLOv7, create_model
+from yolov7.layers import conv_layers
+from yolov7.model import YOLOv7, create_model, parameter_count
 from yolov7.variants import VARIANTS, Variant, scaled
 
 ARCHITECTURES = sorted((reference_folder() / "architectures").glob("*.json"))
@@ -132,7 +132,7 @@ def test_multiplier_thins_every_convolution() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"name": "yolov8"}, "unknown model 'yolov8'"),
+        ({"name": "yolov8"}, "no variant 'yolov8'"),
         ({"name": "yolov7", "num_classes": 0}, "num_classes"),
         ({"name": "yolov7", "width": -1.0}, "must be positive"),
         ({"name": "yolov7", "depth": float("nan")}, "must be positive"),

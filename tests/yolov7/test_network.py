@@ -16,7 +16,7 @@ from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from yolov7.checkpoint import load_model
 from yolov7.device import resolve_device
-from yolov7.engine.choose import Runtime, _resolve_engine, open_network, resolve_precision
+from yolov7.engine.choose import Runtime, open_network, resolve_engine, resolve_precision
 from yolov7.engine.compile import COMPILED
 from yolov7.engine.cpu import Decoder, PackedConv
 from yolov7.engine.eager import Network
@@ -191,14 +191,14 @@ def test_graph_is_refused_where_triton_computes_wrongly(monkeypatch: pytest.Monk
     monkeypatch.setattr(torch.cuda, "get_device_capability", capability.__getitem__)
     monkeypatch.setattr("triton.__version__", "3.6.0")
     with pytest.warns(UserWarning, match=r"Triton 3\.6\.0 .* 10\.0: install") as said:
-        assert _resolve_engine("auto", blackwell) == "eager"
+        assert resolve_engine("auto", blackwell) == "eager"
     assert len(said) == 1
     with pytest.raises(UserError, match=r"engine graph: Triton 3\.6\.0") as error:
-        _resolve_engine("graph", blackwell)
+        resolve_engine("graph", blackwell)
     assert "\n" not in str(error.value)
-    assert _resolve_engine("graph", hopper) == _resolve_engine("auto", hopper) == "graph"
+    assert resolve_engine("graph", hopper) == resolve_engine("auto", hopper) == "graph"
     monkeypatch.setattr("triton.__version__", "3.7.1")
-    assert _resolve_engine("auto", blackwell) == "graph"
+    assert resolve_engine("auto", blackwell) == "graph"
 
 
 def test_fp8_needs_calibrated_weights_and_the_graph(demo: YOLOv7, images: torch.Tensor) -> None:

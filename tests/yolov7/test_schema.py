@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from yolov7.engine.frames import Suppression
 from yolov7.formats.metadata import FORMAT, Metadata
 from yolov7.schema import from_json
+from yolov7.suppression import Suppression
 from yolov7.variants import VARIANTS, Variant, scaled
 
 

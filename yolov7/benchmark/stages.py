@@ -19,11 +19,11 @@ from yolov7.benchmark.clock import Clock, Pace, percentiles, race
 from yolov7.benchmark.memory import forget_peak, held_bytes, peak_bytes
 from yolov7.detector import Detector
 from yolov7.engine.choose import AnyNetwork, Runtime, open_frames
-from yolov7.engine.frames import Suppression
 from yolov7.images import read_image
 from yolov7.layers import conv_layers
 from yolov7.letterbox import Image, letterbox_geometry
 from yolov7.model import YOLOv7
+from yolov7.suppression import Suppression
 
 FRAME = (1080, 1920)  # height, width in pixels
 

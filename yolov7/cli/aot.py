@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Literal
 
 from yolov7.engine.graph.workload import workload
-from yolov7.errors import UserError
+from yolov7.errors import UserError, at_least_one
 from yolov7.kernels.aot import Row, compile_all, passed_limits, table
 from yolov7.kernels.runtime import HAS_TRITON
 from yolov7.runs import check_writable, write_json
-from yolov7.variants import VARIANTS
+from yolov7.variants import named
 
 
 @dataclass(kw_only=True)
@@ -33,10 +33,9 @@ class Aot:
 
 def run(options: Aot) -> int:
     """Print a row for each kernel; 1 when one passes a limit."""
-    if options.variant is not None and options.variant not in VARIANTS:
-        raise UserError(f"no variant {options.variant!r}: give one of {', '.join(VARIANTS)}")
-    if options.batch < 1:
-        raise UserError(f"--batch {options.batch}: give 1 or more")
+    if options.variant is not None:
+        named(options.variant)
+    at_least_one("batch", options.batch)
     if options.precision == "fp8" and options.target == "sm_80":
         raise UserError("sm_80 has no fp8; use sm_89 or later")
     if not HAS_TRITON:

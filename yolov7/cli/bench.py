@@ -13,7 +13,7 @@ from yolov7.cli.options import ModelOptions
 from yolov7.detector import Detector
 from yolov7.device import resolve_device
 from yolov7.engine.choose import resolve_engine
-from yolov7.errors import UserError
+from yolov7.errors import at_least_one
 from yolov7.formats import is_exported
 from yolov7.progress import progress
 from yolov7.runs import check_writable, new_run, write_json
@@ -42,8 +42,7 @@ class Bench(ModelOptions):
 def run(options: Bench) -> int:
     """Measure, print, draw."""
     for name in ("batch", "rounds"):
-        if getattr(options, name) < 1:
-            raise UserError(f"--{name} {getattr(options, name)}: give 1 or more")
+        at_least_one(name, getattr(options, name))
     check_writable(options.json)
     result = _soak(options) if options.soak is not None else _compare(options)
     write_json(options.json, result)

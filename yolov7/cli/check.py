@@ -1,6 +1,6 @@
 """`yolov7 check`: what is in a data set, and everything that is wrong with it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +10,13 @@ from rich.text import Text
 
 from yolov7.atomic import atomic
 from yolov7.dataset.check import NOTES, Report, check_data, per_class
+from yolov7.engine.choose import fit
 from yolov7.errors import UserError
 from yolov7.runs import check_writable, write_json
 from yolov7.text import file_name, printable
 from yolov7.train.autoanchor import box_sizes, possible_recall
 from yolov7.train.plots import can_plot, label_picture
-from yolov7.variants import VARIANTS
+from yolov7.variants import VARIANTS, named
 
 NAMED = 3  # problems of a kind that are named on the terminal
 
@@ -42,10 +43,7 @@ class Check:
 
 def run(options: Check) -> int:
     """Check, print what was found by kind; 1 if there are faults."""
-    if options.imgsz < 1:
-        raise UserError(f"imgsz is {options.imgsz}: give 1 or more")
-    if options.variant not in VARIANTS:
-        raise UserError(f"unknown variant {options.variant!r}: choose from {', '.join(VARIANTS)}")
+    options = replace(options, imgsz=fit(options.imgsz, named(options.variant))[0])
     check_writable(options.json)
     report = check_data(options.data, options.split)
     console = Console()

@@ -14,9 +14,9 @@ from yolov7.checkpoint import load_model, save_model
 from yolov7.engine.choose import fit
 from yolov7.engine.frames import to_input
 from yolov7.engine.graph.calibrate import calibrate
-from yolov7.errors import UserError
-from yolov7.layers import parameter_count
+from yolov7.errors import UserError, at_least_one
 from yolov7.letterbox import letterbox, letterbox_geometry
+from yolov7.model import parameter_count
 from yolov7.progress import working
 from yolov7.sources import Source
 
@@ -54,8 +54,7 @@ def run(options: Convert) -> int:
         raise UserError(f"{options.weights}: would be replaced: name another file with --output")
     if (options.precision == "fp8") != (options.calibrate is not None):
         raise UserError("--precision fp8 and --calibrate FOLDER go together")
-    if options.images < 1:
-        raise UserError(f"--images {options.images}: give 1 or more")
+    at_least_one("images", options.images)
     model = load_model(options.weights, variant=options.variant)
     model.imgsz, _ = fit(options.imgsz, model)
     if options.calibrate is not None:

@@ -14,10 +14,10 @@ from rich.table import Table
 from yolov7.checkpoint import load_model
 from yolov7.engine.choose import fit
 from yolov7.engine.graph.plan import make_plan
-from yolov7.errors import UserError
+from yolov7.errors import UserError, at_least_one
 from yolov7.kernels.runtime import H200
-from yolov7.layers import conv_layers, parameter_count
-from yolov7.model import Form, YOLOv7, create_model
+from yolov7.layers import conv_layers
+from yolov7.model import Form, YOLOv7, create_model, parameter_count
 from yolov7.runs import write_json
 from yolov7.variants import VARIANTS
 
@@ -123,8 +123,7 @@ def _show_layers(model: YOLOv7, size: int) -> dict[str, Any]:
 def _show_plan(model: YOLOv7, batch: int, size: int) -> dict[str, Any]:
     if model.form != "fused":
         raise UserError(f"--plan lowers the fused form, not --form {model.form}")
-    if batch < 1:
-        raise UserError(f"--batch {batch}: give 1 or more")
+    at_least_one("batch", batch)
     plan = make_plan(model, batch, size, size)
     rows: list[dict[str, Any]] = [
         {

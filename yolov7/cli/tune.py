@@ -9,10 +9,10 @@ from typing import Literal
 import torch
 
 from yolov7.engine.graph.workload import workload
-from yolov7.errors import UserError
+from yolov7.errors import UserError, at_least_one
 from yolov7.kernels.conv.config import user_configs
 from yolov7.kernels.tune import expected_seconds, tune_device
-from yolov7.variants import VARIANTS
+from yolov7.variants import named
 
 
 @dataclass(kw_only=True)
@@ -31,10 +31,9 @@ class Tune:
 
 def run(options: Tune) -> int:
     """Tune until done or out of time, a line for each launch."""
-    if options.variant not in VARIANTS:
-        raise UserError(f"no variant {options.variant!r}: give one of {', '.join(VARIANTS)}")
-    if not options.batch or min(options.batch) < 1:
-        raise UserError(f"--batch {' '.join(map(str, options.batch))}: give 1 or more")
+    named(options.variant)
+    for batch in options.batch or (0,):
+        at_least_one("batch", batch)
     if not torch.cuda.is_available():
         raise UserError("tuning needs a CUDA device, and PyTorch finds none")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # a config is left in good order

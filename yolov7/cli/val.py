@@ -14,7 +14,7 @@ from yolov7.cli.options import ModelOptions
 from yolov7.dataset import Dataset, load_data
 from yolov7.engine.choose import AnyNetwork, fit, open_network
 from yolov7.engine.exported import ExportedNetwork
-from yolov7.errors import UserError
+from yolov7.errors import UserError, at_least_one
 from yolov7.evaluate import Evaluation, Predictions, Settings, coco_results, measure, predict
 from yolov7.evaluate.run import EVERYTHING, Preparation
 from yolov7.evaluate.sheet import draw_sheet
@@ -72,8 +72,8 @@ class Val(ModelOptions):
 def run(options: Val) -> int:
     """Evaluate, print, and write the run folder; 1 if images had to be left out."""
     suppression = replace(EVERYTHING, conf=options.conf, iou=options.iou, max_det=options.max_det)
-    if options.batch is not None and options.batch < 1:
-        raise UserError(f"batch is {options.batch}: give 1 or more")
+    if options.batch is not None:
+        at_least_one("batch", options.batch)
     network = open_network(options.runtime())
     imgsz, preparation = _preparation(options, network)
     dataset = _matched(load_data(options.data, options.split), network.names)
@@ -135,9 +135,10 @@ def _matched(dataset: Dataset, names: list[str]) -> Dataset:
         )
     if names == dataset.names:
         return dataset
-    if set(names) == set(dataset.names):
+    matched = dataset.matched(names)
+    if matched is not dataset:
         print("note: the weights count the classes in another order: matched by name")
-        return dataset.in_order(names)
+        return matched
     print(
         f"note: the weights call their classes {_some(names)}, "
         f"the data set {_some(dataset.names)}; taken in this order",

@@ -120,6 +120,10 @@ class Dataset:
         out = ", ".join(f"{number} {_plural(kind, number)}" for kind, number in counts.items())
         return line + (f"; left out: {out}" if out else "")
 
+    def matched(self, names: list[str]) -> "Dataset":
+        """The data set with its classes counted as others do it, where these are the same names."""
+        return self.in_order(names) if set(names) == set(self.names) else self
+
     def in_order(self, names: list[str]) -> "Dataset":
         """The data set with its classes in the order of `names`, which are the same names."""
         if names == self.names:

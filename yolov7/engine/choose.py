@@ -1,7 +1,6 @@
 """The door to the engines: which one runs these weights here, and how frames go through it."""
 
 import copy
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +12,14 @@ from yolov7.checkpoint import load_model
 from yolov7.device import resolve_device
 from yolov7.engine.eager import Network
 from yolov7.engine.exported import ExportedNetwork
-from yolov7.engine.frames import Forward, HostFrames, Suppression
+from yolov7.engine.faults import warn
+from yolov7.engine.frames import Forward, HostFrames
 from yolov7.errors import UserError
 from yolov7.formats import is_exported
 from yolov7.kernels.runtime import FLOATS, HAS_TRITON, unfit
 from yolov7.letterbox import round_up
 from yolov7.model import YOLOv7
+from yolov7.suppression import Suppression
 from yolov7.variants import LARGEST_IMGSZ
 
 if TYPE_CHECKING:
@@ -198,7 +199,7 @@ def resolve_engine(name: str, device: torch.device) -> str:
     if name == "graph" and wrong:
         raise UserError(f"engine graph: {wrong}")
     if name == "auto" and wrong:
-        warnings.warn(f"engine graph is left for eager: {wrong}", stacklevel=4)
+        warn(f"engine graph is left for eager: {wrong}")
     if name == "auto":
         return "graph" if cuda and HAS_TRITON and not (old or wrong) else "eager"
     return name

@@ -14,9 +14,10 @@ from yolov7.engine.cpu import (
     keep_to_quota,
     pack_convolutions,
 )
-from yolov7.engine.faults import first_line, require_living_device, warn
+from yolov7.engine.faults import require_living_device, warn
+from yolov7.errors import first_line
 from yolov7.kernels.runtime import FLOATS
-from yolov7.model import YOLOv7
+from yolov7.model import YOLOv7, channels_last, parameter_count
 
 
 class Network:
@@ -55,9 +56,8 @@ class Network:
             fold_on(model, device)
         model = model.fuse().requires_grad_(False).to(device, self.dtype)
         model.head.anchors = anchors  # 459 pixels would be 460 in bf16
-        parameters = sum(parameter.numel() for parameter in model.parameters())
-        self.title = f"{model.variant.name}, {parameters / 1e6:.1f} M parameters"
-        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # stub lacks it
+        self.title = f"{model.variant.name}, {parameter_count(model) / 1e6:.1f} M parameters"
+        channels_last(model)
         if device.type == "cpu":
             keep_freed_memory()
             keep_to_quota()

@@ -12,12 +12,6 @@ from yolov7.errors import UserError
 _FOLDERS = (str(Path(__file__).parents[1]), str(Path(torch.__file__).parent))
 
 
-def first_line(error: BaseException) -> str:
-    """An error in one line, for a warning."""
-    text = str(error).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
-
-
 def warn(message: str) -> None:
     """A warning about the line of the user's that led here."""
     frame, level = inspect.currentframe(), 1

@@ -16,70 +16,18 @@ import torch
 from torch import Tensor
 
 from yolov7.boxes import frame_table, in_frames
-from yolov7.engine.faults import first_line, require_living_device, warn
-from yolov7.errors import UserError
+from yolov7.engine.faults import require_living_device, warn
+from yolov7.errors import first_line
 from yolov7.kernels.letterbox import letterbox as letterbox_on_device
-from yolov7.kernels.nms import Detections, batched_nms
+from yolov7.kernels.nms import Detections
 from yolov7.kernels.runtime import HAS_TRITON
 from yolov7.letterbox import Geometry, Image, letterbox
+from yolov7.suppression import Suppression
+
+SAME_BOXES = 1e-2  # pixels, or score: between suppression on a device and on the CPU
 
 Pixels = Image | Tensor
 """[H, W, 3] uint8 BGR: in memory, or a tensor on a GPU, which stays there."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Suppression:
-    """Which boxes are kept; see `yolov7.kernels.nms`.
-
-    Attributes:
-        conf: What a box's confidence must exceed, 0..1.
-        iou: Overlap with a surer box of its class above which a box is dropped, 0..1.
-        max_det: Boxes per image at most.
-        agnostic: Boxes of different classes suppress each other too.
-        multi_label: A box for every class above `conf`, instead of the best class alone.
-        classes: Numbers of the classes to look for; None: all.
-        max_candidates: Boxes per image that are looked at, the surest ones.
-
-    Raises:
-        UserError: A number makes no sense.
-    """
-
-    conf: float = 0.25
-    iou: float = 0.45
-    max_det: int = 300
-    agnostic: bool = False
-    multi_label: bool = False
-    classes: tuple[int, ...] | None = None
-    max_candidates: int = 30000
-
-    def __post_init__(self) -> None:
-        for name in ("conf", "iou"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"{name} is {getattr(self, name)}: give 0 to 1")
-        for name in ("max_det", "max_candidates"):
-            at_least_one(name, getattr(self, name))
-        if self.classes is not None:
-            object.__setattr__(self, "classes", tuple(self.classes))  # pipelines are kept by it
-
-    def on(self, device: torch.device) -> Callable[..., Detections]:
-        """`batched_nms` of rows on a device, with nothing left to say but ``segment_counts``."""
-        ids = self.classes
-        classes = None if ids is None else torch.tensor(ids, dtype=torch.int64, device=device)
-
-        def suppress(rows: Tensor, segment_counts: Tensor | None = None) -> Detections:
-            return batched_nms(
-                rows,
-                conf=self.conf,
-                iou=self.iou,
-                multi_label=self.multi_label,
-                agnostic=self.agnostic,
-                classes=classes,
-                max_det=self.max_det,
-                max_candidates=self.max_candidates,
-                segment_counts=segment_counts,
-            )
-
-        return suppress
 
 
 @dataclass(frozen=True)
@@ -172,6 +120,14 @@ def to_input(
     return x.to(dtype).div_(255)
 
 
+def same_boxes(found: Detections | Found, expected: Detections) -> bool:
+    """Whether suppression on a device found what it finds on the CPU; rows beyond are ignored."""
+    n = len(found.boxes)
+    return torch.equal(found.counts, expected.counts[:n]) and torch.allclose(
+        found.boxes, expected.boxes[:n], rtol=0, atol=SAME_BOXES
+    )
+
+
 def same_input(x: Tensor, frames: Sequence[Pixels], where: Sequence[Geometry]) -> bool:
     """Whether the network's input x [B, 3, h, w] is what OpenCV makes of the frames."""
     arrays = [frame.cpu().numpy() if isinstance(frame, Tensor) else frame for frame in frames]
@@ -179,16 +135,6 @@ def same_input(x: Tensor, frames: Sequence[Pixels], where: Sequence[Geometry]) -
     expected = to_input(boxed, torch.device("cpu"), x.dtype)
     difference = (x[: len(frames)].cpu().float() - expected.float()).abs().max()
     return float(difference) < 1.5 / 255  # a pixel may be rounded the other way
-
-
-def at_least_one(name: str, value: int) -> None:
-    """Check a number of things.
-
-    Raises:
-        UserError: It is none.
-    """
-    if not isinstance(value, int) or value < 1:
-        raise UserError(f"{name} is {value}: give a whole number, 1 or more")
 
 
 def equal_shapes(shapes: Sequence[tuple[int, ...]], batch: int) -> Iterator[list[int]]:
@@ -274,7 +220,7 @@ class HostFrames:
         if self._kernels:
             try:
                 found = Detections(*(part.cpu() for part in self._suppress_there(decoded)))
-                if self._proven or self._same(found, decoded):
+                if self._proven or same_boxes(found, self._suppress(decoded.cpu())):
                     self._proven = self._proven or bool(found.counts.any())  # none proves none
                     return found
                 self._leave_kernels("the first batch got other boxes than on the CPU")
@@ -331,12 +277,6 @@ class HostFrames:
         )
         letterbox_on_device(pixels, table.to(x.device), x[: len(frames)])
         return x
-
-    def _same(self, found: Detections, decoded: Tensor) -> bool:
-        expected = self._suppress(decoded.cpu())
-        return torch.equal(found.counts, expected.counts) and torch.allclose(
-            found.boxes, expected.boxes, rtol=0, atol=1e-2
-        )
 
     def _leave_kernels(self, reason: str) -> None:
         self._kernels = False

@@ -22,12 +22,13 @@ import numpy as np
 from yolov7.capture import ahead
 from yolov7.dataset import Dataset, Sample
 from yolov7.engine.choose import open_frames
-from yolov7.engine.frames import Forward, Frames, Pixels, Suppression
+from yolov7.engine.frames import Forward, Frames, Pixels
 from yolov7.errors import UserError
 from yolov7.evaluate.metric import Detections, Evaluation, measure
 from yolov7.images import read_image
 from yolov7.letterbox import Geometry, Image, letterbox_geometry
 from yolov7.progress import progress
+from yolov7.suppression import Suppression
 
 Preparation = Literal["authors", "letterbox", "square"]
 GROUP = 32  # images that share a canvas

@@ -7,8 +7,8 @@ nms = Suppression(conf=0.25, iou=0.45, max_det=300)
 print(export(load_model(), Path("blood-cells.onnx"), Settings(nms=nms)))
 """
 
-from yolov7.engine.frames import Suppression
 from yolov7.export.report import Exported
 from yolov7.export.write import Settings, export
+from yolov7.suppression import Suppression
 
 __all__ = ["Exported", "Settings", "Suppression", "export"]

@@ -14,13 +14,13 @@ from torch.export import Dim, ExportedProgram
 from yolov7 import __version__
 from yolov7.atomic import atomic
 from yolov7.engine.choose import fit
-from yolov7.engine.frames import Suppression
 from yolov7.errors import UserError
 from yolov7.export.check import check
 from yolov7.export.report import Exported
 from yolov7.formats import FORMATS
 from yolov7.formats.metadata import FORMAT, Metadata, Precision
 from yolov7.model import YOLOv7
+from yolov7.suppression import Suppression
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal
 
-from yolov7.engine.frames import Suppression
 from yolov7.errors import UserError
 from yolov7.schema import from_json
+from yolov7.suppression import Suppression
 from yolov7.variants import LARGEST_IMGSZ
 
 FORMAT = "yolov7-triton-export/1"

@@ -13,12 +13,14 @@ import torch
 from torch import Tensor
 
 from yolov7.boxes import in_frames
-from yolov7.engine.faults import first_line, lost
-from yolov7.engine.frames import Done, Found, Pending, Pixels, Suppression, letterbox_tables
+from yolov7.engine.faults import lost
+from yolov7.engine.frames import Done, Found, Pending, Pixels, letterbox_tables
 from yolov7.engine.graph.planned import PlannedNetwork
+from yolov7.errors import first_line
 from yolov7.kernels.letterbox import letterbox
 from yolov7.kernels.nms import Detections
 from yolov7.letterbox import Geometry, Image
+from yolov7.suppression import Suppression
 
 STAGES = 2  # batches of frames in flight
 

@@ -12,26 +12,20 @@ import torch
 from torch import Tensor
 
 from yolov7.engine.eager import Network
-from yolov7.engine.faults import first_line, require_living_device, warn
-from yolov7.engine.frames import (
-    HostFrames,
-    Pending,
-    Pixels,
-    Suppression,
-    same_input,
-)
+from yolov7.engine.faults import require_living_device, warn
+from yolov7.engine.frames import HostFrames, Pending, Pixels, same_boxes, same_input
 from yolov7.engine.graph.captured import STAGES, FramePipeline, byte_count
 from yolov7.engine.graph.guard import why_wrong
 from yolov7.engine.graph.planned import PlannedNetwork
-from yolov7.errors import UserError
+from yolov7.errors import UserError, first_line
 from yolov7.kernels.runtime import DTYPE_NAMES
 from yolov7.letterbox import Geometry, Image
 from yolov7.model import YOLOv7
+from yolov7.suppression import Suppression
 
 PLANS = 8  # shapes that a network is ready for: test-time augmentation has six, upright and not
 PIPELINES = 2  # of a plan, each for another suppression or larger frames
 TRIES = 10  # batches in which a pipeline may find nothing before it counts as right
-SAME_BOXES = 1e-2  # pixels, or score: between suppression on the device and on the CPU
 
 # Plans are made and ways captured by one thread at a time: what prepares one may end the capture
 # of another.
@@ -161,11 +155,7 @@ class GraphNetwork(Network):
         decoded = network.decode()[0]
         if not pipeline.checks:
             self._compare(decoded, network.images)
-        expected, n = pipeline.expected(decoded), len(found.boxes)
-        if not (
-            torch.equal(found.counts, expected.counts[:n])
-            and torch.allclose(found.boxes, expected.boxes[:n], rtol=0, atol=SAME_BOXES)
-        ):
+        if not same_boxes(found, pipeline.expected(decoded)):
             self._fail("the boxes of a first batch are not those of the kernels' references")
         # A black frame proves nothing.
         pipeline.checks = TRIES if found.counts.any() else pipeline.checks + 1

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from yolov7.blocks import Conv, ReOrg, RepConv
+from yolov7.blocks import Conv, ReOrg, RepConv, activation_name
 from yolov7.kernels.conv.layer import Activation
 from yolov7.model import YOLOv7
 
@@ -125,5 +125,4 @@ def _module_op(node: fx.Node, module: nn.Module, values: dict[fx.Node, Value]) -
     assert conv is not None
     stride = conv.stride[0]
     out = Value(name, conv.out_channels, -(-x.height // stride), -(-x.width // stride))
-    activation: Activation = "silu" if isinstance(module.act, nn.SiLU) else "leaky_relu"
-    return Op("conv", out, (x,), conv, activation)
+    return Op("conv", out, (x,), conv, activation_name(module))
