@@ -6,6 +6,7 @@ import torch
 from hypothesis import settings
 
 torch.set_num_threads(1)  # two workers share two cores
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the processes that tests start, too
 
 # The first example pays for imports and warm-up: wall-clock deadlines would fail at random.
 settings.register_profile("no-deadline", deadline=None)

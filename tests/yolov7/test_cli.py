@@ -249,8 +249,11 @@ def test_convert_never_replaces_its_input(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--precision", "fp8", "--calibrate", "in", "--images", "0"), "images is 0: give a whole number"),
-        (("--precision", "fp8", "--calibrate", "in", "--images", "-1"), "images is -1: give a whole number"),
+        (("--precision", "fp8", "--calibrate", "in", "--images", "0"), "images is 0: give a whole"),
+        (
+            ("--precision", "fp8", "--calibrate", "in", "--images", "-1"),
+            "images is -1: give a whole",
+        ),
         (("--precision", "fp8", "--calibrate", "in"), "in: a folder without images"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
