@@ -17,6 +17,7 @@ from yolov7.cli import main
 from yolov7.engine.frames import Done, Found, Pixels
 from yolov7.errors import UserError
 from yolov7.letterbox import Geometry
+from yolov7.recorder import Outputs, Recorder
 from yolov7.results import Boxes, Results
 from yolov7.sources import Frame
 from yolov7.tracking import Tracker
@@ -226,3 +227,23 @@ def test_tracks_in_pictures_and_texts(tmp_path: Path) -> None:
     assert [box["id"] for box in tracked.to_dict()["boxes"]] == [7, 12]
     assert (tracked.plot() != plain.plot()).any()
     assert "id" not in plain.to_dict()["boxes"][0]
+
+
+def test_a_text_of_tracks_for_each_video_and_one_for_all_images(tmp_path: Path) -> None:
+    def tracked(path: str, item: int, number: int, kind: Literal["image", "video"]) -> Results:
+        frame = Frame(np.zeros((48, 64, 3), np.uint8), path, item, 4, kind, number)
+        boxes = Boxes(torch.tensor([[1.0, 2, 3, 4, 0.5, 0]]), frame.shape, torch.tensor([5]))
+        return Results(frame, boxes, ["square"], {}, (48, 64))
+
+    with Recorder(Outputs(tmp_path, pictures=False, mot=True)) as recorder:
+        for item, name in enumerate(("a.png", "b.png"), 1):
+            recorder.write(tracked(name, item, 1, "image"))
+        for item, name in enumerate(("a.avi", "b.avi"), 3):
+            for number in (1, 2):
+                recorder.write(tracked(name, item, number, "video"))
+    files = {path.name: path.read_text() for path in (tmp_path / "tracks").iterdir()}
+    assert sorted(files) == ["a-2.txt", "b-2.txt", "images.txt"]
+    assert [line[:4] for text in files.values() for line in text.splitlines()] == [
+        "1,5,",
+        "2,5,",
+    ] * 3
