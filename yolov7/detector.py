@@ -4,6 +4,7 @@ import copy
 import time
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import replace
 from difflib import get_close_matches
 from functools import partial
@@ -122,10 +123,8 @@ class Detector:
             if not isinstance(self.network, Network):
                 raise UserError("an exported file takes one size only: leave augment out")
             forward = Augmented(self.network)
-        self._frames: Frames = open_frames(forward, kept, batch)
-        if tile is not None:
-            fitted = self._fit
-            self._frames = TiledFrames(forward, kept, batch, tile=tile, overlap=overlap, fit=fitted)
+        self._kept, self._way = kept, partial(self._open_frames, forward, tile, overlap)
+        self._frames = self._way(kept)
         self.speed = Speed()
         self.startup_s = 0.0
         if self.network.engine == "compile":
@@ -164,6 +163,39 @@ class Detector:
         """
         if not isinstance(source, Source):
             source = Source(source, vid_stride=vid_stride, on_error=on_error)
+        yield from self._stream(source, self._frames)
+
+    def track(
+        self,
+        source: object,
+        *,
+        lost: float = 1.0,
+        vid_stride: int = 1,
+        on_error: OnError | None = None,
+    ) -> Generator[Results]:
+        """Results one by one, their boxes those that belong to a track, ``boxes.id`` its number.
+
+        Args:
+            source: As of ``stream``; images that follow one another are taken as one video.
+            lost: Seconds for which an object that is not seen keeps its number.
+            vid_stride: Take every n-th frame of a video or stream.
+            on_error: As of ``stream``.
+
+        Raises:
+            UserError: The package trackers is not installed.
+        """
+        from yolov7.tracking import LOW, Tracker
+
+        tracker = Tracker(conf=self._kept.conf, lost=lost)
+        if not isinstance(source, Source):
+            source = Source(source, vid_stride=vid_stride, on_error=on_error)
+        # Boxes that are not sure enough to begin a track may go on with one.
+        frames = self._way(replace(self._kept, conf=min(self._kept.conf, LOW)))
+        with closing(self._stream(source, frames)) as results:
+            for result in results:
+                yield tracker(result)
+
+    def _stream(self, source: Source, way: Frames) -> Generator[Results]:
         # A camera's newest frame is worth more than a full batch, and than a busy device.
         size = 1 if source.live or self.batch == 1 else WINDOW * self.batch
         under_way: deque[_Window] = deque()
@@ -173,8 +205,8 @@ class Detector:
                 if isinstance(window, UserError):
                     unread = window
                     break
-                under_way.append(self._submit(window))
-                if len(under_way) > (0 if source.live else self._frames.in_flight):
+                under_way.append(self._submit(window, way))
+                if len(under_way) > (0 if source.live else way.in_flight):
                     yield from self._results(under_way.popleft())
             while under_way:
                 yield from self._results(under_way.popleft())
@@ -185,22 +217,30 @@ class Detector:
         if unread is not None:
             raise unread
 
+    def _open_frames(
+        self, network: Forward, tile: int | None, overlap: float, kept: Suppression
+    ) -> Frames:
+        if tile is None:
+            return open_frames(network, kept, self.batch)
+        fitted = self._fit
+        return TiledFrames(network, kept, self.batch, tile=tile, overlap=overlap, fit=fitted)
+
     def _fit(self, shape: tuple[int, int]) -> Geometry:
         """Where an image of (height, width) lies in the network's input."""
         auto = not self.network.one_shape
         return letterbox_geometry(shape, self.imgsz, stride=self.stride, auto=auto)
 
-    def _submit(self, frames: list[Frame]) -> "_Window":
+    def _submit(self, frames: list[Frame], way: Frames) -> "_Window":
         """Start detecting in images, those of equal letterboxed shape together."""
         where = [self._fit(frame.shape) for frame in frames]
         start = time.perf_counter()
         prepared = [
-            self._frames.prepare(frame.pixels, geometry)
+            way.prepare(frame.pixels, geometry)
             for frame, geometry in zip(frames, where, strict=True)
         ]
         pre = 1e3 * (time.perf_counter() - start) / len(frames)
         pending = [
-            (chunk, self._frames.submit([prepared[i] for i in chunk], [where[i] for i in chunk]))
+            (chunk, way.submit([prepared[i] for i in chunk], [where[i] for i in chunk]))
             for chunk in equal_shapes([geometry.shape for geometry in where], self.batch)
         ]
         return _Window(frames, where, pre, pending)

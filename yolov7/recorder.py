@@ -42,6 +42,24 @@ def json_list(path: Path) -> Iterator[Callable[[dict[str, Any]], None]]:
 
 
 @contextmanager
+def text(path: Path) -> Iterator[Callable[[str], None]]:
+    """What appends to a text; the file is there when the context ends without an error.
+
+    Raises:
+        UserError: It cannot be written.
+    """
+    with atomic(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+
+        def write(lines: str) -> None:
+            try:
+                file.write(lines)
+            except OSError as error:
+                raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+
+        yield write
+
+
+@contextmanager
 def video(path: Path, fps: float, size: tuple[int, int]) -> Iterator[Callable[[Image], None]]:
     """What appends a picture to a video; the file is there when the context ends without an error.
 
@@ -103,6 +121,7 @@ class Outputs:
         coco: `predictions.json`, a COCO results file; the images are called as their files.
         json: Another file, with a row per image.
         vid_stride: Frames of a video per frame that comes.
+        mot: `tracks/NAME.txt` in MOTChallenge form, a file per video; `images.txt` for images.
     """
 
     folder: Path
@@ -113,6 +132,7 @@ class Outputs:
     coco: bool = False
     json: Path | None = None
     vid_stride: int = 1
+    mot: bool = False
 
 
 class Recorder:
@@ -131,7 +151,7 @@ class Recorder:
         self._taken: dict[str, int] = {}  # the last number that a name was given
         self._numbers: dict[int, str] = {}  # the name that is this number in predictions.json
         self._files = ExitStack()
-        self._videos: dict[int, tuple[ExitStack, Callable[[Image], None]]] = {}
+        self._open: dict[int, _Open] = {}  # by item; 0: all images
         self._sound = True
         with ExitStack() as files:  # both or none
             rows, coco = outputs.json, outputs.folder / "predictions.json"
@@ -167,6 +187,8 @@ class Recorder:
                 result.save(folder / name)
             else:
                 self._write_frame(result, folder / f"{name}.mp4")
+        if self.outputs.mot:
+            self._write_tracks(result, folder / "tracks", name)
         if self.outputs.txt:
             result.save_txt(folder / "labels" / f"{stem}.txt", conf=self.outputs.conf)
         if self.outputs.crop:
@@ -207,14 +229,36 @@ class Recorder:
 
     def _write_frame(self, result: Results, path: Path) -> None:
         frame, picture = result.frame, result.plot()
-        if frame.item not in self._videos:
-            if frame.kind == "video":  # one after the other; streams are recorded side by side
-                for stack, _ in self._videos.values():
-                    stack.close()
-                self._videos.clear()
+        files = self._opened(frame.item, result)
+        if files.show is None:
             fps = (frame.fps or FALLBACK_FPS) / self.outputs.vid_stride
             height, width = picture.shape[:2]
-            stack = self._files.enter_context(ExitStack())
-            self._videos[frame.item] = stack, stack.enter_context(video(path, fps, (width, height)))
-        _, write = self._videos[frame.item]
-        write(picture)
+            files.show = files.stack.enter_context(video(path, fps, (width, height)))
+        files.show(picture)
+
+    def _write_tracks(self, result: Results, folder: Path, name: str) -> None:
+        image = result.frame.kind == "image"
+        files = self._opened(0 if image else result.frame.item, result)
+        if files.note is None:
+            path = folder / ("images.txt" if image else f"{name}.txt")
+            files.note = files.stack.enter_context(text(path))
+        files.note(result.to_mot())
+
+    def _opened(self, item: int, result: Results) -> "_Open":
+        """The files of a video or stream; videos come one after the other, streams side by side."""
+        if item not in self._open:
+            if result.frame.kind == "video":
+                for files in self._open.values():
+                    files.stack.close()
+                self._open.clear()
+            self._open[item] = _Open(self._files.enter_context(ExitStack()))
+        return self._open[item]
+
+
+@dataclass
+class _Open:
+    """Files that grow with a video or stream."""
+
+    stack: ExitStack
+    show: Callable[[Image], None] | None = None
+    note: Callable[[str], None] | None = None

@@ -159,14 +159,20 @@ class Results:
         return ", ".join(found) or "no detections"
 
     def plot(self, *, conf: bool = True) -> Image:
-        """A copy of the image with boxes and labels, the surest on top; ``conf``: how sure, too."""
+        """A copy of the image with boxes and labels, the surest on top; ``conf``: how sure, too.
+
+        What is tracked has its number in the label, and a colour by it.
+        """
         boxes = self.boxes
         classes = boxes.cls.tolist()
-        labels = [
-            f"{self.names[cls]} {score:.2f}" if conf else self.names[cls]
-            for cls, score in zip(classes, boxes.conf.tolist(), strict=True)
-        ]
-        return draw_boxes(self.image, boxes.xyxy.numpy(), labels, classes)
+        numbers = None if boxes.id is None else boxes.id.tolist()
+        labels = [self.names[cls] for cls in classes]
+        if numbers is not None:
+            labels = [f"{label} {number}" for label, number in zip(labels, numbers, strict=True)]
+        if conf:
+            scores = zip(labels, boxes.conf.tolist(), strict=True)
+            labels = [f"{label} {score:.2f}" for label, score in scores]
+        return draw_boxes(self.image, boxes.xyxy.numpy(), labels, numbers or classes)
 
     def show(self) -> None:
         """Show the annotated image in a window until a key is pressed or it is closed.
@@ -234,7 +240,8 @@ class Results:
     def to_dict(self) -> dict[str, Any]:
         """For JSON: path, height, width, boxes (name, class, confidence, xyxy), speed.
 
-        Of a video, camera or stream also frame, its number, and time, in seconds.
+        Of a video, camera or stream also frame, its number, and time, in seconds; of a tracked box
+        id.
         """
         boxes = self.boxes
         rows = zip(boxes.cls.tolist(), boxes.conf.tolist(), boxes.xyxy.tolist(), strict=True)
@@ -251,6 +258,9 @@ class Results:
             }
             for cls, score, xyxy in rows
         ]
+        if boxes.id is not None:
+            for box, number in zip(row["boxes"], boxes.id.tolist(), strict=True):
+                box["id"] = number
         row["speed"] = {stage: round(ms, 3) for stage, ms in self.speed.items()}
         return row
 
@@ -289,6 +299,20 @@ class Results:
             category_ids: The data set's category by class number; the class number itself if None.
         """
         return to_coco(self.boxes.data, image_id, category_ids)
+
+    def to_mot(self) -> str:
+        """Rows of MOTChallenge's text: frame, id, left, top, width, height, confidence, -1, -1, -1.
+
+        The frame of an image is its number among the source's items.
+        """
+        boxes, frame = self.boxes, self.frame
+        numbers = [-1] * len(boxes) if boxes.id is None else boxes.id.tolist()
+        place = frame.item if frame.kind == "image" else frame.number
+        rows = zip(numbers, boxes.xyxy.tolist(), boxes.conf.tolist(), strict=True)
+        return "".join(
+            f"{place},{number},{x1:.2f},{y1:.2f},{x2 - x1:.2f},{y2 - y1:.2f},{score:.5f},-1,-1,-1\n"
+            for number, (x1, y1, x2, y2), score in rows
+        )
 
     def to_supervision(self) -> Any:
         """As `supervision.Detections`, for trackers, zones and annotators.

@@ -25,6 +25,7 @@ from yolov7.text import printable
 # a function `run(options) -> exit code`. A verb's module is imported when it is asked for.
 VERBS = {
     "predict": "Detect objects in images, videos, cameras and streams.",
+    "track": "Follow objects through videos, cameras and streams.",
     "train": "Train a model, from scratch or from weights, or go on with a run.",
     "val": "Measure a model's accuracy on a data set.",
     "check": "Find everything that is wrong with a data set.",

@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from importlib.resources import as_file, files
@@ -75,9 +75,31 @@ class Predict(ModelOptions):
     """write a list of path, height, width, boxes and speed per image to this file; -: to standard
     output, and the lines to standard error"""
 
+    def outputs(self, folder: Path) -> Outputs:
+        """What to write."""
+        return Outputs(
+            folder,
+            pictures=not self.nosave,
+            txt=self.save_txt,
+            conf=self.save_conf,
+            crop=self.save_crop,
+            coco=self.save_json,
+            json=self.json,
+            vid_stride=self.vid_stride,
+        )
+
 
 def run(options: Predict) -> int:
-    """Detect, print a line per image, write the run folder.
+    """Detect, print a line per image, write the run folder; see `detect`."""
+    return detect(options, lambda detector, source: detector.stream(source))
+
+
+def detect(options: Predict, way: Callable[[Detector, Source], Generator[Results]]) -> int:
+    """Detect in a certain way, print a line per image, write the run folder.
+
+    Args:
+        options: What the user has said.
+        way: From a detector and a source to results.
 
     Returns:
         1 if an image could not be read, 2 if it is not clear which weights are wanted.
@@ -120,8 +142,8 @@ def run(options: Predict) -> int:
         write_arguments(folder, asdict(options) | {"source": told})
         with (
             _left_out_if_empty(folder, detector),
-            Recorder(_outputs(options, folder)) as recorder,
-            closing(detector.stream(source)) as results,
+            Recorder(options.outputs(folder)) as recorder,
+            closing(way(detector, source)) as results,
             suppress(KeyboardInterrupt) if source.live else nullcontext(),  # ends a camera
         ):
             for result in results if options.quiet else _with_progress(results, source):
@@ -166,19 +188,6 @@ def _print_start(options: Predict, detector: Detector) -> None:
     if detector.startup_s:
         kept = os.environ[COMPILED]
         print(f"compiled in {detector.startup_s:.1f} s; kept in {kept}, the next start is shorter")
-
-
-def _outputs(options: Predict, folder: Path) -> Outputs:
-    return Outputs(
-        folder,
-        pictures=not options.nosave,
-        txt=options.save_txt,
-        conf=options.save_conf,
-        crop=options.save_crop,
-        coco=options.save_json,
-        json=options.json,
-        vid_stride=options.vid_stride,
-    )
 
 
 def _silence_opencv() -> None:
