@@ -12,6 +12,7 @@ from functools import cache
 from importlib.resources import files
 from io import BytesIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import cv2
@@ -29,17 +30,15 @@ from yolov7.download import published_weights
 from yolov7.engine.exported import ExportedNetwork
 from yolov7.formats.metadata import FORMAT, Metadata
 from yolov7.images import image_size, read_image
-from yolov7.model import create_model
 from yolov7.schema import from_json
 from yolov7.train.config import HyperParameters
 from yolov7.train.distributed import Ranks
-from yolov7.train.ema import EMA
-from yolov7.train.loss import LossWeights, head_loss
+from yolov7.train.loop import Run
 from yolov7.train.options import Train, resumed_options
 from yolov7.train.report import CsvWriter, read_rows
 from yolov7.train.schedule import Schedule
 from yolov7.train.state import load_state, reading_state
-from yolov7.train.step import Progress, Step
+from yolov7.train.step import Progress
 
 
 def archive(entries: dict[str, bytes]) -> bytes:
@@ -62,7 +61,8 @@ def picture(size: int = 64) -> np.ndarray:
 def checkpoint_seeds() -> list[bytes]:
     """Our tensors under the authors' names, as a state dict and as modules."""
     whole = BytesIO()
-    tensors = {f"model.{i}.conv.weight": torch.zeros(2, 3, 1, 1) for i in range(3)}
+    shapes = {"0.conv.weight": (32, 3, 3, 3), "1.bn.weight": (2,), "2.m.0.bias": (18,)}
+    tensors = {f"model.{name}": torch.zeros(shape) for name, shape in shapes.items()}
     torch.save({"model": tensors, "epoch": 3, "names": {1, (2, 3)}}, whole)
     with zipfile.ZipFile(whole) as file:
         program = file.read(next(name for name in file.namelist() if name.endswith("data.pkl")))
@@ -83,7 +83,7 @@ def open_checkpoint(folder: Path) -> Read:
 
     def read(data: bytes) -> None:
         if not data.startswith(b"PK"):
-            data = archive({"a/data.pkl": data, **{f"a/data/{i}": bytes(64) for i in range(4)}})
+            data = archive({"a/data.pkl": data, **{f"a/data/{i}": bytes(3456) for i in range(4)}})
         path.write_bytes(data)
         load_model(path)
 
@@ -294,7 +294,7 @@ def open_onnx(folder: Path) -> Read:
 
 def pt2_seeds() -> list[bytes]:
     """Metadata, and a whole archive of them."""
-    (metadata, *_) = metadata_seeds()
+    metadata = metadata_seeds()[0].replace(b"onnx", b"torch-export")
     return [metadata, archive({"a/extra/yolov7.json": metadata, "a/version": b"1"})]
 
 
@@ -335,27 +335,10 @@ def open_record(folder: Path) -> Read:
 # A run that is resumed.
 
 
-@cache
-def _step() -> Step:
-    """What takes the tensors of a state, for a narrow network."""
-    model = create_model("yolov7-tiny", 1, width=0.125)
-    options, ranks = Train(), Ranks()
-    loss = head_loss(model, plain=False, label_smoothing=0.0)
-    weights = LossWeights.scaled(0.05, 0.7, 0.3, levels=3, nc=1, size=64)
-    schedule = Schedule(HyperParameters(), 3, 2, 4, linear=False)
-    network = EMA(model)
-    return Step(model, model, network, loss, weights, schedule, options, torch.float32, ranks)
-
-
 def state_seeds() -> list[bytes]:
-    """A pickled state without most of its tensors, and a whole file."""
+    """A pickled state without the tensors of the network, and a whole file."""
     state = {
-        **_step().state_dict(),
-        "model": {"x": torch.zeros(2)},
-        "ema": {},
-        "gradients": {},
-        "updates": 3,
-        "progress": asdict(Progress(epoch=1)),
+        "progress": asdict(Progress(epoch=1, step=2)),
         "image_weights": torch.ones(8),
         "options": asdict(Train(epochs=3)),
         "hyper": asdict(HyperParameters()),
@@ -370,19 +353,31 @@ def state_seeds() -> list[bytes]:
 
 
 def open_state(folder: Path) -> Read:
-    """Read what a run goes on from."""
+    """Read what a run goes on from, but for the tensors of the network."""
+    step = SimpleNamespace(
+        load_state_dict=lambda _: None,
+        schedule=Schedule(HyperParameters(), 4, batches=2, batch=4, linear=False),
+    )
+    run: Any = SimpleNamespace(
+        folder=folder,
+        train_set=SimpleNamespace(samples=range(8)),
+        fingerprint="0",
+        epochs=4,
+        ranks=Ranks(),
+        sampler=SimpleNamespace(),
+        step=step,
+    )
 
     def read(data: bytes) -> None:
         if not data.startswith(b"PK"):
-            entries = {"data.pkl": data, "version": b"3", "byteorder": b"little"}
-            entries |= {f"data/{i}": bytes(64) for i in range(4)}
-            data = archive({f"a/{name}": content for name, content in entries.items()})
+            parts = {"version": b"3", "byteorder": b"little", "data/0": bytes(32), "data.pkl": data}
+            data = archive({f"a/{name}": part for name, part in parts.items()})
         (folder / "state.pt").write_bytes(data)
         state = load_state(folder)
         with reading_state(folder):
             resumed_options(Train(resume=str(folder)), state)
             from_json(HyperParameters, state["hyper"])
-            _step().load_state_dict(state)
+            Run._restore(run, state)
 
     return read
 

@@ -1,10 +1,13 @@
 """Exporting: the graphs, what is in the files, and what is refused."""
 
 import json
+import threading
 import zipfile
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import onnx
 import onnxruntime
@@ -190,6 +193,23 @@ def suppressing(demo: YOLOv7, folder: Path) -> Exported:
 def raw_frames(demo: YOLOv7, folder: Path) -> Exported:
     settings = Settings(letterbox=True, nms=NMS, imgsz=(256, 320))
     return export(demo, folder / "frames.onnx", settings)
+
+
+@pytest.mark.parametrize("engine", ["auto", "openvino"])
+def test_first_calls_from_several_threads(engine: str, suppressing: Exported) -> None:
+    if engine == "openvino":
+        pytest.importorskip("openvino")
+    expected = [found.boxes.data for found in Detector(suppressing.path, engine=engine)(SAMPLES)]
+    for _ in range(3):
+        detector, start = Detector(suppressing.path, engine=engine), threading.Barrier(4)
+
+        def first(path: Path, detector: Detector = detector, start: Any = start) -> Tensor:
+            start.wait()
+            return detector(path)[0].boxes.data
+
+        with ThreadPoolExecutor(4) as pool:
+            for found, alone in zip(pool.map(first, SAMPLES[:4]), expected, strict=False):
+                torch.testing.assert_close(found, alone, rtol=1e-4, atol=1e-2)
 
 
 @pytest.fixture(scope="module")

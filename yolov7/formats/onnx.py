@@ -1,5 +1,6 @@
 """ONNX: a graph of standard operators, for ONNX Runtime, OpenVINO, TensorRT, browsers and more."""
 
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -125,8 +126,11 @@ class OpenVino:
         rt_info = model.rt_info["framework"] if "framework" in model.rt_info else {}  # noqa: SIM401  # no dict
         self.text: Mapping[str, str] = {key: str(value.value) for key, value in rt_info.items()}
         self._type = port.element_type.to_dtype()
+        self._mine = threading.local()  # a request serves one call at a time
 
     def __call__(self, x: Tensor) -> list[Tensor]:
         """The outputs, as on the CPU."""
-        result = self._model(x.cpu().numpy().astype(self._type, copy=False))
+        if not hasattr(self._mine, "request"):
+            self._mine.request = self._model.create_infer_request()
+        result = self._mine.request.infer(x.cpu().numpy().astype(self._type, copy=False))
         return [torch.from_numpy(np.array(result[port])) for port in self._model.outputs]
