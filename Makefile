@@ -25,8 +25,9 @@ lint: $(VENV)/.dev
 
 MINUTES ?= 5
 
-proof: $(VENV)/.dev  ## what takes long: hostile inputs for MINUTES at every door
+proof: $(VENV)/.dev  ## what takes long: hostile inputs for MINUTES at every door, every launch
 	$(BIN)/python -m tests.proof.fuzz --minutes $(MINUTES)
+	$(BIN)/pytest -n 2 --dist worksteal -m proof tests/kernels
 
 # The kernel jobs under another Triton: make test-triton TRITON=3.6.0
 test-triton:
