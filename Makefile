@@ -25,9 +25,10 @@ lint: $(VENV)/.dev
 
 MINUTES ?= 5
 
-proof: $(VENV)/.dev  ## what takes long: MINUTES for every door and engine
+proof: $(VENV)/.dev  ## what takes long: hostile inputs and threads for MINUTES each, every launch
 	$(BIN)/python -m tests.proof.fuzz --minutes $(MINUTES)
 	$(BIN)/python -m tests.proof.soak --minutes $(MINUTES)
+	$(BIN)/pytest -n 2 --dist worksteal -m proof tests/kernels
 
 # The kernel jobs under another Triton: make test-triton TRITON=3.6.0
 test-triton:

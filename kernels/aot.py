@@ -78,17 +78,20 @@ def capability_of(target: str) -> tuple[int, int]:
     return number // 10, number % 10
 
 
-def compile_spec(spec: CompileSpec, target: str, shape: str = "") -> Row:
-    """Compile one specialisation for a target such as ``sm_90`` and read the machine code."""
+def compiled_kernel(spec: CompileSpec, target: str) -> Any:
+    """What Triton makes of one specialisation for a target such as ``sm_90``."""
     major, minor = capability_of(target)
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     source = ASTSource(spec.fn, spec.signature, spec.constexprs, spec.attrs)
     options = {"enable_fp_fusion": True, **spec.options}
-    compiled = triton.compile(
-        source, target=GPUTarget("cuda", 10 * major + minor, 32), options=options
-    )
+    return triton.compile(source, target=GPUTarget("cuda", 10 * major + minor, 32), options=options)
+
+
+def compile_spec(spec: CompileSpec, target: str, shape: str = "") -> Row:
+    """Compile one specialisation for a target and read the machine code."""
+    compiled = compiled_kernel(spec, target)
     text = _disassemble(compiled.asm["cubin"])
     usage = re.search(r"REG:(\d+) STACK:(\d+).*? LOCAL:(\d+)", text)
     if usage is None:

@@ -20,7 +20,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -248,7 +248,7 @@ class CompileSpec:
     fn: Any
     """The ``@triton.jit`` function."""
     signature: dict[str, Any]
-    """Argument -> type: ``*fp16``, ``i32``, ``tensordesc<fp16[128,64]>``, ``constexpr``, tuples."""
+    """Argument -> type: ``*fp16``, ``i32``, ``tensordesc<fp16[128, 64]>``, ``constexpr``."""
     constexprs: dict[tuple[int, ...], Any]
     """Path of the argument -> value, integers that are 1 included."""
     attrs: dict[tuple[int, ...], list[list[Any]]]
@@ -257,6 +257,10 @@ class CompileSpec:
     """num_warps, num_stages, ..."""
     config: dict[str, Any] = field(default_factory=dict)
     """What the launcher was given, for the table."""
+    grid: tuple[int, ...] = field(default=(), repr=False)
+    """Programs along each axis."""
+    args: dict[str, Any] = field(default_factory=dict, repr=False)
+    """What else the kernel would be called with; tensors are on ``device="meta"``."""
 
 
 @dataclass
@@ -330,7 +334,7 @@ def launch(kernel: Any, grid: tuple[int, ...], args: Mapping[str, Any], config: 
         config: constexprs and compile options.
     """
     if _recorder is not None:
-        _recorder.specs.append(_specialise(kernel, args, config))
+        _recorder.specs.append(replace(_specialise(kernel, args, config), grid=grid, args={**args}))
     elif math.prod(grid) > 0:
         kernel[grid](**args, **config)
 
@@ -351,7 +355,10 @@ _TYPES = {
 
 
 def _specialise(kernel: Any, args: Mapping[str, Any], config: Config) -> CompileSpec:
-    """The specialisation that Triton's launcher would compile for these arguments."""
+    """The specialisation that Triton's launcher would compile for these arguments.
+
+    It is the launcher's to the letter, so that both find the same entry of Triton's cache.
+    """
     options = {k: v for k, v in config.items() if k in COMPILE_OPTIONS}
     values = {**args, **{k: v for k, v in config.items() if k not in COMPILE_OPTIONS}}
     unknown = values.keys() - set(kernel.arg_names)
@@ -368,9 +375,9 @@ def _specialise(kernel: Any, args: Mapping[str, Any], config: Config) -> Compile
         kind, aligned = _argument_type(value)
         if constexpr or kind == "constexpr":
             constexprs[path] = value
-            return "constexpr"
-        if aligned:
-            attrs[path] = [["tt.divisibility", 16]]
+            kind, aligned = "constexpr", False if len(path) == 1 else None
+        if aligned is not None:
+            attrs[path] = [["tt.divisibility", 16]] if aligned else []
         return kind
 
     for index, parameter in enumerate(kernel.params):
@@ -382,11 +389,13 @@ def _specialise(kernel: Any, args: Mapping[str, Any], config: Config) -> Compile
     return CompileSpec(kernel, signature, constexprs, attrs, options, dict(config))
 
 
-def _argument_type(value: Any) -> tuple[str, bool]:
-    """(Triton type, whether it is known to be divisible by 16) of a launch argument."""
+def _argument_type(value: Any) -> tuple[str, bool | None]:
+    """(Triton type, whether it is known to be divisible by 16) of a launch argument.
+
+    What Triton does not ask for divisibility has None.
+    """
     if isinstance(value, TensorDescriptor):
-        block = ",".join(map(str, value.block_shape))
-        return f"tensordesc<{_TYPES[value.base.dtype]}[{block}]>", False
+        return f"tensordesc<{_TYPES[value.base.dtype]}{list(value.block_shape)}>", None
     if isinstance(value, Tensor):
         # A tensor on "meta" counts its address from 0; a slice of it is as aligned as on a GPU.
         meta = value.device.type == "meta"
@@ -397,5 +406,5 @@ def _argument_type(value: Any) -> tuple[str, bool]:
     if isinstance(value, int) and value != 1:
         return ("i32" if -(2**31) <= value < 2**31 else "i64"), value % 16 == 0
     if isinstance(value, float):
-        return "fp32", False
-    return "constexpr", False
+        return "fp32", None
+    return "constexpr", None

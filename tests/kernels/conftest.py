@@ -4,12 +4,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from yolov7.kernels.conv import config
+from yolov7.kernels.conv import config as conv_config
 from yolov7.kernels.runtime import INTERPRET
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Interpreter and compile tests need two processes: Triton decides when it decorates."""
+    if "proof" not in config.option.markexpr:
+        left_out = [item for item in items if item.get_closest_marker("proof")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
     cuda = torch.cuda.is_available()
     no_interpreter = pytest.mark.skip(reason="needs TRITON_INTERPRET=1 (or a CUDA device)")
     no_compiler = pytest.mark.skip(reason="compiles nothing under TRITON_INTERPRET=1")
@@ -41,8 +45,8 @@ def poisoned_memory() -> Iterator[None]:
 def own_configs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An empty folder of tuned configs, as if nothing had been looked up yet."""
     monkeypatch.setenv("YOLOV7_CACHE", str(tmp_path))
-    monkeypatch.setattr(config, "PACKAGED", tmp_path / "none")
-    caches = config.tuned_entries, config.warn_untuned
+    monkeypatch.setattr(conv_config, "PACKAGED", tmp_path / "none")
+    caches = conv_config.tuned_entries, conv_config.warn_untuned
     for cache in caches:
         cache.cache_clear()
     yield tmp_path / "configs"

@@ -38,16 +38,17 @@ def test_recording_specialises_as_a_launch_would() -> None:
     assert spec.signature == {
         "x_ptr": "*fp16",
         "out_ptr": "*fp16",
-        "x_desc": "tensordesc<fp16[16,64]>",
+        "x_desc": "tensordesc<fp16[16, 64]>",
         "count": "i32",
         "scale": "fp32",
         "one": "constexpr",
         "BLOCK": "constexpr",
     }
     assert spec.constexprs == {(5,): 1, (6,): 64}
-    assert set(spec.attrs) == {(0,), (3,)}  # out_ptr starts 2 bytes late
+    aligned = [["tt.divisibility", 16]]
+    assert spec.attrs == {(0,): aligned, (1,): [], (3,): aligned, (5,): [], (6,): []}
     assert spec.options == {"num_warps": 2}
-    assert (3,) not in _record(49, torch.empty(4096, device="meta")).attrs
+    assert _record(49, torch.empty(4096, device="meta")).attrs[(3,)] == []
     assert _record(2**31, torch.empty(4096, device="meta")).signature["count"] == "i64"
 
 
