@@ -264,8 +264,8 @@ def create_model(
     num_classes: int = 80,
     *,
     form: Literal["training", "deploy"] = "training",
-    depth: float | None = None,
-    width: float | None = None,
+    depth: float = 1.0,
+    width: float = 1.0,
     downsample: Downsample | None = None,
     multiplier: float = 1.0,
     names: Sequence[str] | None = None,
@@ -294,14 +294,7 @@ def create_model(
         raise ValueError(f"num_classes must be at least 1, got {num_classes}")
     if names is not None and len(names) != num_classes:
         raise ValueError(f"{len(names)} class names for {num_classes} classes")
-    variant = scaled(
-        base,
-        1.0 if depth is None else depth,
-        1.0 if width is None else width,
-        downsample,
-        multiplier,
-    )
-    model = YOLOv7(variant, num_classes, form)
+    model = YOLOv7(scaled(base, depth, width, downsample, multiplier), num_classes, form)
     if names is not None:
         model.names = list(names)
     return model

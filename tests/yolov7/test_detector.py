@@ -100,6 +100,14 @@ def test_agnostic_suppression_crosses_classes(images: list[Image]) -> None:
     assert float(box_iou(across.xyxy, across.xyxy).triu(1).max()) <= 0.2 + 1e-3
 
 
+def test_the_graphs_time_is_that_of_the_whole(images: list[Image]) -> None:
+    detector = Detector(device="cpu", imgsz=64, engine="graph")
+    (result,) = detector(images[0])
+    assert set(result.speed) == {"whole"}
+    assert result.speed["whole"] > 1
+    assert str(detector.speed).startswith("speed per image (p50/p99 ms): whole ")
+
+
 def test_preparing_counts_as_pre(images: list[Image], monkeypatch: pytest.MonkeyPatch) -> None:
     detector = Detector(device="cpu", imgsz=64)
     real = detector._frames.prepare

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from yolov7.boxes import box_iou, frame_table, in_frames
+from yolov7.engine.frames import to_input
 from yolov7.errors import UserError
 from yolov7.formats import FORMATS, Session
 from yolov7.formats.metadata import Metadata
@@ -108,9 +109,8 @@ def _prepared(images: list[Image], metadata: Metadata) -> Iterator[Tensor]:
     while start < len(images):
         for size in sizes:
             chosen = [boxed[index % len(boxed)] for index in range(start, start + size)]
-            pixels = torch.stack([torch.from_numpy(image) for image in chosen])
-            x = pixels.flip(-1).permute(0, 3, 1, 2).float().div(255).contiguous()
-            yield x.to(metadata.device)
+            x = to_input(chosen, torch.device(metadata.device), torch.float32)
+            yield x.contiguous()
             start += size
 
 
@@ -148,7 +148,7 @@ def _threshold(expected: Tensor, metadata: Metadata) -> float:
 
 
 def _restored(predictions: Tensor, metadata: Metadata, geometries: list[Geometry]) -> Tensor:
-    """Predictions in pixels of the images."""
+    """Predictions in pixels of the images: centres and sizes, not clipped, as the file has them."""
     classes_first = metadata.layout == "classes-first"
     rows = predictions.transpose(1, 2) if classes_first else predictions.clone()
     for image, geometry in zip(rows, geometries, strict=True):
