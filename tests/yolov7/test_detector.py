@@ -350,7 +350,7 @@ def test_candidates_beyond_the_capacity_are_counted(
     def few(*arguments: Any, **options: Any) -> Detections:
         return batched_nms(*arguments, **{**options, "max_candidates": 3})
 
-    monkeypatch.setattr("yolov7.engine.frames.batched_nms", few)
+    monkeypatch.setattr("yolov7.suppression.batched_nms", few)
     result = Detector(device="cpu")(images[0])[0]
     assert result.overflow > 0
     assert len(result) <= 3
