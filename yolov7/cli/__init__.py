@@ -7,7 +7,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, redirect_stdout, suppress
 from difflib import get_close_matches
 from importlib import import_module
 from io import TextIOWrapper
@@ -53,21 +53,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Ctrl-C, a closed pipe or SIGTERM. Wrong usage exits with 2.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
+    ours = arguments is None and current_thread() is main_thread()
     try:
-        code = _main(words)
+        code = _main(words, ours)
         sys.stdout.flush()
-    except KeyboardInterrupt:  # while it starts, or ends
+    except KeyboardInterrupt:  # while it ends
         print("interrupted", file=sys.stderr)
         code = 130
     except BrokenPipeError:  # `yolov7 ... | head`: nobody reads on, and nobody would read of it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 141
-    if arguments is None and current_thread() is main_thread():
+    if ours and signal.getsignal(signal.SIGINT) == signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # what Python still does is nobody's concern
     return code
 
 
-def _main(words: list[str]) -> int:
+def _main(words: list[str], ours: bool) -> int:
     _bear_any_text()
     _wait_in_sleep()
     warnings.formatwarning = lambda message, *_, **__: f"warning: {printable(message)}\n"
@@ -83,8 +84,9 @@ def _main(words: list[str]) -> int:
     if verb not in VERBS:
         print(f"error: {_no_verb(verb)}", file=sys.stderr)
         return 2
-    module = import_module(f"yolov7.cli.{verb}")
-    options = parse(getattr(module, verb.capitalize()), verb, VERBS[verb], rest)
+    with _ended_by_sigint() if ours else nullcontext():
+        module = import_module(f"yolov7.cli.{verb}")
+        options = parse(getattr(module, verb.capitalize()), verb, VERBS[verb], rest)
     with _ended_by_sigterm(), _streams(options):
         return _run(module, options)
 
@@ -151,6 +153,21 @@ def _run(module: ModuleType, options: object) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     return 1
+
+
+@contextmanager
+def _ended_by_sigint() -> Iterator[None]:
+    """Let Ctrl-C end the process at once, while it loads code: an import may swallow an exception.
+
+    Where the process was started to ignore it, as in the background of a script, it goes on so.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    if before == signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @contextmanager
