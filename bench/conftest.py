@@ -11,6 +11,7 @@ from rich.console import Console
 from bench.comparison import CEILINGS, ROWS, Comparison, identify, report
 from bench.results import OURS, Report, Row, comparison_table, left_out, read_rows
 from yolov7.benchmark.ceilings import Ceilings
+from yolov7.errors import first_line
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -54,7 +55,7 @@ def pytest_exception_interact(node: pytest.Item) -> None:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
     except torch.AcceleratorError as error:
-        reason = f"AcceleratorError: {error}".splitlines()[0]
+        reason = first_line(error)
         report(node.config, [Row(*identify(node), OURS, missing=reason)])
         pytest.exit(reason)
 

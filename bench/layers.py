@@ -20,11 +20,13 @@ from typing import Any
 
 import torch
 
+from bench.results import json_lines
 from yolov7.benchmark.ceilings import Ceilings
 from yolov7.benchmark.stages import measure
 from yolov7.benchmark.steps import step_timers
 from yolov7.engine.choose import Runtime
 from yolov7.engine.graph.planned import PlannedNetwork, described
+from yolov7.errors import first_line
 from yolov7.kernels import runtime
 from yolov7.kernels.conv import Launch
 from yolov7.kernels.runtime import PRECISIONS
@@ -122,15 +124,8 @@ def time_engine(model: YOLOv7, engine: str, size: int, batch: int, rounds: int) 
 
 
 def read(file: Path) -> dict[str, Entry]:
-    """What a file holds, by name; a line that was cut off is left out."""
-    found = {}
-    for line in file.read_text().splitlines() if file.exists() else ():
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError:
-            break
-        found[entry.pop("name")] = entry
-    return found
+    """What a file holds, by name."""
+    return {entry.pop("name"): entry for entry in json_lines(file)}
 
 
 def work_off(jobs: Iterator[Job], file: Path) -> int:
@@ -145,7 +140,7 @@ def work_off(jobs: Iterator[Job], file: Path) -> int:
         try:
             entry = job()
         except Exception as error:  # whatever it is belongs to the report
-            what = f"{type(error).__name__}: {error}".splitlines()[0]
+            what = first_line(error)
             entry = {"wrong": {"error": ": ".join([*getattr(error, "__notes__", ()), what])}}
         with file.open("a") as lines:
             lines.write(json.dumps({"name": name, **entry}) + "\n")

@@ -9,13 +9,14 @@ import os
 import platform
 import statistics
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.table import Table
 
@@ -76,7 +77,7 @@ class Row:
             body,
             turns=len(seconds),
             p50_ms=median * 1e3,
-            p99_ms=sorted(seconds)[min(len(seconds) - 1, int(0.99 * len(seconds)))] * 1e3,
+            p99_ms=float(np.percentile(seconds, 99)) * 1e3,
             tflops=work.flops / median / 1e12,
             gbps=work.bytes / median / 1e9,
             ceiling_percent=100 * share,
@@ -95,15 +96,18 @@ class Row:
         return json.dumps(self.as_dict()) + "\n"
 
 
-def read_rows(path: Path) -> list[Row]:
-    """The rows of a file with a JSON a line; a line that was cut off is left out."""
-    rows = []
+def json_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """What a file with a JSON a line holds, if it is there; a line that was cut off is left out."""
     for line in path.read_text().splitlines() if path.exists() else ():
         try:
-            rows.append(Row(**json.loads(line)))
+            yield json.loads(line)
         except json.JSONDecodeError:
-            break
-    return rows
+            return
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a file."""
+    return [Row(**row) for row in json_lines(path)]
 
 
 @dataclass

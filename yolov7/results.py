@@ -20,7 +20,7 @@ from yolov7.drawing import draw_boxes
 from yolov7.errors import UserError
 from yolov7.letterbox import Image
 from yolov7.sources import Frame
-from yolov7.text import file_name, printable
+from yolov7.text import counted, file_name, printable
 from yolov7.window import Window
 
 SHOWN = 1280  # pixels
@@ -153,9 +153,7 @@ class Results:
     def summary(self) -> str:
         """How many of what, by class number: `4 persons, 1 bus`."""
         counts = sorted(Counter(self.boxes.cls.tolist()).items())
-        found = [
-            f"{n} {_plural(self.names[cls]) if n > 1 else self.names[cls]}" for cls, n in counts
-        ]
+        found = [counted(n, self.names[cls]) for cls, n in counts]
         return ", ".join(found) or "no detections"
 
     def plot(self, *, conf: bool = True) -> Image:
@@ -350,9 +348,3 @@ def write_image(path: str | Path, image: Image) -> Path:
     with atomic(path, durable=False) as temporary:
         temporary.write_bytes(data.tobytes())
     return path
-
-
-def _plural(name: str) -> str:
-    if name.endswith(("ss", "us", "x", "ch", "sh")):
-        return name + "es"
-    return name if name.endswith("s") else name + "s"

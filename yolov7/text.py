@@ -64,3 +64,12 @@ def file_name(text: str) -> str:
 def plot_text(text: str) -> str:
     """`text` for matplotlib, which would read what stands between dollars as mathematics."""
     return printable(text).replace("$", r"\$")
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 bus`, `2 buses`: so many of what a noun calls."""
+    if number == 1:
+        return f"1 {noun}"
+    if noun.endswith(("ss", "us", "x", "ch", "sh")):
+        return f"{number} {noun}es"
+    return f"{number} {noun}" if noun.endswith("s") else f"{number} {noun}s"

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from yolov7.text import printable
+from yolov7.text import counted, printable
 
 Polygon = NDArray[np.float32]  # [k, 2] x, y in pixels
 
@@ -117,7 +117,7 @@ class Dataset:
         )
         counts = Counter(problem.kind for problem in self.problems)
         counts.update(["image"] * len(self.skipped))
-        out = ", ".join(f"{number} {_plural(kind, number)}" for kind, number in counts.items())
+        out = ", ".join(counted(number, kind) for kind, number in counts.items())
         return line + (f"; left out: {out}" if out else "")
 
     def matched(self, names: list[str]) -> "Dataset":
@@ -136,7 +136,3 @@ class Dataset:
             for sample in self.samples
         ]
         return replace(self, samples=samples, names=list(names), category_ids=ids)
-
-
-def _plural(noun: str, number: int) -> str:
-    return noun if number == 1 else f"{noun}es" if noun.endswith(("x", "s")) else f"{noun}s"

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from yolov7.device import resolve_device
-from yolov7.errors import UserError
+from yolov7.errors import UserError, first_line
 from yolov7.formats.base import Format, Forward, Program, Session
 from yolov7.formats.metadata import LONGEST, Metadata
 from yolov7.text import one_line
@@ -85,5 +85,5 @@ def device_of(path: Path, metadata: Metadata, wanted: str | torch.device) -> tor
 
 def unreadable(name: str, what: str, error: Exception) -> UserError:
     """The error of a file that cannot be loaded, with the first line of the reason."""
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    reason = first_line(error)
     return UserError(f"{name}: truncated, or not {what} ({one_line(reason)[:120]})")
