@@ -49,8 +49,9 @@ def default_config(calls: Sequence[ConvCall]) -> ConvConfig:
     block_k = _block_k(calls, tma)
     count = tiles(calls, block_m, block_n)
     steps = max(c.layer.taps * -(-c.layer.in_channels // block_k) for c in calls)
-    # A second launch pays where it takes at least a dozen steps away from each program.
-    split = max(1, min(2 * units // count, steps // 12, 8)) if 0 < count < units else 1
+    # A second launch pays where it takes at least a dozen steps away from each program, and where
+    # each processor has less to do then: of more tiles than half the processors some get two parts.
+    split = max(1, min(2 * units // count, steps // 12, 8)) if 0 < 2 * count <= units else 1
     split = 1 << (split.bit_length() - 1)
     if not tma:
         return ConvConfig(
@@ -58,6 +59,7 @@ def default_config(calls: Sequence[ConvCall]) -> ConvConfig:
             block_n=block_n,
             block_k=block_k,
             split_k=split,
+            num_warps=8 if block_m * block_n >= 128 * 128 else 4,
             num_stages=2 if calls[0].exact else 4 if _roomy(calls) else 3,
             # Left alone, ptxas aims lower and spills a register or two of small tiles.
             maxnreg=168 if block_m * block_n <= 64 * 64 else 0,
@@ -112,7 +114,7 @@ def _default_tile(calls: Sequence[ConvCall], tma: bool) -> tuple[int, int]:
     width = max(16, triton.next_power_of_2(max(c.layer.out_channels for c in calls)))
     if calls[0].exact:  # multiplied one by one: operands live in registers
         return 64, min(32, width)
-    sizes = _TMA_TILES if tma else _GATHER_TILES
+    sizes = _TMA_TILES if tma else _GATHER_TILES[0 if major == 9 else 1 :]
     fitting = [(m, n) for m, n in sizes if n <= width] or [(64, width)]
     if not all(map(_plain_store, calls)) or long_fp8_sum(calls) or major != 9:  # larger ones spill
         wide = max(c.out.element_size() for c in calls) == 4
@@ -128,7 +130,7 @@ def _default_tile(calls: Sequence[ConvCall], tma: bool) -> tuple[int, int]:
 
 
 _TMA_TILES = ((128, 256), (256, 128), (128, 128), (256, 64), (128, 64), (64, 64))
-_GATHER_TILES = ((64, 128), (64, 64))
+_GATHER_TILES = ((128, 128), (64, 128), (64, 64))  # the first where A stays in shared memory
 
 
 def _plain_store(call: ConvCall) -> bool:

@@ -16,6 +16,7 @@ from yolov7.kernels import aot, tune
 from yolov7.kernels.conv import ConvCall, ConvConfig, ConvLaunch, Launch, StemLaunch, Workspace
 from yolov7.kernels.conv.cases import Record, layer_of, meta_call, stem_call
 from yolov7.kernels.conv.config import Entry, tuned_entries, write_entries
+from yolov7.kernels.conv.launcher import tiles
 from yolov7.kernels.conv.search import search_space
 from yolov7.kernels.runtime import ARCHITECTURES, H200, recording
 
@@ -128,6 +129,30 @@ def test_search_space_is_small_and_fits(
         stage = (config.block_m + config.block_n) * config.block_k * dtype.itemsize
         assert config.num_stages * stage <= ARCHITECTURES[capability].shared_bytes
         assert config.block_k >= (32 if dtype.itemsize == 1 else 16)
+
+
+@pytest.mark.parametrize("batch", [1, 32])
+def test_default_splits_a_sum_only_where_each_processor_has_less_to_do(batch: int) -> None:
+    """Of more tiles than half the processors some get two parts: as long, and a launch more."""
+    launches = workload("yolov7", batch, "fp16")["launches"]
+    with recording((9, 0)):
+        chosen = [(launch, launch.chosen()) for launch in launches]
+    split = [
+        (launch.name, count)
+        for launch, config in chosen
+        if config.split_k > 1
+        and (count := tiles(launch.calls, config.block_m, config.block_n)) > 132 / 2
+    ]
+    assert split == []
+    assert any(config.split_k > 1 for _, config in chosen) == (batch == 1)
+
+
+def test_default_gathers_large_tiles_where_they_fill_a_hopper() -> None:
+    for batch, expected in ((1, (64, 64)), (32, (128, 128))):
+        with recording((9, 0)):
+            chosen = launch_of(replace(CHAIN, stride=2), batch=batch).chosen()
+        assert (chosen.block_m, chosen.block_n) == expected
+        assert chosen.num_warps == (8 if batch == 32 else 4)
 
 
 @pytest.mark.parametrize("record", [CHAIN, STEM], ids=["conv", "stem"])
