@@ -2,16 +2,23 @@
 
 from yolov7.text import printable
 
+_LONGEST = 900  # characters of a message
+_END = 200  # of these at its end, where it says what to do
+
 
 class UserError(ValueError):
     """Something that the user can mend: the message says what is wrong and what to do.
 
     Args:
-        message: One line. What of it comes from outside may hold anything: it is made printable.
+        message: One line. What of it comes from outside may hold anything: it is made printable,
+            and what is long is cut out of its middle.
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__(printable(message))
+        line = printable(message)
+        if len(line) > _LONGEST:
+            line = f"{line[: _LONGEST - _END]} ... {line[-_END:]}"
+        super().__init__(line)
 
 
 def first_line(error: BaseException) -> str:

@@ -4,6 +4,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import TypeVar
 
+from yolov7.text import printable
+
 T = TypeVar("T")
 
 
@@ -16,7 +18,7 @@ def progress(items: Iterable[T], title: str, total: int) -> Iterator[T]:
     if not console.is_terminal:
         yield from items
         return
-    yield from track(items, title, total, console=console, transient=True)
+    yield from track(items, _plain(title), total, console=console, transient=True)
 
 
 def working(title: str) -> AbstractContextManager[object]:
@@ -24,4 +26,11 @@ def working(title: str) -> AbstractContextManager[object]:
     from rich.console import Console
 
     console = Console(stderr=True)
-    return console.status(title) if console.is_terminal else nullcontext()
+    return console.status(_plain(title)) if console.is_terminal else nullcontext()
+
+
+def _plain(title: str) -> str:
+    """A title without commands to the terminal, nor to rich, which reads brackets as markup."""
+    from rich.markup import escape
+
+    return escape(printable(title))

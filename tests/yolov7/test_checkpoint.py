@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import struct
 import sys
 import time
 import types
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 import yolov7
 from yolov7.checkpoint import DEMO_WEIGHTS, load_model, read_metadata, save_model
+from yolov7.cli import main
 from yolov7.errors import UserError
 from yolov7.model import YOLOv7
 from yolov7.variants import TINY, V7, VARIANTS, W6, scaled
@@ -422,3 +424,22 @@ def test_pickle_protocols_of_the_wild(tiny: YOLOv7, tmp_path: Path) -> None:
         path = tmp_path / f"{protocol}.pt"
         torch.save(official_state(tiny), path, pickle_protocol=protocol)
         assert load_model(path).head.num_classes == 2
+
+
+def test_a_file_that_is_no_safetensors_says_so_in_short(tmp_path: Path) -> None:
+    header = json.dumps({"a": "\x1b" + "x" * 5000}).encode()
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(struct.pack("<Q", len(header)) + header)
+    with pytest.raises(UserError, match="truncated or not a safetensors file") as caught:
+        load_model(path)
+    assert len(str(caught.value)) < 400
+
+
+def test_the_name_of_a_variant_is_no_markup(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = load_model()
+    model.variant = replace(model.variant, name="[/red]")
+    save_model(model, tmp_path / "a.safetensors")
+    assert main(["info", str(tmp_path / "a.safetensors")]) == 0
+    assert "[/red], " in capsys.readouterr().out

@@ -9,6 +9,7 @@ import pytest
 from tests.yolov7.data_sets import BOX, coco_content, coco_data, linux, write_label, yolo_data
 from yolov7.cli import main
 from yolov7.dataset.check import check_data
+from yolov7.text import printable
 
 
 @pytest.fixture(autouse=True)
@@ -154,3 +155,15 @@ def test_what_cannot_be_checked(
 ) -> None:
     assert main(["check", *options]) == 1
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("split", ["[/red]", "\x1b[2J"])
+def test_names_of_splits_are_shown_as_they_are(
+    split: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = yolo_data(tmp_path)
+    path.write_text(json.dumps({"names": ["cell", "dot"], split: "images/val"}))
+    main(["check", "--data", str(path)])
+    printed = capsys.readouterr().out
+    assert f"{printable(split)}: 3 images" in printed
+    assert "\x1b" not in printed

@@ -9,6 +9,7 @@ import pytest
 from tests.yolov7.data_sets import linux
 from yolov7.drawing import draw_boxes
 from yolov7.errors import UserError
+from yolov7.progress import progress, working
 from yolov7.text import file_name, plot_text, printable, split_login
 
 HOSTILE = ["\x1b[2Jx", "a\rb\x07", "nul\0", "half\ud800", "byte\udce9", "\u202eevil", "a\nb"]
@@ -19,6 +20,22 @@ def test_what_is_shown_is_one_printable_line(text: str) -> None:
     for shown in (printable(text), str(UserError(text))):
         assert shown.isprintable()
         shown.encode()
+
+
+def test_a_long_message_keeps_what_it_says_to_do() -> None:
+    message = str(UserError(f"{'9' * 100_000}: is no number: give one"))
+    assert len(message) < 1000
+    assert message.endswith("99: is no number: give one")
+
+
+@pytest.mark.parametrize("title", ["[/red]", "\x1b[2J", "\ud800"])
+def test_titles_of_bars_are_no_markup(
+    title: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as on a terminal
+    with working(title):
+        assert list(progress([1], title, 1)) == [1]
+    assert printable(title) in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text", ["bus.jpg", "日本語 ü", "👩\u200d🚒", "नी\u200dल"])

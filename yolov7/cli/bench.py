@@ -105,7 +105,7 @@ def _print(timings: list[Timing]) -> None:
         for row in rows:
             figures = (f"{row[share]:.3f}" for share in ("p50", "p95", "p99"))
             table.add_row(timing.engine, row["stage"], *figures, end_section=row is rows[-1])
-    console = Console()
+    console = Console(markup=False)
     console.print(table)
     for timing in timings:
         t = timing.totals()

@@ -46,7 +46,7 @@ def run(options: Check) -> int:
     options = replace(options, imgsz=fit(options.imgsz, named(options.variant))[0])
     check_writable(options.json)
     report = check_data(options.data, options.split)
-    console = Console()
+    console = Console(markup=False)
     for split, dataset in report.splits.items():
         print(f"{split}: {dataset.summary()}")
     _print_classes(report, console)

@@ -80,7 +80,7 @@ def _table(title: str, headings: Sequence[str]) -> Table:
 
 def _console() -> Console:
     """As wide as the terminal; in a file or pipe wide enough for the tables."""
-    return Console(width=None if sys.stdout.isatty() else 160)
+    return Console(width=None if sys.stdout.isatty() else 160, markup=False)
 
 
 def _show_layers(model: YOLOv7, size: int) -> dict[str, Any]:

@@ -171,7 +171,7 @@ def _print(evaluation: Evaluation) -> None:
     for row in evaluation.per_class:
         figures = map(_figure, (row.precision, row.recall, row.ap50, row.ap))
         table.add_row(Text(printable(row.name)), str(row.images), str(row.instances), *figures)
-    Console().print(table)
+    Console(markup=False).print(table)
     stages = ", ".join(f"{name} {value:.1f}" for name, value in evaluation.speed.items())
     print(f"speed in ms per image: {stages}")
 

@@ -116,7 +116,7 @@ def read_description(path: Path, root: Path | None = None) -> Description:
     for key, value in content.items():
         entries = value if isinstance(value, list) else [value]
         if key not in OTHER_KEYS and all(isinstance(entry, str) for entry in entries):
-            splits[key] = [entry for entry in entries if entry not in NOTHING]
+            splits[printable(key)] = [entry for entry in entries if entry not in NOTHING]
     return Description(
         path,
         root or _root(path, content),

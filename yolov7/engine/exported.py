@@ -13,7 +13,7 @@ from torch import Tensor
 from yolov7.errors import UserError
 from yolov7.formats import Session, format_of
 from yolov7.formats.metadata import Metadata, lacking
-from yolov7.text import one_line
+from yolov7.text import one_line, printable
 
 
 class ExportedNetwork:
@@ -71,7 +71,7 @@ class ExportedNetwork:
         self.names, self.stride = self.metadata.names, self.metadata.stride
         self.imgsz, self.one_shape = self.metadata.imgsz, True
         self.precision: str = self.metadata.precision
-        self.title = f"{self.metadata.variant}, exported as {self.metadata.kind}"
+        self.title = printable(f"{self.metadata.variant}, exported as {self.metadata.kind}")
         self.engine = self._session.engine
 
     def check_wishes(
