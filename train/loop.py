@@ -153,7 +153,7 @@ class Run:
         model.imgsz = self.size
         freeze(model, options.freeze)
         if options.autoanchor and not state:
-            ranks.say(fit_model_anchors(model, self.train_set, self.size, options.seed))
+            ranks.say(fit_model_anchors(model, self.train_set, self.size, options.seed, ranks))
         dtype = training_dtype(options.precision, device)
         ranks.say(slow_precision(dtype, device))
         model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # stub lacks it
