@@ -28,7 +28,8 @@ class Result:
         epochs: that were finished, those before a resumption included.
         best_epoch: epoch of the best evaluation, from 1; 0: there was none.
         fitness: of that evaluation, 0.1 AP50 + 0.9 AP.
-        stats: of the last evaluation.
+        stats: of the best weights, on the images evaluated on.
+        test: likewise, on those of the test split; empty: there is none.
         hours: in training and evaluation.
         stopped: why the run ended.
     """
@@ -38,6 +39,7 @@ class Result:
     best_epoch: int
     fitness: float
     stats: dict[str, float]
+    test: dict[str, float]
     hours: float
     stopped: str
 

@@ -139,9 +139,12 @@ def test_the_main_rank_searches_for_all(monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr(autoanchor, "share", share)
     searched = []
-    monkeypatch.setattr(
-        autoanchor, "box_sizes", lambda *given: searched.append(1) or box_sizes(*given)
-    )
+
+    def watched(*given: Any) -> Sizes:
+        searched.append(given)
+        return box_sizes(*given)
+
+    monkeypatch.setattr(autoanchor, "box_sizes", watched)
     notes = {fit_model_anchors(m, dataset, 640, 0, Ranks(i, 2)) for i, m in enumerate(models)}
     assert len(searched) == len(notes) == 1
     assert models[0].head.anchors.equal(models[1].head.anchors)

@@ -120,7 +120,7 @@ def test_tensorboard_gets_what_is_known(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
     board = TensorBoard(tmp_path)
     board.on_epoch(ROW, None)
-    board.on_end(Result(tmp_path, 3, 1, 0.5, {}, 0.1, "done"))
+    board.on_end(Result(tmp_path, 3, 1, 0.5, {}, {}, 0.1, "done"))
     assert calls[0] == str(tmp_path)
     assert ("lr", 0.01, 3) in calls
     assert not any(call[0] == "AP" for call in calls[1:-1])
