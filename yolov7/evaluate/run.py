@@ -25,7 +25,8 @@ from yolov7.dataset import Dataset, Sample
 from yolov7.engine.choose import open_frames
 from yolov7.engine.frames import Forward, Frames, HostFrames, Pixels
 from yolov7.errors import UserError
-from yolov7.evaluate.metric import Detections, Evaluation, measure
+from yolov7.evaluate.coco import Detections
+from yolov7.evaluate.metric import Evaluation, measure
 from yolov7.images import read_image
 from yolov7.letterbox import Geometry, Image, letterbox_geometry
 from yolov7.progress import progress
