@@ -229,11 +229,10 @@ class Run:
         if not self.progress.step:
             self._save()  # from its first batch on, a run can be resumed
         try:
-            stopped = self._epochs(own, others)
+            result = self._end(self._epochs(own, others))
         except (KeyboardInterrupt, OSError, UserError):
             self.ranks.say(f"what was saved last is kept: yolov7 train --resume {self.folder}")
             raise
-        result = self._end(stopped)
         for callback in (*own, *others):
             callback.on_end(result)
         if self.ranks.main and self.options.export is not None:
