@@ -120,7 +120,7 @@ def _test_images(options: Train, names: list[str]) -> tuple[Dataset | None, str]
         dataset = load_data(options.data, "test")
     except UserError as error:  # many a data.yaml names a folder that was never downloaded
         return None, f"not evaluated on test: {error}"
-    dataset = as_one_class(dataset) if options.single_class else dataset
+    dataset = as_one_class(dataset) if options.single_class else dataset.matched(names)
     if not dataset.boxes or dataset.names != names:
         return None, "not evaluated on test: it has no boxes, or other classes"
     return dataset, ""

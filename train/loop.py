@@ -252,16 +252,7 @@ class Run:
             self.ranks,
             plots=can_plot(),
         )
-        return Result(
-            folder=self.folder,
-            epochs=progress.epoch,
-            best_epoch=progress.best_epoch,
-            fitness=progress.best,
-            stats=found["val"].stats,
-            test=found["test"].evaluation.stats if "test" in found else {},
-            hours=progress.seconds / 3600,
-            stopped=stopped,
-        )
+        return Result.of(self.folder, progress, found, stopped)
 
     def _epochs(self, own: Sequence[Callback], others: Sequence[Callback]) -> str:
         """Train, evaluate, save, report, over and over; why that ended."""

@@ -16,6 +16,7 @@ from yolov7.model import YOLOv7
 from yolov7.train.distributed import Ranks
 from yolov7.train.loader import Batch
 from yolov7.train.meter import LOSSES
+from yolov7.train.step import Progress
 from yolov7.train.validation import Validation
 
 
@@ -42,6 +43,22 @@ class Result:
     test: dict[str, float]
     hours: float
     stopped: str
+
+    @classmethod
+    def of(
+        cls, folder: Path, progress: Progress, found: dict[str, Validation], stopped: str
+    ) -> "Result":
+        """How a run ended that came so far, with what was found on `val` and perhaps on `test`."""
+        return cls(
+            folder=folder,
+            epochs=progress.epoch,
+            best_epoch=progress.best_epoch,
+            fitness=progress.best,
+            stats=found["val"].stats,
+            test=found["test"].evaluation.stats if "test" in found else {},
+            hours=progress.seconds / 3600,
+            stopped=stopped,
+        )
 
 
 class Callback:
