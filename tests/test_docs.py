@@ -4,12 +4,17 @@ import ast
 import re
 import runpy
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.train.conftest import write_split
 from yolov7.formats import FORMATS
+from yolov7.train import loop
+from yolov7.train.options import Train
+from yolov7.train.report import Result
 from yolov7.variants import VARIANTS
 
 ROOT = Path(__file__).parents[1]
@@ -96,9 +101,9 @@ def test_floor_plan_is_that_of_the_house() -> None:
     assert set(re.findall(r"(\w+)(?:\.py|/)(?!\w)", plan)) <= rooms | {"bench"}
 
 
-def recipes() -> dict[str, str]:
-    """Recipe -> its Python, of docs/extend.md."""
-    _, *sections = re.split(r"^## ", (ROOT / "docs" / "extend.md").read_text(), flags=re.MULTILINE)
+def recipes(document: str) -> dict[str, str]:
+    """Section of a document -> its Python."""
+    _, *sections = re.split(r"^## ", (ROOT / "docs" / document).read_text(), flags=re.MULTILINE)
     blocks = {
         section.partition("\n")[0]: [
             code for language, code in FENCE.findall(section) if language == "python"
@@ -119,10 +124,58 @@ def registries() -> Iterator[None]:
         registry.update(entries)
 
 
-@pytest.mark.parametrize("name", recipes())
+@pytest.mark.parametrize("name", recipes("extend.md"))
 @pytest.mark.usefixtures("registries")
 def test_recipe_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     file = tmp_path / "recipe.py"
-    file.write_text(recipes()[name])
+    file.write_text(recipes("extend.md")[name])
     runpy.run_path(str(file))
+
+
+def imported(code: str) -> set[str]:
+    """The packages that a program imports."""
+    nodes = list(ast.walk(ast.parse(code)))
+    names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    names += [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)]
+    return {name.partition(".")[0] for name in names}
+
+
+@pytest.mark.parametrize("name", recipes("train.md"))
+def test_training_runs_as_it_is_shown(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A small model, for two epochs, on small images; loggers without a server."""
+    code = recipes("train.md")[name]
+    for package in imported(code) - {"yolov7"}:
+        pytest.importorskip(package, reason=f"{package} is not installed")
+    monkeypatch.chdir(tmp_path)
+    for variable, value in {
+        "YOLOV7_CACHE": str(tmp_path / "cache"),
+        "WANDB_MODE": "offline",
+        "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db",
+    }.items():
+        monkeypatch.setenv(variable, value)
+    folder = tmp_path / "my"
+    for split in ("train", "val"):
+        write_split(folder, split, 4)
+    names = "names: [red, blue]"
+    (folder / "data.yaml").write_text(f"train: images/train\nval: images/val\n{names}\n")
+    results = []
+
+    def small(options: Train, *callbacks: Any, **given: Any) -> Result:
+        small = replace(options, imgsz=64, width=0.125, epochs=2, batch=4, workers=0, device="cpu")
+        results.append(loop_train(small, *callbacks, **given))
+        return results[0]
+
+    loop_train = loop.train
+    monkeypatch.setattr(loop, "train", small)
+    monkeypatch.setattr(loop, "can_plot", lambda: False)
+    file = tmp_path / "recipe.py"
+    file.write_text(code)
+    runpy.run_path(str(file), run_name="__main__")
+    assert results[0].epochs == 2
+    if name == "Weights & Biases":
+        assert list(tmp_path.glob("wandb/offline-run*"))
+    if name == "MLflow":
+        assert (tmp_path / "mlflow.db").stat().st_size

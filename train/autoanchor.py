@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 from yolov7.dataset import Dataset, Sample
 from yolov7.model import YOLOv7
 from yolov7.train.assigner import RATIO_LIMIT
+from yolov7.train.distributed import Ranks, share
 
 ENOUGH = 0.98  # best possible recall with which anchors are kept
 GENERATIONS = 1000
@@ -99,15 +100,28 @@ def better_anchors(
     return recall, fitted.reshape(anchors.shape).astype(np.float32)
 
 
-def fit_model_anchors(model: YOLOv7, dataset: Dataset, size: int, seed: int) -> str:
-    """Give a model anchors that fit the data, where its own do not; say what was done."""
+def fit_model_anchors(model: YOLOv7, dataset: Dataset, size: int, seed: int, ranks: Ranks) -> str:
+    """Give a model anchors that fit the data, where its own do not; say what was done.
+
+    The main process alone searches, seconds of work; the others get what it found.
+    """
+    found = _search(model, dataset, size, seed) if ranks.main else ("", None)
+    note, better = share(found, ranks)
+    if better is not None:
+        model.head.anchors.copy_(torch.from_numpy(better))
+    return note
+
+
+def _search(
+    model: YOLOv7, dataset: Dataset, size: int, seed: int
+) -> tuple[str, NDArray[np.float32] | None]:
+    """What is to be said about a model's anchors, and better ones or None."""
     boxes = box_sizes(dataset.samples, size)
     if not len(boxes):
-        return f"no box has {MIN_SIDE:g} pixels a side: the anchors stay"
+        return f"no box has {MIN_SIDE:g} pixels a side: the anchors stay", None
     recall, better = better_anchors(boxes, model.head.anchors.numpy(), seed)
     note = f"{recall:.1%} of the boxes match an anchor"
     if better is None:
-        return note
-    model.head.anchors.copy_(torch.from_numpy(better))
+        return note, None
     after = possible_recall(boxes, better.reshape(-1, 2).astype(np.float64))
-    return f"{note}: new anchors were fitted, which {after:.1%} match"
+    return f"{note}: new anchors were fitted, which {after:.1%} match", better

@@ -50,11 +50,6 @@ class Augmentation:
     paste_in: float = 0.15
 
 
-UNCHANGED = Augmentation(
-    hsv_h=0, hsv_s=0, hsv_v=0, translate=0, scale=0, fliplr=0, mosaic=0, mixup=0, paste_in=0
-)
-
-
 @dataclass(frozen=True)
 class HyperParameters:
     """What a training run is tuned by; the defaults are those of P5 on COCO.

@@ -82,7 +82,6 @@ class Loader(DataLoader[Item]):
         workers: processes that prepare them; None: one per core, at most 8, shared among the
             ranks of a machine.
         pin: whether batches are to lie in pinned memory.
-        keep: whether the workers wait for the next epoch, or end with each.
     """
 
     def __init__(
@@ -92,7 +91,6 @@ class Loader(DataLoader[Item]):
         *,
         workers: int | None,
         pin: bool,
-        keep: bool = True,
     ) -> None:
         if workers is None:
             ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -103,7 +101,7 @@ class Loader(DataLoader[Item]):
             num_workers=workers,
             collate_fn=collate,
             pin_memory=pin,
-            persistent_workers=keep and workers > 0,
+            persistent_workers=workers > 0,
             worker_init_fn=_start_worker,
             timeout=STALLED if workers else 0,
         )

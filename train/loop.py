@@ -1,18 +1,16 @@
 """The training run, from options to weights."""
 
-import json
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from time import perf_counter
 
 import numpy as np
 import torch
 
-from yolov7.checkpoint import load_model, save_model
+from yolov7.checkpoint import save_model
 from yolov7.dataset import Dataset
 from yolov7.device import resolve_device
 from yolov7.engine.choose import fit
@@ -24,7 +22,6 @@ from yolov7.runs import new_run
 from yolov7.schema import from_json
 from yolov7.train.autoanchor import fit_model_anchors
 from yolov7.train.autobatch import batch_size
-from yolov7.train.config import HyperParameters
 from yolov7.train.data import Augment, fingerprint, left_out, match_classes, open_data
 from yolov7.train.distributed import (
     Ranks,
@@ -35,27 +32,28 @@ from yolov7.train.distributed import (
     use_kernels,
 )
 from yolov7.train.ema import EMA
+from yolov7.train.ending import check_unfinished, evaluate_best, export_best
 from yolov7.train.loader import training_loader
 from yolov7.train.loss import LossWeights, head_loss
 from yolov7.train.meter import Meter, merged
-from yolov7.train.model import build_model, fit_classes, freeze, frozen_to_eval
+from yolov7.train.model import first_model, fitted_model, freeze, frozen_to_eval
 from yolov7.train.norm import why_not_fused
 from yolov7.train.options import (
     EPOCHS,
     Train,
     check_numbers,
-    hyper_parameters,
     resumed_options,
 )
-from yolov7.train.plots import Plotter, can_plot, save_batch
+from yolov7.train.plots import can_plot, own_callbacks, save_batch
 from yolov7.train.precision import slow_precision, training_dtype
-from yolov7.train.report import Callback, CsvWriter, Result, TensorBoard, epoch_line, header
+from yolov7.train.report import Callback, Result, epoch_line, header
 from yolov7.train.sampler import image_weights
 from yolov7.train.schedule import Schedule
 from yolov7.train.state import State, load_state, reading_state, save_state
 from yolov7.train.step import Progress, Step
-from yolov7.train.validation import Validation, fitness, validate, validation_loss
+from yolov7.train.validation import Validation, fitness, validate
 
+ALL_DONE = "all epochs are done"
 PICTURED = 3  # batches that are drawn
 REPORTED = (
     *("AP", "AP50", "AP75", "precision", "recall"),
@@ -102,6 +100,11 @@ def train(
         state = load_state(Path(options.resume))
         with reading_state(Path(options.resume)):
             options, note = resumed_options(options, state)
+            check_unfinished(options, state)
+    if options.export is not None:
+        from yolov7.export import require_format  # two seconds, for torch.export
+
+        require_format(options.export)  # before the run, not after it
     device = resolve_device(options.device)
     with process_group(device) as ranks:
         if device.type == "cuda" and ranks.world > 1:
@@ -148,12 +151,17 @@ class Run:
         self.told: set[str] = set()
         self._tell(left_out(self.train_set, self.val_set))
 
-        self.hyper, model = self._model(state, model)
+        model = model or first_model(options, self.folder, state, len(self.train_set.names))
+        self.train_set, self.val_set = match_classes(self.train_set, self.val_set, model.names)
+        self.hyper, model, note = fitted_model(
+            options, self.folder, state, model, self.train_set.names
+        )
+        ranks.say(note)
         self.size = fit(options.imgsz, model)[0]
         model.imgsz = self.size
         freeze(model, options.freeze)
         if options.autoanchor and not state:
-            ranks.say(fit_model_anchors(model, self.train_set, self.size, options.seed))
+            ranks.say(fit_model_anchors(model, self.train_set, self.size, options.seed, ranks))
         dtype = training_dtype(options.precision, device)
         ranks.say(slow_precision(dtype, device))
         model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # stub lacks it
@@ -175,16 +183,17 @@ class Run:
         self.sampler, self.loader = training_loader(
             options, self.train_set, model, augmentation, share_of, ranks, augment
         )
-        self.val_loss = validation_loss(
-            model, self.val_set, share_of, weights, dtype, ranks, options.workers
+        self.validated: Validation | None = None  # of the best weights
+        self.validate = partial(
+            validate,
+            settings=Settings(imgsz=self.size, batch=32 if device.type == "cuda" else 4),
+            weights=weights,
+            device=device,
+            ranks=ranks,
+            engine=options.val_engine,
         )
         schedule = Schedule(
-            self.hyper,
-            self.epochs,
-            len(self.sampler),
-            batch,
-            options.linear_lr,
-            options.accumulate,
+            self.hyper, self.epochs, len(self.sampler), batch, options.linear_lr, options.accumulate
         )
         ema = EMA(model)
         why_not = partial(why_not_fused, model, (share_of, 3, self.size, self.size), dtype)
@@ -200,7 +209,15 @@ class Run:
         if self.options.resume is None:
             made = new_run(self.folder, self.options.name) if self.ranks.main else None
             self.folder = share(made, self.ranks)
-        own = self._own_callbacks() if self.ranks.main else []
+        own: list[Callback] = []
+        if self.ranks.main:
+            own = own_callbacks(
+                self.folder,
+                {"options": asdict(self.options), "hyper-parameters": asdict(self.hyper)},
+                self.train_set,
+                self.progress.epoch,
+                plots=can_plot(),
+            )
         others = callbacks if self.ranks.main else []
         for callback in (*own, *others):
             callback.on_start(self.folder, asdict(self.options), self.step.model)
@@ -212,26 +229,35 @@ class Run:
         if not self.progress.step:
             self._save()  # from its first batch on, a run can be resumed
         try:
-            stopped = self._epochs(own, others)
+            result = self._end(self._epochs(own, others))
         except (KeyboardInterrupt, OSError, UserError):
             self.ranks.say(f"what was saved last is kept: yolov7 train --resume {self.folder}")
             raise
-        result = Result(
-            folder=self.folder,
-            epochs=self.progress.epoch,
-            best_epoch=self.progress.best_epoch,
-            fitness=self.progress.best,
-            stats=self.progress.stats,
-            hours=self.progress.seconds / 3600,
-            stopped=stopped,
-        )
         for callback in (*own, *others):
             callback.on_end(result)
+        if self.ranks.main and self.options.export is not None:
+            export_best(self.folder, self.options.export)
         return result
+
+    def _end(self, stopped: str) -> Result:
+        """Evaluate the best weights."""
+        progress = self.progress
+        found = evaluate_best(
+            self.folder,
+            self.options,
+            progress.best_epoch,
+            self.validated or self.val_set,
+            self.step.ema.model,
+            self.validate,
+            self.ranks,
+            plots=can_plot(),
+        )
+        return Result.of(self.folder, progress, found, stopped)
 
     def _epochs(self, own: Sequence[Callback], others: Sequence[Callback]) -> str:
         """Train, evaluate, save, report, over and over; why that ended."""
-        progress, stopped = self.progress, ""
+        progress = self.progress
+        stopped = ALL_DONE if progress.epoch >= self.epochs else ""  # its end was missing
         started = perf_counter() - progress.seconds
         while not stopped:
             row = self._train_epoch([*own, *others])
@@ -279,21 +305,17 @@ class Run:
 
     def _validate(self) -> Validation:
         """Evaluate the moving average; note whether it is the best."""
-        model, progress = self.step.ema.model, self.progress
-        settings = Settings(imgsz=self.size, batch=32 if self.device.type == "cuda" else 4)
-        validation = validate(
-            model, self.val_set, settings, self.device, self.ranks, self.options.val_engine
-        )
+        progress = self.progress
+        validation = self.validate(self.step.ema.model, self.val_set)
         skipped = validation.predictions.dataset.skipped
         self._tell(f"left out of the evaluation: {line}" for line in skipped)
-        evaluation = validation.evaluation
-        progress.stats = {name: float(value) for name, value in evaluation.stats.items()}
-        progress.stats |= self.val_loss(model, self.device, self.ranks)
+        progress.stats = validation.stats
         if self.options.image_weights:
-            ap = np.array([max(row.ap, 0.0) for row in evaluation.per_class])
+            ap = np.array([max(row.ap, 0.0) for row in validation.evaluation.per_class])
             self.sampler.weights = image_weights(self.train_set, ap)
         if (value := fitness(progress.stats)) > progress.best:
             progress.best, progress.best_epoch = value, progress.epoch
+            self.validated = validation
         return validation
 
     def _tell(self, lines: Iterable[str]) -> None:
@@ -307,7 +329,7 @@ class Run:
         """Note the time; why this epoch is the last, empty: it is not."""
         self.progress.seconds = share(perf_counter() - started, self.ranks)
         if self.progress.epoch >= self.epochs:
-            return "all epochs are done"
+            return ALL_DONE
         hours = self.options.hours
         if hours is not None and self.progress.seconds >= hours * 3600:
             return f"{hours:g} hours have passed"
@@ -371,40 +393,6 @@ class Run:
         self.progress = from_json(Progress, {**state["progress"], "stats": {}})
         self.progress.stats = {name: float(value) for name, value in stats.items()}
         was = state["options"]["epochs"] or EPOCHS
-        if was != self.epochs and self.progress.step:
+        if was != self.epochs > self.progress.epoch and self.progress.step:
             schedule, progress = self.step.schedule, self.progress
-            before = replace(schedule, epochs=was).at(progress.epoch, progress.step).lr
-            now = schedule.at(progress.epoch, progress.step).lr
-            self.ranks.say(
-                f"the learning rate goes on at {now:.2g}, {now / max(before, 1e-12):.2g} times "
-                f"that of {was} epochs"
-            )
-
-    def _model(self, state: State, given: YOLOv7 | None) -> tuple[HyperParameters, YOLOv7]:
-        """Hyper-parameters and model, of the options or of the run that is resumed."""
-        last = self.folder / "weights" / "last.safetensors"
-        count = len(self.train_set.names)
-        model = given or (load_model(last) if state else build_model(self.options, count))
-        self.train_set, self.val_set = match_classes(self.train_set, self.val_set, model.names)
-        if state:
-            if model.names != self.train_set.names:
-                raise UserError(
-                    f"{self.folder} learns {model.names}, the data has {self.train_set.names}"
-                )
-            with reading_state(self.folder):
-                return from_json(HyperParameters, state["hyper"]), model
-        model, note = fit_classes(model, self.train_set.names)
-        if note:
-            self.ranks.say(note)
-        return hyper_parameters(self.options, model.variant), model
-
-    def _own_callbacks(self) -> list[Callback]:
-        """Those that fill the run's folder."""
-        callbacks: list[Callback] = [CsvWriter(self.folder / "results.csv", self.progress.epoch)]
-        settings = {"options": asdict(self.options), "hyper-parameters": asdict(self.hyper)}
-        (self.folder / "arguments.json").write_text(json.dumps(settings, indent=2))
-        if can_plot():
-            callbacks.append(Plotter(self.folder, self.train_set))
-        if find_spec("tensorboard"):
-            callbacks.append(TensorBoard(self.folder))
-        return callbacks
+            self.ranks.say(schedule.compared_with(was, progress.epoch, progress.step))

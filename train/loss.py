@@ -65,7 +65,7 @@ class Loss(nn.Module):
 
     Which cells are positive is the assigner's decision. Under `torch.distributed` the means are
     over the matches of all ranks, so that the average of the ranks' gradients is the gradient of
-    the whole batch.
+    the whole batch, unless each rank is `alone` with its own number of batches.
 
     Args:
         anchors: the head's geometry.
@@ -74,6 +74,7 @@ class Loss(nn.Module):
         auxiliary_assigner: gives the auxiliary head's matches, from the lead's predictions; None
             for heads without one.
         label_smoothing: positives are 1 - e/2, negatives e/2.
+        alone: see above.
     """
 
     def __init__(
@@ -84,6 +85,7 @@ class Loss(nn.Module):
         *,
         auxiliary_assigner: AnchorAssigner | None = None,
         label_smoothing: float = 0.0,
+        alone: bool = False,
     ) -> None:
         super().__init__()
         self.anchors = anchors
@@ -91,6 +93,7 @@ class Loss(nn.Module):
         self.assigner = assigner
         self.auxiliary_assigner = auxiliary_assigner
         self.label_smoothing = label_smoothing
+        self.alone = alone
         self.balance = OBJECTNESS_BALANCE[len(anchors.strides)]
 
     def forward(self, raw: list[Tensor], labels: Tensor) -> dict[str, Tensor]:
@@ -137,7 +140,7 @@ class Loss(nn.Module):
         parts = slots.levels()
         positives = torch.stack([part.mask.sum() for part in parts]).float()
         ranks = 1
-        if dist.is_initialized():
+        if dist.is_initialized() and not self.alone:
             dist.all_reduce(positives)
             ranks = dist.get_world_size()
         # Clamped as the sum over ranks: a share of one match may well be less than 1.
@@ -248,6 +251,7 @@ def build_loss(
     ota: bool = True,
     label_smoothing: float = 0.0,
     capacity: int | None = None,
+    alone: bool = False,
 ) -> Loss:
     """The loss of a head: auxiliary OTA where it has auxiliary outputs, else OTA or plain."""
     if auxiliary:
@@ -259,13 +263,14 @@ def build_loss(
             label_smoothing=label_smoothing,
         )
     kind = SimOTAAssigner if ota else AnchorAssigner
-    return Loss(anchors, nc, kind(anchors, capacity=capacity), label_smoothing=label_smoothing)
+    assigner = kind(anchors, capacity=capacity)
+    return Loss(anchors, nc, assigner, label_smoothing=label_smoothing, alone=alone)
 
 
 def head_loss(
     model: YOLOv7, *, plain: bool, lead_only: bool = False, label_smoothing: float = 0.0
 ) -> Loss:
-    """The loss that fits a model's head, or its lead outputs alone.
+    """The loss that fits a model's head, or that of its lead outputs, on this rank alone.
 
     Raises:
         UserError: the plain loss with auxiliary heads.
@@ -280,4 +285,5 @@ def head_loss(
         auxiliary=auxiliary,
         ota=not plain,
         label_smoothing=label_smoothing,
+        alone=lead_only,
     )

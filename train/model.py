@@ -1,11 +1,16 @@
 """The model that is trained: built or loaded, made to fit the data, parts of it frozen."""
 
+from pathlib import Path
+
 import torch
 
 from yolov7.checkpoint import load_model
 from yolov7.errors import UserError
 from yolov7.model import YOLOv7, create_model
-from yolov7.train.options import Train
+from yolov7.schema import from_json
+from yolov7.train.config import HyperParameters
+from yolov7.train.options import Train, hyper_parameters
+from yolov7.train.state import State, reading_state
 
 
 def build_model(options: Train, classes: int) -> YOLOv7:
@@ -89,3 +94,43 @@ def frozen_to_eval(model: YOLOv7, prefixes: tuple[str, ...]) -> None:
     for name, module in model.named_modules():
         if any(f"{name}.".startswith(f"{prefix}.") for prefix in prefixes):
             module.eval()
+
+
+def first_model(options: Train, folder: Path, state: State, classes: int) -> YOLOv7:
+    """The model of the options, or of the run that is resumed.
+
+    Args:
+        options: of the run.
+        folder: of the run that is resumed.
+        state: of it; empty for a new run.
+        classes: of the data.
+    """
+    last = folder / "weights" / "last.safetensors"
+    return load_model(last) if state else build_model(options, classes)
+
+
+def fitted_model(
+    options: Train, folder: Path, state: State, model: YOLOv7, names: list[str]
+) -> tuple[HyperParameters, YOLOv7, str]:
+    """Hyper-parameters, and the model with the classes of the data.
+
+    Args:
+        options: see `first_model`.
+        folder: likewise.
+        state: likewise.
+        model: to begin with.
+        names: classes of the data.
+
+    Returns:
+        Both, and what is to be said about the model.
+
+    Raises:
+        UserError: the run that is resumed learns other classes, or its state is damaged.
+    """
+    if state:
+        if model.names != names:
+            raise UserError(f"{folder} learns {model.names}, the data has {names}")
+        with reading_state(folder):
+            return from_json(HyperParameters, state["hyper"]), model, ""
+    model, note = fit_classes(model, names)
+    return hyper_parameters(options, model.variant), model, note

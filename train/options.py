@@ -42,7 +42,7 @@ ANEW = (
         "workers",
         "cache",
     ),
-    *("device", "kernels"),
+    *("device", "kernels", "export"),
 )
 
 
@@ -122,6 +122,8 @@ class Train:
     """epochs between evaluations; the last epoch is always evaluated"""
     val_engine: Literal["auto", "eager", "compile", "graph"] = "eager"
     """what runs the network in evaluations, as in yolov7 val"""
+    export: str | None = None
+    """format, as in yolov7 export, to write the best weights in at the end (default: none)"""
     workers: int | None = None
     """processes that prepare images (default: one per core, at most 8)"""
     device: str = "auto"
@@ -137,9 +139,10 @@ class Train:
     name: str | None = None
     """name of the run (default: the next free number)"""
     resume: str | None = None
-    """folder of a run to go on with; data (where it has moved), epochs, patience, hours, val-every,
-    save-every, val-engine, workers, cache, device and kernels may be given anew; on several
-    machines, all of them have to see the folder"""
+    """folder of a run to go on with, or to make what is missing of its end; data (where it has
+    moved), epochs, patience, hours, val-every, save-every, val-engine, export, workers, cache,
+    device and kernels may be given anew; on several machines, all of them have to see the
+    folder"""
     json: str | None = None
     """write the result to this file"""
 
@@ -172,8 +175,7 @@ def resumed_options(given: Train, state: dict[str, Any]) -> tuple[Train, str]:
     """The options of the run that is resumed, with those given anew, and what to say of these.
 
     Raises:
-        UserError: the run is finished, or began with another value of an option that cannot
-            change.
+        UserError: the run began with another value of an option that cannot change.
     """
     usual = asdict(Train())
     saved = {k: v for k, v in state["options"].items() if k in usual}
@@ -191,7 +193,5 @@ def resumed_options(given: Train, state: dict[str, Any]) -> tuple[Train, str]:
     options = Train(**saved | anew | {"resume": folder, "json": report})
     check_numbers(options)
     done = state["progress"]["epoch"]
-    if done >= (EPOCHS if options.epochs is None else options.epochs):
-        raise UserError(f"{folder} has finished its {done} epochs: give more --epochs to go on")
     changes = [f"--{k.replace('_', '-')} {v} instead of {saved.get(k)}" for k, v in anew.items()]
     return options, f"resumed after epoch {done}" + (f", {', '.join(changes)}" if changes else "")

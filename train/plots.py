@@ -1,8 +1,10 @@
 """Pictures of a run: its training batches, and with matplotlib its labels and its course."""
 
+import json
 import math
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +18,7 @@ from yolov7.results import write_image
 from yolov7.text import plot_text
 from yolov7.train.loader import Batch
 from yolov7.train.meter import LOSSES
-from yolov7.train.report import Callback, Result, read_rows
+from yolov7.train.report import Callback, CsvWriter, Result, TensorBoard, read_rows
 from yolov7.train.validation import Validation
 
 SHOWN = 16  # images of a batch
@@ -96,8 +98,18 @@ def results_picture(csv: Path, path: Path) -> None:
         figure.savefig(temporary, dpi=100)
 
 
+def evaluation_pictures(validation: Validation, folder: Path) -> None:
+    """The curves, the confusion matrix, and images with what was found in them."""
+    from yolov7.evaluate.pictures import save_pictures
+
+    evaluation, found, _ = validation
+    save_pictures(evaluation, folder)
+    sheet = draw_sheet(found.dataset.samples, found.detections, found.dataset.names)
+    write_image(folder / "samples.jpg", sheet)
+
+
 class Plotter(Callback):
-    """Draws the labels at the start, the course of the run and its last evaluation at the end.
+    """Draws the labels at the start and the course of the run at the end.
 
     Args:
         folder: of the run.
@@ -106,29 +118,34 @@ class Plotter(Callback):
 
     def __init__(self, folder: Path, dataset: Dataset) -> None:
         self.folder = folder
-        self.validation: Validation | None = None
         label_picture(dataset, folder / "labels.png")
-
-    def on_epoch(
-        self,
-        row: dict[str, float],  # noqa: ARG002  # the callback's signature
-        validation: Validation | None,
-    ) -> None:
-        """Remember the validation."""
-        self.validation = validation or self.validation
 
     def on_end(self, result: Result) -> None:  # noqa: ARG002  # the callback's signature
         """Draw."""
-        from yolov7.evaluate.pictures import save_pictures
-
         results_picture(self.folder / "results.csv", self.folder / "results.png")
-        if self.validation is not None:
-            evaluation, found = self.validation
-            save_pictures(evaluation, self.folder)
-            sheet = draw_sheet(found.dataset.samples, found.detections, found.dataset.names)
-            write_image(self.folder / "val_samples.jpg", sheet)
 
 
 def can_plot() -> bool:
     """Whether matplotlib, the extra `plots`, is installed."""
     return find_spec("matplotlib") is not None
+
+
+def own_callbacks(
+    folder: Path, settings: dict[str, Any], dataset: Dataset, epochs: int, *, plots: bool
+) -> list[Callback]:
+    """Those that fill a run's folder; what the run was told is written there at once.
+
+    Args:
+        folder: of the run.
+        settings: what it was told.
+        dataset: the images trained on.
+        epochs: that are done.
+        plots: whether pictures are drawn, too.
+    """
+    (folder / "arguments.json").write_text(json.dumps(settings, indent=2))
+    callbacks: list[Callback] = [CsvWriter(folder / "results.csv", epochs)]
+    if plots:
+        callbacks.append(Plotter(folder, dataset))
+    if find_spec("tensorboard"):
+        callbacks.append(TensorBoard(folder))
+    return callbacks

@@ -16,6 +16,7 @@ from yolov7.model import YOLOv7
 from yolov7.train.distributed import Ranks
 from yolov7.train.loader import Batch
 from yolov7.train.meter import LOSSES
+from yolov7.train.step import Progress
 from yolov7.train.validation import Validation
 
 
@@ -28,7 +29,8 @@ class Result:
         epochs: that were finished, those before a resumption included.
         best_epoch: epoch of the best evaluation, from 1; 0: there was none.
         fitness: of that evaluation, 0.1 AP50 + 0.9 AP.
-        stats: of the last evaluation.
+        stats: of the best weights, on the images evaluated on.
+        test: likewise, on those of the test split; empty: there is none.
         hours: in training and evaluation.
         stopped: why the run ended.
     """
@@ -38,8 +40,25 @@ class Result:
     best_epoch: int
     fitness: float
     stats: dict[str, float]
+    test: dict[str, float]
     hours: float
     stopped: str
+
+    @classmethod
+    def of(
+        cls, folder: Path, progress: Progress, found: dict[str, Validation], stopped: str
+    ) -> "Result":
+        """How a run ended that came so far, with what was found on `val` and perhaps on `test`."""
+        return cls(
+            folder=folder,
+            epochs=progress.epoch,
+            best_epoch=progress.best_epoch,
+            fitness=progress.best,
+            stats=found["val"].stats,
+            test=found["test"].evaluation.stats if "test" in found else {},
+            hours=progress.seconds / 3600,
+            stopped=stopped,
+        )
 
 
 class Callback:

@@ -1,7 +1,7 @@
 """Learning rate, momentum and accumulation as pure functions of epoch and batch number."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from yolov7.train.config import HyperParameters
 
@@ -90,6 +90,14 @@ class Schedule:
         if not self.linear:
             progress = (1 - math.cos(math.pi * progress)) / 2
         return 1 + progress * (self.hyper.lrf - 1)
+
+    def compared_with(self, epochs: int, epoch: int, step: int) -> str:
+        """What another number of epochs makes of the rate of a batch, in a line."""
+        before, now = (replace(self, epochs=n).at(epoch, step).lr for n in (epochs, self.epochs))
+        return (
+            f"the learning rate goes on at {now:.2g}, {now / max(before, 1e-12):.2g} times that of "
+            f"{epochs} epochs"
+        )
 
     def at(self, epoch: int, step: int) -> Rates:
         """The rates of a batch; `step` counts batches from the start of the run."""

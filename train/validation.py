@@ -1,33 +1,44 @@
-"""Evaluation while training: the evaluator of `val`, shared among the ranks."""
+"""Evaluation while training: the evaluator of `val`, shared among the ranks, and the loss.
 
-from collections.abc import Iterable
+Both come from one pass: every image is read once and goes through the network once.
+"""
+
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from torch import Tensor
 
-from yolov7.dataset import Dataset
+from yolov7.dataset import Dataset, Sample
 from yolov7.engine.choose import Runtime, open_network
 from yolov7.evaluate import Evaluation, Predictions, Settings, measure, predict
 from yolov7.evaluate.run import GROUP
+from yolov7.letterbox import Geometry
 from yolov7.model import YOLOv7
-from yolov7.train.config import UNCHANGED
-from yolov7.train.data import TrainingData
+from yolov7.train.assigner import Anchors, pad_labels
 from yolov7.train.distributed import Ranks, collect, synchronise
-from yolov7.train.loader import Batch, Loader
-from yolov7.train.loss import Loss, LossWeights, head_loss
-from yolov7.train.meter import LOSSES, Meter, merged
-from yolov7.train.precision import autocast
-from yolov7.train.sampler import EpochSampler, rectangles
+from yolov7.train.loss import LossWeights, head_loss
 
 FITNESS = {"AP50": 0.1, "AP": 0.9}
+LEAST = 1e-7  # of a probability, and of what it lacks of 1: beyond it fp32 knows none
 
 
 class Validation(NamedTuple):
-    """An evaluation, and the detections that it is about."""
+    """An evaluation, the detections that it is about, and the loss on the same images.
+
+    The losses are means over the images: `val_box`, `val_objectness`, `val_classes`.
+    """
 
     evaluation: Evaluation
     predictions: Predictions
+    losses: dict[str, float]
+
+    @property
+    def stats(self) -> dict[str, float]:
+        """All figures by name."""
+        return {name: float(value) for name, value in self.evaluation.stats.items()} | self.losses
 
 
 def fitness(stats: dict[str, float]) -> float:
@@ -38,71 +49,70 @@ def fitness(stats: dict[str, float]) -> float:
 class ValidationLoss:
     """The plain loss on unchanged images: next to the training loss it shows overfitting.
 
+    It is called with every batch of an evaluation, see `yolov7.evaluate.predict`.
+
     Args:
-        loss: the plain one, of the lead head.
-        weights: of its terms.
-        loader: batches of this rank.
-        dtype: what the network computes in, as in training.
+        model: gives the head, whose lead outputs it is the loss of.
+        weights: of the terms.
     """
 
-    def __init__(
-        self, loss: Loss, weights: LossWeights, loader: Iterable[Batch], dtype: torch.dtype
-    ) -> None:
-        self.loss, self.weights, self.loader, self.dtype = loss, weights, loader, dtype
+    def __init__(self, model: YOLOv7, weights: LossWeights) -> None:
+        self.loss, self.weights = head_loss(model, plain=True, lead_only=True), weights
+        self.sums: dict[str, Tensor] = {}
+        self.images = 0
 
     @torch.no_grad()
-    def __call__(self, model: YOLOv7, device: torch.device, ranks: Ranks) -> dict[str, float]:
-        """Means over the batches of all ranks: `val_box`, `val_objectness`, `val_classes`."""
-        model.eval()
-        meter = Meter("validation loss", 0, show=False)
-        for batch in meter.follow(self.loader):
-            images = batch.images.to(device, non_blocking=True).float().div_(255)
-            with autocast(device, self.dtype):
-                lead = model.lead_outputs(images.contiguous(memory_format=torch.channels_last))
-            meter.add(self.weights.weigh(self.loss(lead, batch.labels)), len(images))
-        row = merged(collect(meter.row(), ranks))
-        return {f"val_{name}": row[name] for name in LOSSES}
+    def __call__(self, samples: list[Sample], decoded: Tensor, where: list[Geometry]) -> None:
+        """Take in a batch."""
+        raw = undecoded(decoded, self.loss.anchors, where[0].shape)
+        labels = [letterboxed(one, place) for one, place in zip(samples, where, strict=True)]
+        for name, term in self.weights.weigh(self.loss(raw, pad_labels(labels))).items():
+            self.sums[name] = self.sums.get(name, 0) + term * len(samples)
+        self.images += len(samples)
 
 
-def validation_loss(
-    model: YOLOv7,
-    dataset: Dataset,
-    batch: int,
-    weights: LossWeights,
-    dtype: torch.dtype,
-    ranks: Ranks,
-    workers: int | None,
-) -> ValidationLoss:
-    """The loss of a model's lead head on images as they are, each rank's share of them.
+def undecoded(decoded: Tensor, anchors: Anchors, shape: tuple[int, int]) -> list[Tensor]:
+    """The raw outputs of the levels that `Detect.decode` made boxes of.
 
     Args:
-        model: gives the head, and the side of the images.
-        dataset: the images.
-        batch: of a rank.
-        weights: of the terms.
-        dtype: what the network computes in.
-        ranks: which process this is.
-        workers: see `Loader`.
+        decoded: `[B, N, 5 + nc]` centre, size, objectness, class probabilities.
+        anchors: the head's geometry.
+        shape: height and width of the images in pixels.
+
+    Returns:
+        `[B, na, ny, nx, 5 + nc]` of each level, in fp32, between -16 and 16.
     """
-    samples = dataset.samples
-    sampler = EpochSampler(
-        len(samples),
-        max(1, min(batch, len(samples))),
-        model.imgsz,
-        rank=ranks.rank,
-        world=ranks.world,
-        shapes=rectangles(samples, model.imgsz, model.stride),
-    )
-    pin = model.head.anchors.is_cuda
-    data = TrainingData(dataset, model.imgsz, UNCHANGED)
-    loader = Loader(data, sampler, workers=workers, pin=pin, keep=False)
-    return ValidationLoss(head_loss(model, plain=True, lead_only=True), weights, loader, dtype)
+    sizes = anchors.on(decoded.device)
+    grids = [(shape[0] // stride, shape[1] // stride) for stride in anchors.strides]
+    rows = decoded.float().split([sizes.shape[1] * ny * nx for ny, nx in grids], 1)
+    raw = []
+    for level, part in enumerate(rows):
+        (ny, nx), stride = grids[level], anchors.strides[level]
+        s = part.reshape(len(part), -1, ny, nx, part.shape[2]).clone()
+        s[..., 0] = (s[..., 0] / stride + 0.5 - torch.arange(nx, device=s.device)) / 2
+        s[..., 1] = (s[..., 1] / stride + 0.5 - torch.arange(ny, device=s.device)[:, None]) / 2
+        s[..., 2:4] = (s[..., 2:4] / sizes[level][:, None, None]).sqrt() / 2
+        raw.append(s.logit_(LEAST))
+    return raw
+
+
+def letterboxed(sample: Sample, where: Geometry) -> Tensor:
+    """Labels `[n, 5]` of an image in its letterbox, as fractions of it, crowds left out."""
+    counted = ~sample.labels.crowd
+    frame = np.tile([sample.width, sample.height], 2)
+    corners = sample.labels.boxes[counted].clip(0, frame) * np.tile(where.ratio, 2)
+    low, high = corners[:, :2] + where.pad, corners[:, 2:] + where.pad
+    boxes = np.concatenate([(low + high) / 2, high - low], 1) / np.tile(where.shape[::-1], 2)
+    classes = sample.labels.classes[counted]
+    labels = np.concatenate([classes[:, None], boxes], 1)[(high > low).all(1)]
+    return torch.from_numpy(labels.astype(np.float32))
 
 
 def validate(
     model: YOLOv7,
     dataset: Dataset,
     settings: Settings,
+    weights: LossWeights,
     device: torch.device,
     ranks: Ranks,
     engine: str = "eager",
@@ -119,19 +129,29 @@ def validate(
     mine = sorted(index for group in groups[ranks.rank :: ranks.world] for index in group)
     found, unread = {}, list[str]()
     speed: dict[str, float] = {}
+    loss = ValidationLoss(model, weights)
     if mine:
         network = open_network(Runtime(weights=model, device=device, engine=engine))
         part = replace(dataset, samples=[samples[i] for i in mine])
-        result = predict(network, part, settings)
+        result = predict(network, part, settings, loss)
         places = {id(samples[i]): i for i in mine}
         read = (places[id(sample)] for sample in result.dataset.samples)
         found = dict(zip(read, result.detections, strict=True))
         unread = result.dataset.skipped[len(dataset.skipped) :]
         speed = result.speed
-    parts = collect((found, unread), ranks)
-    merged = {i: boxes for found, _ in parts for i, boxes in found.items()}
-    skipped = [*dataset.skipped, *(line for _, unread in parts for line in unread)]
+    sums = {name: float(value) for name, value in loss.sums.items()}  # synchronises
+    parts = collect((found, unread, sums, loss.images), ranks)
+    merged = {i: boxes for found, *_ in parts for i, boxes in found.items()}
+    skipped = [*dataset.skipped, *(line for _, unread, *_ in parts for line in unread)]
     seen = sorted(merged)
     whole = replace(dataset, samples=[samples[i] for i in seen], skipped=skipped)
     predictions = Predictions(whole, [merged[i] for i in seen], speed)
-    return Validation(measure(whole, predictions.detections, speed), predictions)
+    evaluation = measure(whole, predictions.detections, speed)
+    return Validation(evaluation, predictions, _means([part[2:] for part in parts]))
+
+
+def _means(parts: Sequence[tuple[dict[str, float], int]]) -> dict[str, float]:
+    """Means over the images of all ranks, of sums and numbers of images of each."""
+    images = sum(count for _, count in parts)
+    names = next(sums for sums, count in parts if count)
+    return {f"val_{n}": sum(sums.get(n, 0.0) for sums, _ in parts) / images for n in names}

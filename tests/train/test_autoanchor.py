@@ -1,4 +1,5 @@
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from yolov7.train.autoanchor import (
     fit_model_anchors,
     possible_recall,
 )
+from yolov7.train.distributed import Ranks
 
 ANCHORS = np.array([[[10, 13], [16, 30]], [[62, 45], [116, 90]]], np.float32)
 
@@ -100,7 +102,7 @@ def test_new_anchors_are_fitted_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(autoanchor, "fit_anchors", fit)
     model = create_model("yolov7-tiny", 1, width=0.125)
-    note = fit_model_anchors(model, Dataset(samples(boxes), ["a"], [0]), 640, 0)
+    note = fit_model_anchors(model, Dataset(samples(boxes), ["a"], [0]), 640, 0, Ranks())
     assert note.endswith("new anchors were fitted, which 50.0% match")
     assert calls == [9]
 
@@ -122,5 +124,27 @@ def test_what_is_said_about_the_anchors(sizes: list[list[float]], note: str) -> 
     dataset = Dataset(samples(np.array(sizes)), ["a"], [0])
     model = create_model("yolov7-tiny", 1, width=0.125)
     before = model.head.anchors.clone()
-    assert fit_model_anchors(model, dataset, 640, 0) == note
+    assert fit_model_anchors(model, dataset, 640, 0, Ranks()) == note
     assert model.head.anchors.equal(before) == ("new anchors" not in note)
+
+
+def test_the_main_rank_searches_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset = Dataset(samples(np.array([[300.0, 5], [320, 6]] * 20)), ["a"], [0])
+    models = [create_model("yolov7-tiny", 1, width=0.125) for _ in range(2)]
+    sent: list[Any] = []
+
+    def share(value: Any, ranks: Ranks) -> Any:
+        sent.append(value)
+        return sent[0]
+
+    monkeypatch.setattr(autoanchor, "share", share)
+    searched = []
+
+    def watched(*given: Any) -> Sizes:
+        searched.append(given)
+        return box_sizes(*given)
+
+    monkeypatch.setattr(autoanchor, "box_sizes", watched)
+    notes = {fit_model_anchors(m, dataset, 640, 0, Ranks(i, 2)) for i, m in enumerate(models)}
+    assert len(searched) == len(notes) == 1
+    assert models[0].head.anchors.equal(models[1].head.anchors)

@@ -120,8 +120,21 @@ def test_tensorboard_gets_what_is_known(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
     board = TensorBoard(tmp_path)
     board.on_epoch(ROW, None)
-    board.on_end(Result(tmp_path, 3, 1, 0.5, {}, 0.1, "done"))
+    board.on_end(Result(tmp_path, 3, 1, 0.5, {}, {}, 0.1, "done"))
     assert calls[0] == str(tmp_path)
     assert ("lr", 0.01, 3) in calls
     assert not any(call[0] == "AP" for call in calls[1:-1])
     assert calls[-1] == "closed"
+
+
+def test_tensorboard_reads_what_was_written(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = TensorBoard(tmp_path)
+    board.on_epoch(ROW, None)
+    board.on_epoch({**ROW, "epoch": 4.0, "AP": 0.5}, None)
+    board.on_end(Result(tmp_path, 4, 1, 0.5, {}, {}, 0.1, "done"))
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert [(e.step, e.value) for e in events.Scalars("AP")] == [(4, 0.5)]
+    assert [e.step for e in events.Scalars("box")] == [3, 4]

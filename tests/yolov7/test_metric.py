@@ -12,7 +12,7 @@ from pycocotools.cocoeval import COCOeval
 
 from tests.yolov7.data_sets import found, sample
 from yolov7.dataset import Dataset, load_data
-from yolov7.evaluate import coco_results, measure
+from yolov7.evaluate import coco, coco_results, measure
 
 BY_HAND = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100")
 
@@ -20,6 +20,28 @@ BY_HAND = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100")
 @pytest.fixture(autouse=True)
 def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("YOLOV7_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(autouse=True, params=["pycocotools", "faster_coco_eval"])
+def _evaluator(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip(request.param, reason="faster-coco-eval, the extra fast-eval, is missing")
+    monkeypatch.setattr(coco, "FAST", request.param == "faster_coco_eval")
+
+
+def test_both_evaluators_find_the_same(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset = load_data(data_dir / "coco-tiny", "val")
+    detections = shaken(dataset)
+    ours = coco.match(dataset, detections)
+    monkeypatch.setattr(coco, "FAST", False)
+    reference = coco.match(dataset, detections)
+    np.testing.assert_allclose(ours.precision, reference.precision, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(ours.recall, reference.recall, rtol=0, atol=1e-6)
+    assert ours.stats() == pytest.approx(reference.stats(), abs=1e-6)
+    for a, b in zip(ours.classes, reference.classes, strict=True):
+        assert a.boxes == b.boxes
+        assert sorted(zip(a.scores, a.hits, strict=True)) == sorted(
+            zip(b.scores, b.hits, strict=True)
+        )
 
 
 def shaken(dataset: Dataset, seed: int = 0) -> list[np.ndarray]:

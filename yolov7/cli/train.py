@@ -32,5 +32,7 @@ def report(result: Result) -> None:
     print(f"{result.stopped}: {result.epochs} epochs in {result.hours:.2f} hours")
     best = result.folder / "weights" / "best.safetensors"
     if best.exists():
-        print(f"best model: {best} (epoch {result.best_epoch}, fitness {result.fitness:.4f})")
+        ap = f"AP {result.stats['AP']:.4f}"
+        ap += f", on test {result.test['AP']:.4f}" if result.test else ""
+        print(f"best model: {best} (epoch {result.best_epoch}, {ap})")
     print(f"last model: {result.folder / 'weights' / 'last.safetensors'}")

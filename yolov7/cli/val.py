@@ -6,8 +6,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from yolov7.checkpoint import DEMO_WEIGHTS
 from yolov7.cli.options import ModelOptions
@@ -18,6 +16,7 @@ from yolov7.errors import UserError, at_least_one
 from yolov7.evaluate import Evaluation, Predictions, Settings, coco_results, measure, predict
 from yolov7.evaluate.run import EVERYTHING, Preparation
 from yolov7.evaluate.sheet import draw_sheet
+from yolov7.evaluate.table import class_table
 from yolov7.progress import working
 from yolov7.results import write_image
 from yolov7.runs import check_writable, new_run, write_arguments, write_json
@@ -160,24 +159,9 @@ def _print(evaluation: Evaluation) -> None:
             f" {title:<18} ({letters}) @[ IoU={iou:<9} | area={area:>6} | "
             f"maxDets={detections:>3} ] = {stats[figure]:.3f}"
         )
-    table = Table(title=f"precision and recall at confidence {evaluation.confidence:.3f}, IoU 0.5")
-    table.add_column("class")
-    for column in ("images", "instances", "precision", "recall", "AP50", "AP"):
-        table.add_column(column, justify="right")
-    instances = sum(row.instances for row in evaluation.per_class)
-    means = [stats[name] for name in ("precision", "recall", "AP50", "AP")]
-    table.add_row("all", str(evaluation.images), str(instances), *map(_figure, means))
-    table.add_section()
-    for row in evaluation.per_class:
-        figures = map(_figure, (row.precision, row.recall, row.ap50, row.ap))
-        table.add_row(Text(printable(row.name)), str(row.images), str(row.instances), *figures)
-    Console(markup=False).print(table)
+    Console(markup=False).print(class_table(evaluation))
     stages = ", ".join(f"{name} {value:.1f}" for name, value in evaluation.speed.items())
     print(f"speed in ms per image: {stages}")
-
-
-def _figure(value: float) -> str:
-    return "-" if value < 0 else f"{value:.3f}"
 
 
 def _save(options: Val, predictions: Predictions, evaluation: Evaluation, folder: Path) -> None:

@@ -8,7 +8,8 @@ Its two halves serve alone as well: `predict` runs a network over the images of 
 `measure` compares detections with the labels.
 """
 
-from yolov7.evaluate.metric import ClassScore, Curves, Evaluation, coco_results, measure
+from yolov7.evaluate.coco import coco_results
+from yolov7.evaluate.metric import ClassScore, Curves, Evaluation, measure
 from yolov7.evaluate.run import Predictions, Settings, evaluate, predict
 
 __all__ = [

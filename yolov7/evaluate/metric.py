@@ -1,35 +1,18 @@
 """From detections and labels to figures: COCO's twelve, curves and a confusion matrix.
 
-Every figure but the confusion matrix comes from one matching, that of pycocotools: per image and
-class the best 100 detections, highest score first, each taking the free box that it overlaps most;
-crowds absorb detections without being found or missed.
+Every figure but the confusion matrix comes from one matching, that of `yolov7.evaluate.coco`.
 """
 
-import contextlib
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import chain
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 
-from yolov7.boxes import to_coco
-from yolov7.dataset import Dataset, Sample
+from yolov7.dataset import Dataset
+from yolov7.evaluate.coco import ALL_AREAS, AT_50, Detections, Matching, match
 from yolov7.evaluate.confusion import confusion_matrix
-
-Detections = NDArray[np.float32]  # [n, 6] x1, y1, x2, y2 in pixels of the image, score, class
-
-# the order in which pycocotools summarises, without AR by size
-STATS = {
-    "AP": 0, "AP50": 1, "AP75": 2, "APs": 3, "APm": 4, "APl": 5, "AR1": 6, "AR10": 7, "AR100": 8,
-}  # fmt: skip
-ALL_AREAS = 0  # of pycocotools' four ranges of size
-AT_50 = 0  # of its ten thresholds of IoU
 
 
 @dataclass(frozen=True)
@@ -140,10 +123,10 @@ def measure(
     samples, names = dataset.samples, dataset.names
     if len(detections) != len(samples):
         raise ValueError(f"{len(detections)} arrays of detections for {len(samples)} images")
-    evaluator = _run_pycocotools(dataset, detections)
-    curves, shown = _curves(evaluator, names)
+    matching = match(dataset, detections)
+    curves, shown = _curves(matching, names)
     best = int(curves.f1.mean(0).argmax()) if shown else 0
-    stats = {name: float(evaluator.stats[index]) for name, index in STATS.items()}
+    stats = matching.stats()
     precision, recall = curves.precision[:, best], curves.recall[:, best]
     stats["precision"] = float(precision.mean()) if shown else -1.0
     stats["recall"] = float(recall.mean()) if shown else -1.0
@@ -152,7 +135,7 @@ def measure(
     for index, name in enumerate(names):
         found = [sample.labels.classes[~sample.labels.crowd] == index for sample in samples]
         row = shown.index(index) if index in shown else None
-        by_iou = evaluator.eval["precision"][:, :, index, ALL_AREAS, -1]
+        by_iou = matching.precision[:, :, index, ALL_AREAS, -1]
         per_class.append(
             ClassScore(
                 name=name,
@@ -175,90 +158,23 @@ def measure(
     )
 
 
-def coco_results(
-    samples: Sequence[Sample], detections: Sequence[Detections], category_ids: Sequence[int]
-) -> list[dict[str, Any]]:
-    """Detections of a data set in the form of COCO's result files; see `yolov7.boxes.to_coco`."""
-    pairs = zip(samples, detections, strict=True)
-    rows = (to_coco(torch.as_tensor(boxes), one.image_id, category_ids) for one, boxes in pairs)
-    return list(chain.from_iterable(rows))
-
-
-def _run_pycocotools(dataset: Dataset, detections: Sequence[Detections]) -> COCOeval:
-    """Evaluate with classes as categories, so that the arrays are indexed by class."""
-    samples, classes = dataset.samples, range(len(dataset.names))
-    # ids start at 1: pycocotools takes a match with id 0 for no match
-    found = coco_results(samples, detections, classes)
-    for number, annotation in enumerate(found, 1):
-        width, height = annotation["bbox"][2:]
-        annotation |= {"id": number, "area": width * height, "iscrowd": 0}
-    labelled: list[dict[str, Any]] = []
-    for sample in samples:
-        boxes = sample.labels.boxes.astype(np.float64)
-        for row, (x1, y1, x2, y2) in enumerate(boxes.tolist()):
-            labelled.append(
-                {
-                    "id": len(labelled) + 1,
-                    "image_id": sample.image_id,
-                    "category_id": int(sample.labels.classes[row]),
-                    "bbox": [x1, y1, x2 - x1, y2 - y1],
-                    "area": float(sample.labels.areas[row]),
-                    "iscrowd": int(sample.labels.crowd[row]),
-                }
-            )
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints every step
-        evaluator = COCOeval(
-            _index(samples, classes, labelled), _index(samples, classes, found), "bbox"
-        )
-        evaluator.evaluate()
-        evaluator.accumulate()
-        evaluator.summarize()
-    return evaluator
-
-
-def _index(
-    samples: Sequence[Sample], classes: Sequence[int], annotations: list[dict[str, Any]]
-) -> COCO:
-    index = COCO()
-    index.dataset = {
-        "images": [{"id": sample.image_id} for sample in samples],
-        "categories": [{"id": label} for label in classes],
-        "annotations": annotations,
-    }
-    index.createIndex()
-    return index
-
-
-def _curves(evaluator: COCOeval, names: list[str]) -> tuple[Curves, list[int]]:
+def _curves(matching: Matching, names: list[str]) -> tuple[Curves, list[int]]:
     """The curves of all classes with boxes, and which classes these are."""
-    images, areas = len(evaluator.params.imgIds), len(evaluator.params.areaRng)
     confidences = np.arange(1001) / 1000  # as written, 0.351 and not 0.35100000000000003
-    shown, precisions, recalls = [], [], []
-    for index in range(len(names)):
-        first = (index * areas + ALL_AREAS) * images
-        matched = [entry for entry in evaluator.evalImgs[first : first + images] if entry]
-        boxes = sum(int((entry["gtIgnore"] == 0).sum()) for entry in matched)
-        if not boxes:
-            continue
-        counted = [~entry["dtIgnore"][AT_50].astype(bool) for entry in matched]
-        scores = np.concatenate(
-            [np.asarray(e["dtScores"])[c] for e, c in zip(matched, counted, strict=True)]
-        )
-        hits = np.concatenate(
-            [e["dtMatches"][AT_50][c] > 0 for e, c in zip(matched, counted, strict=True)]
-        )
-        all_scores = np.sort(scores)
-        said = len(scores) - np.searchsorted(all_scores, confidences)
+    shown = [label for label, matches in enumerate(matching.classes) if matches.boxes]
+    precisions, recalls = [], []
+    for label in shown:
+        scores, hits, boxes = matching.classes[label]
+        said = len(scores) - np.searchsorted(np.sort(scores), confidences)
         right = hits.sum() - np.searchsorted(np.sort(scores[hits]), confidences)
         last = float(hits[scores.argmax()]) if len(scores) else 0.0
-        shown.append(index)
         precisions.append(np.where(said > 0, right / np.maximum(said, 1), last))
         recalls.append(right / boxes)
     grid = (len(shown), len(confidences))
     curves = Curves(
-        names=[names[index] for index in shown],
-        recalls=np.asarray(evaluator.params.recThrs),
-        precision_at_recall=evaluator.eval["precision"][AT_50, :, shown, ALL_AREAS, -1],
+        names=[names[label] for label in shown],
+        recalls=matching.recalls,
+        precision_at_recall=matching.precision[AT_50, :, shown, ALL_AREAS, -1],
         confidences=confidences,
         precision=np.array(precisions).reshape(grid),
         recall=np.array(recalls).reshape(grid),

@@ -9,7 +9,7 @@ half a stride more than the sides of their extreme aspect.
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -18,13 +18,15 @@ from typing import Literal
 
 import cv2
 import numpy as np
+from torch import Tensor
 
 from yolov7.capture import ahead
 from yolov7.dataset import Dataset, Sample
 from yolov7.engine.choose import open_frames
-from yolov7.engine.frames import Forward, Frames, Pixels
+from yolov7.engine.frames import Forward, Frames, HostFrames, Pixels
 from yolov7.errors import UserError
-from yolov7.evaluate.metric import Detections, Evaluation, measure
+from yolov7.evaluate.coco import Detections
+from yolov7.evaluate.metric import Evaluation, measure
 from yolov7.images import read_image
 from yolov7.letterbox import Geometry, Image, letterbox_geometry
 from yolov7.progress import progress
@@ -34,6 +36,7 @@ Preparation = Literal["authors", "letterbox", "square"]
 GROUP = 32  # images that share a canvas
 READERS = 4  # threads that decode and resize
 AHEAD = 2  # batches that they may be ahead of the network
+Follow = Callable[[list[Sample], Tensor, list[Geometry]], None]
 EVERYTHING = Suppression(conf=0.001, iou=0.65, multi_label=True)  # as the published figures
 
 
@@ -77,13 +80,18 @@ def evaluate(network: Forward, dataset: Dataset, settings: Settings) -> Evaluati
     return measure(predictions.dataset, predictions.detections, predictions.speed)
 
 
-def predict(network: Forward, dataset: Dataset, settings: Settings) -> Predictions:
+def predict(
+    network: Forward, dataset: Dataset, settings: Settings, follow: Follow | None = None
+) -> Predictions:
     """Run a network over the images of a data set.
 
     Args:
         network: From `yolov7.engine.choose.open_network`, or another.
         dataset: The images.
         settings: How images are prepared and detections chosen.
+        follow: Called with what the network makes of every batch: its samples, boxes [B, N,
+            5 + classes] in pixels of the letterboxes before any is suppressed, on the network's
+            device, and these letterboxes. Nothing is captured then.
 
     Raises:
         UserError: The network has another number of classes than the data set, or no image can
@@ -95,7 +103,11 @@ def predict(network: Forward, dataset: Dataset, settings: Settings) -> Predictio
             f"{len(dataset.names)}: give weights that were trained on it"
         )
     samples = dataset.samples
-    frames = open_frames(network, settings.suppression, settings.batch)
+    frames: Frames
+    if follow is None:
+        frames = open_frames(network, settings.suppression, settings.batch)
+    else:
+        frames = followed = _Followed(network, settings.suppression, settings.batch)
     clock: dict[str, float] = dict.fromkeys(("read", "pre"), 0.0)
     found: list[Detections | None] = [None] * len(samples)
     skipped = list(dataset.skipped)
@@ -107,7 +119,10 @@ def predict(network: Forward, dataset: Dataset, settings: Settings) -> Predictio
         ready = [(i, it) for i, it in zip(indices, items, strict=True) if isinstance(it, _Prepared)]
         if not ready:
             continue
-        kept = frames.submit([it.pixels for _, it in ready], [it.where for _, it in ready]).wait()
+        where = [item.where for _, item in ready]
+        kept = frames.submit([item.pixels for _, item in ready], where).wait()
+        if follow is not None:
+            follow([samples[index] for index, _ in ready], followed.decoded, where)
         for (index, item), (boxes, _) in zip(ready, kept.rows(), strict=True):
             found[index] = boxes.numpy().copy()
             clock["read"] += item.read
@@ -120,6 +135,18 @@ def predict(network: Forward, dataset: Dataset, settings: Settings) -> Predictio
     read = [sample for sample, boxes in zip(samples, found, strict=True) if boxes is not None]
     speed = {stage: ms / len(read) for stage, ms in clock.items()}
     return Predictions(replace(dataset, samples=read, skipped=skipped), detections, speed)
+
+
+class _Followed(HostFrames):
+    """The host's way, with what the network made of the last batch."""
+
+    decoded: Tensor
+
+    def decode(
+        self, prepared: Sequence[Pixels], where: Sequence[Geometry]
+    ) -> tuple[Tensor, dict[str, float]]:
+        self.decoded, ms = super().decode(prepared, where)
+        return self.decoded, ms
 
 
 def plan_batches(

@@ -7,7 +7,7 @@ import numpy as np
 from yolov7.dataset import Sample
 from yolov7.drawing import draw_boxes
 from yolov7.errors import UserError
-from yolov7.evaluate.metric import Detections
+from yolov7.evaluate.coco import Detections
 from yolov7.images import read_image
 from yolov7.letterbox import Image, letterbox, letterbox_geometry
 

@@ -8,7 +8,7 @@ print(export(load_model(), Path("blood-cells.onnx"), Settings(nms=nms)))
 """
 
 from yolov7.export.report import Exported
-from yolov7.export.write import Settings, export
+from yolov7.export.write import Settings, export, require_format
 from yolov7.suppression import Suppression
 
-__all__ = ["Exported", "Settings", "Suppression", "export"]
+__all__ = ["Exported", "Settings", "Suppression", "export", "require_format"]

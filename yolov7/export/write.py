@@ -82,17 +82,34 @@ def export(model: YOLOv7, path: Path, settings: Settings) -> Exported:
             target cannot be written, or the file's results are not the model's.
     """
     start = time.perf_counter()
+    require_format(settings.kind)
     metadata = _metadata(model, settings)
     made = FORMATS[settings.kind]
     if path.suffix != made.SUFFIX:
         raise UserError(f"{path}: the name of a {made.NAME} file must end in {made.SUFFIX}")
-    _require(made.PACKAGES)
     with atomic(path) as temporary:
         temporary.touch()  # what cannot be written fails before the work
         note = made.write(_program(model, metadata), temporary, metadata)
         result = check(temporary, path, metadata, _reference(model, metadata))
     seconds = time.perf_counter() - start
     return Exported(path, metadata, path.stat().st_size, note, result, seconds)
+
+
+def require_format(kind: str) -> None:
+    """See whether a format can be written here.
+
+    Raises:
+        UserError: There is no such format, or what it needs is not installed.
+    """
+    if kind not in FORMATS:
+        raise UserError(f"format {kind}: choose from {', '.join(FORMATS)}")
+    for name in FORMATS[kind].PACKAGES:
+        try:
+            import_module(name)
+        except ImportError:
+            raise UserError(
+                f"{name} is not installed: pip install 'yolov7-triton[export]'"
+            ) from None
 
 
 def _metadata(model: YOLOv7, settings: Settings) -> Metadata:
@@ -128,8 +145,6 @@ def _metadata(model: YOLOv7, settings: Settings) -> Metadata:
 
 def _check_inside(settings: Settings) -> None:
     """Whether the format takes what is asked for."""
-    if settings.kind not in FORMATS:
-        raise UserError(f"format {settings.kind}: choose from {', '.join(FORMATS)}")
     made = FORMATS[settings.kind]
     for name, wanted in (("nms", settings.nms is not None), ("letterbox", settings.letterbox)):
         if wanted and name not in made.INSIDE:
@@ -137,16 +152,6 @@ def _check_inside(settings: Settings) -> None:
             raise UserError(f"{made.NAME} has no {name} inside: export {' or '.join(others)}")
     if settings.device not in (made.DEVICES or ("cpu",)):
         raise UserError(f"{made.NAME} files run anywhere: leave device {settings.device} out")
-
-
-def _require(packages: tuple[str, ...]) -> None:
-    for name in packages:
-        try:
-            import_module(name)
-        except ImportError:
-            raise UserError(
-                f"{name} is not installed: pip install 'yolov7-triton[export]'"
-            ) from None
 
 
 def _reference(model: YOLOv7, metadata: Metadata) -> Deploy:
