@@ -1,7 +1,6 @@
 """Losses and times of an epoch: its progress bar, and its row of results.csv."""
 
 import math
-import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
@@ -13,10 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-try:
-    import resource
-except ImportError:  # Windows
-    resource = None  # type: ignore[assignment]  # a module, or none
+from yolov7.benchmark.memory import peak_bytes
 
 T = TypeVar("T")
 REFRESH_S = 1.0  # between updates of the bar, each of which reads the losses from the device
@@ -105,9 +101,6 @@ def merged(rows: list[dict[str, float]]) -> dict[str, float]:
 
 def peak_memory() -> float:
     """Bytes: of the GPU's memory where one is used, else of this process's; NaN: not known."""
-    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
-        return float(torch.cuda.max_memory_allocated())
-    if resource is None:
-        return math.nan
-    unit = 1 if sys.platform == "darwin" else 1024
-    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
+    used = torch.cuda.is_available() and torch.cuda.max_memory_allocated()
+    peak = peak_bytes(torch.device("cuda" if used else "cpu"))
+    return math.nan if peak is None else float(peak)

@@ -9,7 +9,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from yolov7.blocks import Conv
+from yolov7.blocks import Conv, activation_name
+from yolov7.errors import first_line
 from yolov7.kernels.bn_silu import batch_norm_act
 from yolov7.model import YOLOv7
 from yolov7.train.precision import autocast
@@ -74,14 +75,12 @@ def join_norms(model: nn.Module, *, synced: bool = False) -> None:
     """Let every `Conv` of a model normalise and activate at once, in place.
 
     Where the batches of all processes are normalised together, so do the norms that no activation
-    follows. The names of the
-    tensors stay as they are. The model cannot be fused any more: that is for copies made before,
-    such as the moving average.
+    follows. The names of the tensors stay as they are. The model cannot be fused any more: that is
+    for copies made before, such as the moving average.
     """
     for module in list(model.modules()):
         if isinstance(module, Conv) and type(module.bn) is nn.BatchNorm2d:
-            activation = "silu" if isinstance(module.act, nn.SiLU) else "leaky_relu"
-            module.bn = NormAct(module.bn, activation, synced=synced)
+            module.bn = NormAct(module.bn, activation_name(module), synced=synced)
             module.act = nn.Identity()
         for name, child in list(module.named_children()):
             if synced and type(child) is nn.BatchNorm2d:
@@ -125,7 +124,7 @@ def why_not_fused(model: YOLOv7, shape: tuple[int, int, int, int], dtype: torch.
         with torch.no_grad(), autocast(device, dtype):
             probe(images.contiguous(memory_format=torch.channels_last))
     except Exception as error:  # whatever a compiler, a driver or a launch raises
-        return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        return first_line(error)
     return different[0] if different else ""
 
 

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from torch.utils.data import Sampler
 
 from yolov7.dataset import Dataset, Sample
+from yolov7.letterbox import letterbox_geometry
 
 OTHERS = 17  # images that a mosaic of nine, blended with another, shows beside its own
 
@@ -103,14 +104,9 @@ class EpochSampler(Sampler[list[Key]]):
 
 def rectangles(samples: list[Sample], size: int, stride: int) -> list[tuple[int, int]]:
     """The smallest canvas, in multiples of the stride, of each image at the given longer side."""
-
-    def side(pixels: float) -> int:
-        return max(1, -(-round(pixels) // stride)) * stride
-
-    ratios = [size / max(sample.height, sample.width) for sample in samples]
     return [
-        (side(sample.height * r), side(sample.width * r))
-        for sample, r in zip(samples, ratios, strict=True)
+        letterbox_geometry((s.height, s.width), size, stride=stride, auto=True).shape
+        for s in samples
     ]
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from yolov7.dataset import Dataset, Sample
 from yolov7.engine.choose import Runtime, open_network
 from yolov7.evaluate import Evaluation, Predictions, Settings, measure, predict
-from yolov7.evaluate.run import GROUP
+from yolov7.evaluate.run import GROUP, by_aspect
 from yolov7.letterbox import Geometry
 from yolov7.model import YOLOv7
 from yolov7.train.assigner import Anchors, pad_labels
@@ -124,7 +124,7 @@ def validate(
     """
     synchronise(model, ranks)
     samples = dataset.samples
-    order = sorted(range(len(samples)), key=lambda i: samples[i].height / samples[i].width)
+    order = by_aspect(samples)
     groups = [order[start : start + GROUP] for start in range(0, len(order), GROUP)]
     mine = sorted(index for group in groups[ranks.rank :: ranks.world] for index in group)
     found, unread = {}, list[str]()

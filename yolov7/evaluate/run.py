@@ -149,6 +149,11 @@ class _Followed(HostFrames):
         return self.decoded, ms
 
 
+def by_aspect(samples: Sequence[Sample]) -> list[int]:
+    """Positions of the samples by height / width: each `GROUP` of them shares a canvas."""
+    return sorted(range(len(samples)), key=lambda i: samples[i].height / samples[i].width)
+
+
 def plan_batches(
     samples: Sequence[Sample], settings: Settings, stride: int
 ) -> list[tuple[list[int], tuple[int, int]]]:
@@ -157,7 +162,7 @@ def plan_batches(
     Returns:
         Positions of the samples, by aspect, and height and width of the canvas they share.
     """
-    order = sorted(range(len(samples)), key=lambda i: samples[i].height / samples[i].width)
+    order = by_aspect(samples)
     canvases: list[tuple[int, int]] = []
     if settings.preparation == "authors":
         for start in range(0, len(order), GROUP):
