@@ -13,6 +13,7 @@ from rich.console import Console
 from yolov7.checkpoint import load_model
 from yolov7.dataset import Dataset, load_data
 from yolov7.dataset.reader import known_splits
+from yolov7.dataset.split import shared_images
 from yolov7.errors import UserError
 from yolov7.evaluate.table import class_table
 from yolov7.formats import FORMATS
@@ -64,6 +65,7 @@ def evaluate_best(
     folder: Path,
     options: Train,
     epoch: int,
+    train: Dataset,
     val: Validation | Dataset,
     model: YOLOv7,
     validate: Validate,
@@ -77,6 +79,7 @@ def evaluate_best(
         folder: of the run.
         options: the data, whose test split is looked at now for the first time.
         epoch: of the best weights.
+        train: what was trained on, and is not to be in the test split.
         val: what their evaluation found, or the images, where this process has not made it.
         model: of the run, on its device; stays as it is.
         validate: evaluates a model on images.
@@ -89,7 +92,7 @@ def evaluate_best(
         found["val"] = val
     else:
         data["val"] = val
-    test, note = _test_images(options, model.names)
+    test, note = _test_images(options, train)
     ranks.say(note)
     if test is not None:
         data["test"] = test
@@ -110,7 +113,7 @@ def evaluate_best(
     return found
 
 
-def _test_images(options: Train, names: list[str]) -> tuple[Dataset | None, str]:
+def _test_images(options: Train, train: Dataset) -> tuple[Dataset | None, str]:
     """The test split, if the data has one that can be evaluated, and what is to be said of it."""
     if not options.data or "test" in (options.split, options.val_split):
         return None, ""
@@ -120,9 +123,11 @@ def _test_images(options: Train, names: list[str]) -> tuple[Dataset | None, str]
         dataset = load_data(options.data, "test")
     except UserError as error:  # many a data.yaml names a folder that was never downloaded
         return None, f"not evaluated on test: {error}"
-    dataset = as_one_class(dataset) if options.single_class else dataset.matched(names)
-    if not dataset.boxes or dataset.names != names:
+    dataset = as_one_class(dataset) if options.single_class else dataset.matched(train.names)
+    if not dataset.boxes or dataset.names != train.names:
         return None, "not evaluated on test: it has no boxes, or other classes"
+    if same := shared_images(train, dataset):
+        return None, f"not evaluated on test: {len(same)} of its images were trained on"
     return dataset, ""
 
 

@@ -246,6 +246,7 @@ class Run:
             self.folder,
             self.options,
             progress.best_epoch,
+            self.train_set,
             self.validated or self.val_set,
             self.step.ema.model,
             self.validate,
