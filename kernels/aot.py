@@ -78,9 +78,9 @@ def capability_of(target: str) -> tuple[int, int]:
     return number // 10, number % 10
 
 
-def compiled_kernel(spec: CompileSpec, target: str) -> Any:
-    """What Triton makes of one specialisation for a target such as ``sm_90``."""
-    major, minor = capability_of(target)
+def compiled_kernel(spec: CompileSpec, capability: tuple[int, int]) -> Any:
+    """What Triton makes of one specialisation; the same launch finds it in Triton's cache."""
+    major, minor = capability
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -91,7 +91,7 @@ def compiled_kernel(spec: CompileSpec, target: str) -> Any:
 
 def compile_spec(spec: CompileSpec, target: str, shape: str = "") -> Row:
     """Compile one specialisation for a target and read the machine code."""
-    compiled = compiled_kernel(spec, target)
+    compiled = compiled_kernel(spec, capability_of(target))
     text = _disassemble(compiled.asm["cubin"])
     usage = re.search(r"REG:(\d+) STACK:(\d+).*? LOCAL:(\d+)", text)
     if usage is None:

@@ -135,7 +135,7 @@ def check(spec: CompileSpec, capability: Capability, stub: ctypes.CDLL) -> None:
     assert told.shared == kernel.metadata.shared
     assert told.overlaps == spec.options.get("launch_pdl", 0)
     assert told.descriptors == sum(isinstance(a, TensorDescriptor) for a in spec.args.values())
-    compiled = aot.compiled_kernel(spec, f"sm_{10 * capability[0] + capability[1]}")
+    compiled = aot.compiled_kernel(spec, capability)
     assert compiled.asm["cubin"] == kernel.asm["cubin"]
 
 
