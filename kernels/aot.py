@@ -26,8 +26,9 @@ from pathlib import Path
 from typing import Any
 
 from yolov7 import kernels
+from yolov7.kernels.architectures import ARCHITECTURES
 from yolov7.kernels.conv import config
-from yolov7.kernels.runtime import ARCHITECTURES, CompileSpec, recording, triton, unfit
+from yolov7.kernels.runtime import CompileSpec, recording, triton, unfit
 
 TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 """Architectures that the kernels are made for."""

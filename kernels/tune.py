@@ -50,8 +50,8 @@ TOLERANCE = {
 }
 """Relative root mean square error that a right config stays below: the output's rounding."""
 CANDIDATES = 12
-"""Configs of a launch that are tried: of YOLOv7's 82 launches at batch 1 and 32 that are 982 with 542
-kernels to compile, where all would be 3515 with 1266."""
+"""Configs of a launch that are tried: of YOLOv7's 82 launches at batch 1 and 32 that is 982 trials
+and 542 kernels to compile, where all would be 3515 and 1266."""
 RUNS = 20
 """Of the fastest config, whose results must agree bit for bit."""
 EXACT_TOLERANCE = 1e-4
