@@ -26,8 +26,9 @@ from pathlib import Path
 from typing import Any
 
 from yolov7 import kernels
+from yolov7.kernels.architectures import ARCHITECTURES
 from yolov7.kernels.conv import config
-from yolov7.kernels.runtime import ARCHITECTURES, CompileSpec, recording, triton, unfit
+from yolov7.kernels.runtime import CompileSpec, recording, triton, unfit
 
 TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 """Architectures that the kernels are made for."""
@@ -78,9 +79,9 @@ def capability_of(target: str) -> tuple[int, int]:
     return number // 10, number % 10
 
 
-def compiled_kernel(spec: CompileSpec, target: str) -> Any:
-    """What Triton makes of one specialisation for a target such as ``sm_90``."""
-    major, minor = capability_of(target)
+def compiled_kernel(spec: CompileSpec, capability: tuple[int, int]) -> Any:
+    """What Triton makes of one specialisation; the same launch finds it in Triton's cache."""
+    major, minor = capability
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -91,7 +92,7 @@ def compiled_kernel(spec: CompileSpec, target: str) -> Any:
 
 def compile_spec(spec: CompileSpec, target: str, shape: str = "") -> Row:
     """Compile one specialisation for a target and read the machine code."""
-    compiled = compiled_kernel(spec, target)
+    compiled = compiled_kernel(spec, capability_of(target))
     text = _disassemble(compiled.asm["cubin"])
     usage = re.search(r"REG:(\d+) STACK:(\d+).*? LOCAL:(\d+)", text)
     if usage is None:

@@ -27,15 +27,15 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
+from yolov7.kernels.architectures import ARCHITECTURES, UNKNOWN
+
 __all__ = [
-    "ARCHITECTURES",
     "DTYPE_NAMES",
     "FLOATS",
     "H200",
     "HAS_TRITON",
     "INTERPRET",
     "PRECISIONS",
-    "Architecture",
     "CompileSpec",
     "Config",
     "Rates",
@@ -111,31 +111,6 @@ class Rates:
 H200 = Rates("NVIDIA H200", 790e12, 4.3e12)
 """What the expectations in docstrings, and the order of the tuner's work, are made of."""
 
-
-@dataclass(frozen=True)
-class Architecture:
-    """What a program may count on, and how wide a typical GPU of the kind is."""
-
-    shared_bytes: int
-    """Shared memory that one program may use."""
-    processors: int
-    """Streaming multiprocessors."""
-
-
-ARCHITECTURES = {
-    (8, 0): Architecture(166_912, 108),  # A100
-    (8, 6): Architecture(101_376, 84),  # A10, RTX 30xx
-    (8, 7): Architecture(166_912, 16),  # Orin
-    (8, 9): Architecture(101_376, 128),  # L4, L40, RTX 40xx
-    (9, 0): Architecture(232_448, 132),  # H100, H200
-    (10, 0): Architecture(232_448, 148),  # B200
-    (10, 3): Architecture(232_448, 160),  # B300
-    (11, 0): Architecture(232_448, 20),  # Thor
-    (12, 0): Architecture(101_376, 170),  # RTX 50xx, RTX PRO 6000
-    (12, 1): Architecture(101_376, 48),  # DGX Spark
-}
-"""By compute capability; what is not here counts as the smallest."""
-UNKNOWN = Architecture(101_376, 108)
 
 Config = Mapping[str, int]
 """Constexprs of a kernel (``BLOCK_M`` ...) and compile options (``num_warps`` ...), by name."""

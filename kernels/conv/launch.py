@@ -14,6 +14,7 @@ from yolov7.kernels.conv.layer import ConvCall, to_dtype
 from yolov7.kernels.conv.search import (
     default_config,
     default_stem_config,
+    expected_cycles,
     fits_tma,
     search_space,
     stem_search_space,
@@ -59,7 +60,7 @@ class Launch(Protocol):
         """The same with memory of its own and random content, outputs O(1)."""
 
     def configs(self) -> list[ConvConfig]:
-        """Configs worth trying on its tensors' device, the default one first."""
+        """Configs worth trying on its tensors' device, the default one first, then likely ones."""
 
     def takes(self, config: ConvConfig) -> bool:
         """Whether a config of its kind suits its tensors too."""
@@ -122,7 +123,8 @@ class ConvLaunch:
         return replace(self, calls=[call.random(device) for call in self.calls])
 
     def configs(self) -> list[ConvConfig]:
-        return list(dict.fromkeys((default_config(self.calls), *search_space(self.calls))))
+        likely = sorted(search_space(self.calls), key=partial(expected_cycles, self.calls))
+        return list(dict.fromkeys((default_config(self.calls), *likely)))
 
     def takes(self, config: ConvConfig) -> bool:
         return not config.tma or fits_tma(self.calls)

@@ -197,6 +197,30 @@ def search_space(calls: Sequence[ConvCall]) -> Iterator[ConvConfig]:
             )
 
 
+def expected_cycles(calls: Sequence[ConvCall], config: ConvConfig) -> float:
+    """About how long the busiest processor takes: what the tuner orders configs by, no more.
+
+    The rates are an H100's and never were calibrated: 4096 bytes of products, 32 bytes from the L2
+    cache and 128 operations of the epilogue a cycle (10 an element), 920 cycles of waiting that the
+    stages of all programs of a processor share, 3300 for each launch that depends on another.
+    """
+    m, n, k, split = config.block_m, config.block_n, config.block_k, config.split_k
+    size = calls[0].x.element_size()
+    stage = (m + n) * k * size
+    count = tiles(calls, m, n)
+    each = -(-count * split // processors(calls[0].x.device))
+    steps = sum(
+        tiles([c], m, n) * c.layer.taps * -(-c.layer.in_channels // k) for c in calls
+    ) / max(count, 1)
+    fitting = max(1, _shared(calls) // (config.num_stages * stage))
+    together = min(each, fitting, config.occupancy if config.tma else 4)
+    step = max(m * n * k * size / 4096, stage / 32, 920 / (config.num_stages * max(together, 1)))
+    epilogue = m * n * 10 / 128 + (m * n * 4 / 32 if split > 1 else 0)
+    tile = -(-steps // split) * step
+    tile = max(tile, epilogue) if config.flatten and each > 1 else tile + epilogue
+    return each * tile + 3300 * (2 if split > 1 else 1)
+
+
 def default_stem_config(call: StemCall) -> ConvConfig:
     """A config of the first convolution, for devices and sizes that nobody tuned.
 

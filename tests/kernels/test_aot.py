@@ -12,9 +12,10 @@ import triton
 from yolov7.engine.graph.workload import workload
 from yolov7.kernels import aot
 from yolov7.kernels.aot import Row, compile_all, compile_spec, load_table, passed_limits, worse
+from yolov7.kernels.architectures import ARCHITECTURES
 from yolov7.kernels.conv import ConvCall, ConvConfig, ConvLaunch, StemLaunch
 from yolov7.kernels.conv.cases import SAMPLES, Record, layer_of, meta_call, stem_call
-from yolov7.kernels.runtime import ARCHITECTURES, PRECISIONS, recording, unfit
+from yolov7.kernels.runtime import PRECISIONS, recording, unfit
 
 BASELINES = Path(__file__).parents[2] / "bench" / "baselines"
 MATRIX = {
@@ -48,7 +49,7 @@ def compile_conv(
 @pytest.mark.aot
 @pytest.mark.parametrize("target", MATRIX)
 def test_every_option_compiles_within_the_limits(target: str) -> None:
-    rows = list(compile_all(target, {"batch": 2}, only=["conv"]))
+    rows = list(compile_all(target, {"batch": 1}, only=["conv"]))
     assert len(rows) >= len(SAMPLES) + 4
     assert not [f"{row.shape}: {limit}" for row in rows for limit in passed_limits(row)]
     kinds = {row.mma for row in rows if row.kernel != "conv_reduce_kernel"}

@@ -25,11 +25,11 @@ from triton.runtime import driver
 from tests.kernels import COMPILED
 from yolov7.engine.graph.workload import workload
 from yolov7.kernels import aot
+from yolov7.kernels.architectures import ARCHITECTURES
 from yolov7.kernels.conv import ConvLaunch
 from yolov7.kernels.conv.cases import Record, layer_of, meta_call
 from yolov7.kernels.conv.layer import own_memory
 from yolov7.kernels.runtime import (
-    ARCHITECTURES,
     CompileSpec,
     TensorDescriptor,
     recording,
@@ -135,7 +135,7 @@ def check(spec: CompileSpec, capability: Capability, stub: ctypes.CDLL) -> None:
     assert told.shared == kernel.metadata.shared
     assert told.overlaps == spec.options.get("launch_pdl", 0)
     assert told.descriptors == sum(isinstance(a, TensorDescriptor) for a in spec.args.values())
-    compiled = aot.compiled_kernel(spec, f"sm_{10 * capability[0] + capability[1]}")
+    compiled = aot.compiled_kernel(spec, capability)
     assert compiled.asm["cubin"] == kernel.asm["cubin"]
 
 
@@ -145,8 +145,8 @@ def test_launches_of_every_option_arrive(target: str, stub: ctypes.CDLL, play: P
     """What `test_every_option_compiles_within_the_limits` compiles, for each architecture."""
     capability = aot.capability_of(target)
     play(capability)
-    specs = record(capability, aot.kernel_cases({"batch": 2}, ["conv"]))
-    assert len(specs) >= 13
+    specs = record(capability, aot.kernel_cases({"batch": 1}, ["conv"]))
+    assert len(specs) >= 12
     for spec in specs:
         check(spec, capability, stub)
 

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from yolov7.cli import main, tune
-from yolov7.kernels import aot, runtime
+from yolov7.kernels import aot
 from yolov7.kernels.aot import load_table
+from yolov7.kernels.architectures import ARCHITECTURES, Architecture
 from yolov7.kernels.conv import ConvConfig, ConvLaunch, Launch
 from yolov7.kernels.conv.cases import Record, layer_of, meta_call
 from yolov7.kernels.conv.config import Entry
@@ -51,7 +52,7 @@ def test_aot_prints_and_writes_rows(tmp_path: Path, capsys: pytest.CaptureFixtur
 def test_aot_fails_over_a_limit(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(runtime.ARCHITECTURES, (9, 0), runtime.Architecture(1000, 132))
+    monkeypatch.setitem(ARCHITECTURES, (9, 0), Architecture(1000, 132))
     assert main(["aot"]) == 1
     assert "over the limit: conv_tma_kernel one layer" in capsys.readouterr().err
 
