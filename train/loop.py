@@ -100,8 +100,10 @@ def train(
     note = ""
     if options.resume is not None:
         state = load_state(Path(options.resume))
-        with reading_state(Path(options.resume)):
-            options, note = resumed_options(options, state)
+        folder = Path(options.resume)
+        drawn = not can_plot() or (folder / "results.png").exists()
+        with reading_state(folder):
+            options, note = resumed_options(options, state, drawn=drawn)
     device = resolve_device(options.device)
     with process_group(device) as ranks:
         if device.type == "cuda" and ranks.world > 1:
@@ -232,6 +234,12 @@ class Run:
     def _epochs(self, own: Sequence[Callback], others: Sequence[Callback]) -> str:
         """Train, evaluate, save, report, over and over; why that ended."""
         progress, stopped = self.progress, ""
+        if progress.epoch >= self.epochs:  # ended after its last state, before its pictures
+            last = self._validate()
+            for callback in own:
+                if isinstance(callback, Plotter):
+                    callback.on_epoch({}, last)
+            return "all epochs are done"
         started = perf_counter() - progress.seconds
         while not stopped:
             row = self._train_epoch([*own, *others])

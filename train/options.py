@@ -168,8 +168,15 @@ def hyper_parameters(options: Train, variant: Variant) -> HyperParameters:
     return hyper.with_values(dict.fromkeys(GEOMETRY, 0.0)) if options.rect else hyper
 
 
-def resumed_options(given: Train, state: dict[str, Any]) -> tuple[Train, str]:
+def resumed_options(
+    given: Train, state: dict[str, Any], *, drawn: bool = True
+) -> tuple[Train, str]:
     """The options of the run that is resumed, with those given anew, and what to say of these.
+
+    Args:
+        given: those of this call.
+        state: of the run.
+        drawn: the pictures of its end are there: without them it may be finished.
 
     Raises:
         UserError: the run is finished, or began with another value of an option that cannot
@@ -191,7 +198,7 @@ def resumed_options(given: Train, state: dict[str, Any]) -> tuple[Train, str]:
     options = Train(**saved | anew | {"resume": folder, "json": report})
     check_numbers(options)
     done = state["progress"]["epoch"]
-    if done >= (EPOCHS if options.epochs is None else options.epochs):
+    if drawn and done >= (EPOCHS if options.epochs is None else options.epochs):
         raise UserError(f"{folder} has finished its {done} epochs: give more --epochs to go on")
     changes = [f"--{k.replace('_', '-')} {v} instead of {saved.get(k)}" for k, v in anew.items()]
     return options, f"resumed after epoch {done}" + (f", {', '.join(changes)}" if changes else "")

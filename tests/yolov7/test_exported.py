@@ -166,6 +166,7 @@ WRONG = [
     ("imgsz", "[1000000, 1000000]", "imgsz is 1000000 x 1000000: give 1 to 4096 pixels"),
     ("imgsz", "[64, 64]", "its input is not of its imgsz"),
     ("batch", "0", "batch is 0: give 1 or more"),
+    ("batch", "2000000000", "batch is 2000000000: give at most 64 million pixels"),
     ("batch", "{}", "batch is a table, not dynamic"),
     ("batch", "1" + "0" * 5000, "damaged"),
     ("stride", "-1", "stride is -1"),
