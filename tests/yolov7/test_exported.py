@@ -170,6 +170,7 @@ WRONG = [
     ("batch", "{}", "batch is a table, not dynamic"),
     ("batch", "1" + "0" * 5000, "damaged"),
     ("stride", "-1", "stride is -1"),
+    ("stride", "32767", "stride is 32767: give 1 to 64 pixels"),
     ("stride", "true", "stride is True, not a whole number"),
     ("stride", "{", "damaged"),
     ("precision", '"int4"', "precision is 'int4', not fp32, fp16"),
