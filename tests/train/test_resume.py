@@ -17,6 +17,7 @@ from yolov7.errors import UserError
 from yolov7.train import loop
 from yolov7.train.loop import train
 from yolov7.train.options import Train
+from yolov7.train.plots import Plotter
 from yolov7.train.report import CsvWriter, Result, read_rows
 from yolov7.train.state import load_state
 from yolov7.train.step import Progress, Step
@@ -109,6 +110,7 @@ import os, signal, sys, torch
 torch.set_num_threads(1)
 from yolov7.train import loop, state
 from yolov7.train.options import Train
+from yolov7.train.plots import Plotter
 writes = 0
 def kill(descriptor):
     global writes
@@ -320,6 +322,28 @@ def test_data_that_moved_is_found_and_data_that_changed_is_told(
     spec.write_text(spec.read_text().replace("red", "pink"))
     with pytest.raises(UserError, match=r"learns .*red.*, the data has .*pink"):
         train(Train(resume=folder, epochs=4, workers=0, data=str(other)))
+
+
+def test_a_run_that_ended_before_its_pictures_gets_them(
+    options: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "can_plot", lambda: True)
+    original = Plotter.on_end
+    monkeypatch.setattr(Plotter, "on_end", lambda *_: (_ for _ in ()).throw(StoppedError))
+    with pytest.raises(StoppedError):
+        train(options)
+    monkeypatch.setattr(Plotter, "on_end", original)
+    folder = Path(options.project) / "run"
+    rows = (folder / "results.csv").read_bytes()
+    state = (folder / "state.pt").read_bytes()
+    again = Train(resume=str(folder), device="cpu", workers=0)
+    assert train(again).epochs == 2
+    assert (folder / "results.png").exists()
+    assert (folder / "samples.jpg").exists()
+    assert (folder / "results.csv").read_bytes() == rows
+    assert (folder / "state.pt").read_bytes() == state
+    with pytest.raises(UserError, match="has finished its 2 epochs"):
+        train(again)
 
 
 def test_finished_runs_can_be_extended(options: Train) -> None:

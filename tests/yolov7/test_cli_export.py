@@ -60,7 +60,10 @@ def test_predict_finds_what_the_weights_find(file: Path, tmp_path: Path) -> None
     for weights in ("blood-cells", str(file)):
         target = tmp_path / "result.json"
         words = ["--nosave", "--project", str(tmp_path / "runs"), "--json", str(target)]
-        assert main(["predict", "--weights", weights, "--source", str(square), "--batch", "2", *words]) == 0
+        assert (
+            main(["predict", "--weights", weights, "--source", str(square), "--batch", "2", *words])
+            == 0
+        )
         results.append(json.loads(target.read_text())[0]["boxes"])
     eager, exported = results
     assert len(exported) == len(eager) > 5

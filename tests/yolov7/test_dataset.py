@@ -292,6 +292,25 @@ def test_a_wrong_coco_annotation_is_named(
     assert "\n" not in str(caught.value)
 
 
+def test_an_image_whose_only_boxes_are_wrong_has_none(tmp_path: Path) -> None:
+    content = coco_content()
+    content["annotations"][1]["bbox"] = [0, 0, -5, 5]
+    content["annotations"][1]["image_id"] = 3
+    dataset = reader.read_split(coco_data(tmp_path, content), "val")
+    assert [len(sample.labels.boxes) for sample in dataset.samples] == [1, 0]
+    assert [problem.kind for problem in dataset.problems] == ["wrong label"]
+
+
+@pytest.mark.parametrize("letter", ["\ud800", "\udcff"])  # noqa: PT014  # two halves
+def test_halves_of_letters_in_names_of_files_are_borne(tmp_path: Path, letter: str) -> None:
+    content = coco_content()
+    content["images"][1]["file_name"] = f"3{letter}.jpg"
+    for _ in range(2):  # read, and from the cache
+        dataset = load_data(coco_data(tmp_path, content), "val")
+        assert len(dataset.samples) == len(dataset.skipped) == 1
+        assert dataset.skipped[0].isprintable()
+
+
 def test_nulls_of_a_coco_annotation_count_as_absent(tmp_path: Path) -> None:
     content = coco_content()
     content["annotations"][0] |= {"area": None, "iscrowd": None, "segmentation": None}

@@ -46,14 +46,14 @@ def key(place: str, stated: object, files: list[Path]) -> Key:
         stated: What else decides what is read, such as class names; JSON values.
         files: Every file that the split is read from.
     """
-    digest = hashlib.sha256(json.dumps([VERSION, stated]).encode())
+    digest = hashlib.sha256(json.dumps([VERSION, stated]).encode(errors="surrogatepass"))
     for file in files:
         try:
             status = os.stat(file)
             state = f"{status.st_size} {status.st_mtime_ns}"
         except (OSError, ValueError):
             state = "missing"
-        digest.update(f"{file}\0{state}\0".encode(errors="surrogateescape"))
+        digest.update(f"{file}\0{state}\0".encode(errors="surrogatepass"))
     return Key(place, digest.hexdigest(), files)
 
 
@@ -92,16 +92,16 @@ def store(read: Key, dataset: Dataset) -> None:
 
 
 def _entry(place: str) -> Path:
-    name = hashlib.sha256(place.encode(errors="surrogateescape")).hexdigest()[:32]
+    name = hashlib.sha256(place.encode(errors="surrogatepass")).hexdigest()[:32]
     return cache_folder("labels") / f"{name}.npz"
 
 
 def _bytes(text: str) -> NDArray[np.uint8]:
-    return np.frombuffer(text.encode(errors="surrogateescape"), np.uint8)
+    return np.frombuffer(text.encode(errors="surrogatepass"), np.uint8)
 
 
 def _text(array: NDArray[np.uint8]) -> Any:
-    return json.loads(array.tobytes().decode(errors="surrogateescape"))
+    return json.loads(array.tobytes().decode(errors="surrogatepass"))
 
 
 def _concat(arrays: list[Any], dtype: Any, width: int = 0) -> NDArray[Any]:

@@ -168,7 +168,7 @@ def read_annotations(
 
 
 def _labels(objects: list[_Object]) -> Labels:
-    xywh = np.array([item.xywh for item in objects], np.float64)
+    xywh = np.array([item.xywh for item in objects], np.float64).reshape(-1, 4)
     return Labels(
         classes=np.array([item.class_index for item in objects], np.int64),
         boxes=np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], 1).astype(np.float32),

@@ -109,8 +109,10 @@ class ExportedNetwork:
             return self._decoded(x.contiguous())
         decoded = []
         for part in torch.split(x, meta.batch):
-            empty = part.new_zeros(meta.batch - len(part), *part.shape[1:])
-            full = torch.cat([part, empty]) if len(empty) else part.contiguous()
+            full = part.contiguous()
+            if len(part) < meta.batch:
+                full = part.new_zeros(meta.batch, *part.shape[1:])
+                full[: len(part)] = part
             decoded.append(self._decoded(full)[: len(part)])
         return torch.cat(decoded)
 

@@ -13,6 +13,8 @@ from yolov7.variants import LARGEST_IMGSZ
 
 FORMAT = "yolov7-triton-export/1"
 LONGEST = 1 << 20  # characters of the metadata; a thousand classes take a fiftieth of it
+LARGEST_STRIDE = 64  # the family's
+MOST_PIXELS = 1 << 26  # of a batch, 800 MB, which is filled up where there are fewer images
 
 Layout = Literal["grid", "classes-first", "detections"]
 Precision = Literal["fp32", "fp16"]
@@ -66,8 +68,13 @@ class Metadata:
         if not all(1 <= side <= LARGEST_IMGSZ for side in self.imgsz):
             height, width = self.imgsz
             raise ValueError(f"imgsz is {height} x {width}: give 1 to {LARGEST_IMGSZ} pixels")
-        if self.stride < 1 or (self.batch != "dynamic" and self.batch < 1):
-            raise ValueError(f"stride is {self.stride}, batch is {self.batch}: give 1 or more")
+        if not 1 <= self.stride <= LARGEST_STRIDE:  # images are rounded up to it
+            raise ValueError(f"stride is {self.stride}: give 1 to {LARGEST_STRIDE} pixels")
+        if self.batch != "dynamic" and self.batch < 1:
+            raise ValueError(f"batch is {self.batch}: give 1 or more")
+        images = 1 if self.batch == "dynamic" else self.batch
+        if images * self.imgsz[0] * self.imgsz[1] > MOST_PIXELS:
+            raise ValueError(f"batch is {images}: give at most {MOST_PIXELS >> 20} million pixels")
         if (self.layout == "detections") != (self.nms is not None):
             raise ValueError(f"layout is {self.layout}, but nms is {self.nms}")
 
