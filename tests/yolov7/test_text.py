@@ -112,6 +112,8 @@ def test_a_reader_that_has_had_enough_is_no_error(tmp_path: Path) -> None:
 import sys
 from yolov7 import cli
 from types import SimpleNamespace
+from dataclasses import dataclass
+@dataclass
 class Info: pass
 cli.import_module = lambda _: SimpleNamespace(
     Info=Info, run=lambda _: [print("x" * 1000) for _ in range(1000)] and 0
