@@ -22,7 +22,7 @@ from yolov7.runs import write_json
 from yolov7.train.data import as_one_class
 from yolov7.train.distributed import Ranks
 from yolov7.train.options import EPOCHS, Train
-from yolov7.train.plots import evaluation_pictures
+from yolov7.train.plots import COURSE, evaluation_pictures
 from yolov7.train.state import State
 from yolov7.train.validation import Validation
 
@@ -41,8 +41,13 @@ def exported_path(folder: Path, kind: str) -> Path:
     return best_weights(folder).with_suffix(FORMATS[kind].SUFFIX)
 
 
-def check_unfinished(options: Train, state: State) -> None:
+def check_unfinished(options: Train, state: State, *, plots: bool) -> None:
     """See whether there is something to do for a run that is resumed.
+
+    Args:
+        options: of the run.
+        state: of the run.
+        plots: whether pictures are drawn, too.
 
     Raises:
         UserError: it has done its epochs, and what comes after them.
@@ -55,7 +60,8 @@ def check_unfinished(options: Train, state: State) -> None:
     except (OSError, ValueError, KeyError, TypeError):  # not made, or half of it
         return
     exported = options.export is None or exported_path(folder, options.export).exists()
-    if shown == progress["best_epoch"] and exported:
+    drawn = not plots or (folder / COURSE).exists()
+    if shown == progress["best_epoch"] and exported and drawn:
         raise UserError(
             f"{folder} has finished its {progress['epoch']} epochs: give more --epochs to go on"
         )

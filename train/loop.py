@@ -100,7 +100,7 @@ def train(
         state = load_state(Path(options.resume))
         with reading_state(Path(options.resume)):
             options, note = resumed_options(options, state)
-            check_unfinished(options, state)
+            check_unfinished(options, state, plots=can_plot())
     if options.export is not None:
         from yolov7.export import require_format  # two seconds, for torch.export
 

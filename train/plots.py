@@ -23,6 +23,7 @@ from yolov7.train.validation import Validation
 
 SHOWN = 16  # images of a batch
 CURVES = ("box", "objectness", "classes", "lr", "AP", "AP50", "precision", "recall")
+COURSE = "results.png"  # of the whole run
 
 
 def batch_picture(batch: Batch, names: list[str]) -> Image:
@@ -122,7 +123,7 @@ class Plotter(Callback):
 
     def on_end(self, result: Result) -> None:  # noqa: ARG002  # the callback's signature
         """Draw."""
-        results_picture(self.folder / "results.csv", self.folder / "results.png")
+        results_picture(self.folder / "results.csv", self.folder / COURSE)
 
 
 def can_plot() -> bool:
