@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from bench.results import RESULTS, environment
+from yolov7.atomic import atomic
 from yolov7.checkpoint import read_metadata
 from yolov7.cli import main as yolov7
 from yolov7.train.options import Train
@@ -93,7 +94,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("name", help="what the figures are kept under")
     known, options = parser.parse_known_args(arguments)
     rows = {**kept(), known.name: measured(options)}
-    KEPT.write_text(json.dumps(rows, indent=1) + "\n")
+    with atomic(KEPT) as temporary:
+        temporary.write_text(json.dumps(rows, indent=1) + "\n")
     print("\n".join(table(rows)))
     return 0
 

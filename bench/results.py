@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from rich.table import Table
 
+from yolov7.atomic import atomic
 from yolov7.benchmark.clock import Work
 
 ROOT = Path(__file__).parent.parent
@@ -145,8 +146,8 @@ class Report:
         known = self.environment
         name = f"{known['date'][:10]}-{known['commit']}.json"
         path = folder / known["device"].replace(" ", "_") / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(self.as_json())
+        with atomic(path) as temporary:
+            temporary.write_text(self.as_json())
         return path
 
     def as_json(self) -> str:

@@ -1,6 +1,5 @@
 """Pictures of a run: its training batches, and with matplotlib its labels and its course."""
 
-import json
 import math
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,6 +14,7 @@ from yolov7.drawing import draw_boxes
 from yolov7.evaluate.sheet import draw_sheet
 from yolov7.letterbox import GREY, Image
 from yolov7.results import write_image
+from yolov7.runs import write_arguments
 from yolov7.text import plot_text
 from yolov7.train.loader import Batch
 from yolov7.train.meter import LOSSES
@@ -143,7 +143,7 @@ def own_callbacks(
         epochs: that are done.
         plots: whether pictures are drawn, too.
     """
-    (folder / "arguments.json").write_text(json.dumps(settings, indent=2))
+    write_arguments(folder, settings)
     callbacks: list[Callback] = [CsvWriter(folder / "results.csv", epochs)]
     if plots:
         callbacks.append(Plotter(folder, dataset))

@@ -122,9 +122,12 @@ class Entry:
 
 
 def user_configs() -> Path:
-    """Where the tuner writes: the folder that `yolov7.cache` names, under YOLOV7_CACHE if set."""
-    user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "yolov7-triton"
-    return Path(os.environ.get("YOLOV7_CACHE") or user) / "configs"
+    """Where the tuner writes: the folder that `yolov7.cache` names, under YOLOV7_CACHE if set.
+
+    Nothing above is imported here. Of a user without a home it is a folder that is not there.
+    """
+    user = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
+    return Path(os.environ.get("YOLOV7_CACHE") or user / "yolov7-triton") / "configs"
 
 
 def write_entries(

@@ -82,6 +82,13 @@ def test_users_folder_is_the_one_of_the_cache(monkeypatch: pytest.MonkeyPatch) -
         assert user_configs() == cache_folder("configs")
 
 
+def test_a_user_without_a_home_has_tuned_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("YOLOV7_CACHE", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # as of a uid without a name
+    assert not user_configs().exists()
+
+
 FIELDS = asdict(CONFIG)
 UNUSABLE: dict[str, tuple[Any, str]] = {
     "lacking": ({k: v for k, v in FIELDS.items() if k != "tma"}, "a config lacks tma"),

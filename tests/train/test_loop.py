@@ -7,6 +7,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+import yaml
 from torch import Tensor
 
 from tests.train.conftest import SIZE
@@ -46,7 +47,7 @@ def test_the_run_folder_explains_itself(
     folder = Path(options.project) / "run"
     names = {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
     assert names >= {
-        "arguments.json",
+        "arguments.yaml",
         "results.csv",
         "results.png",
         "labels.png",
@@ -63,7 +64,7 @@ def test_the_run_folder_explains_itself(
     result = json.loads(file.read_text())
     assert result["folder"] == str(folder)
     assert result["epochs"] == 2
-    arguments = json.loads((folder / "arguments.json").read_text())
+    arguments = yaml.safe_load((folder / "arguments.yaml").read_text())
     assert arguments["options"]["imgsz"] == SIZE
     assert arguments["hyper-parameters"]["cls"] == 0.5  # the preset of tiny
     picture = cv2.imread(str(folder / "train_batch0.jpg"))
