@@ -1,16 +1,16 @@
 """Pictures of a report: steps beside their roofline, contenders beside ours."""
 
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 
 from bench.results import OURS, Report, Row
+from yolov7.drawing import NO_PLOTS, can_plot
 
 
 def save_pictures(report: Report, folder: Path) -> list[Path]:
     """Draw what the report has; nothing without matplotlib, which is said."""
-    if not find_spec("matplotlib"):
-        print("no pictures: matplotlib is not installed")
+    if not can_plot():
+        print(f"note: {NO_PLOTS}")
         return []
     from matplotlib.figure import Figure
 

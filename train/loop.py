@@ -13,6 +13,7 @@ import torch
 from yolov7.checkpoint import save_model
 from yolov7.dataset import Dataset
 from yolov7.device import resolve_device
+from yolov7.drawing import can_plot
 from yolov7.engine.choose import fit
 from yolov7.engine.cpu import keep_freed_memory, keep_to_quota
 from yolov7.errors import UserError
@@ -44,7 +45,7 @@ from yolov7.train.options import (
     check_numbers,
     resumed_options,
 )
-from yolov7.train.plots import can_plot, own_callbacks, save_batch
+from yolov7.train.plots import own_callbacks, save_batch
 from yolov7.train.precision import slow_precision, training_dtype
 from yolov7.train.report import Callback, Result, epoch_line, header
 from yolov7.train.sampler import image_weights

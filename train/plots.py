@@ -126,11 +126,6 @@ class Plotter(Callback):
         results_picture(self.folder / "results.csv", self.folder / COURSE)
 
 
-def can_plot() -> bool:
-    """Whether matplotlib, the extra `plots`, is installed."""
-    return find_spec("matplotlib") is not None
-
-
 def own_callbacks(
     folder: Path, settings: dict[str, Any], dataset: Dataset, epochs: int, *, plots: bool
 ) -> list[Callback]:

@@ -67,6 +67,11 @@ def load_model(weights: str | Path | None = None, *, variant: str | None = None)
     return _load_torch(path, variant)
 
 
+def in_words(weights: object) -> str:
+    """What weights were named, for people."""
+    return str(weights) if weights else f"embedded demo weights {DEMO_WEIGHTS}"
+
+
 def save_model(model: YOLOv7, path: str | Path, **metadata: Any) -> None:
     """Write `model` in our format, replacing `path` only when everything is on the disk.
 

@@ -1,6 +1,7 @@
 """Boxes and labels on pictures."""
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 
 import cv2
 import numpy as np
@@ -33,6 +34,13 @@ PALETTE = (
     (180, 105, 255),
 )
 FONT = cv2.FONT_HERSHEY_SIMPLEX
+
+NO_PLOTS = "no curves or charts without matplotlib: pip install 'yolov7-triton[plots]'"
+
+
+def can_plot() -> bool:
+    """Whether matplotlib, the extra `plots`, is installed."""
+    return find_spec("matplotlib") is not None
 
 
 def class_colour(cls: int) -> tuple[int, int, int]:

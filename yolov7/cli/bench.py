@@ -12,6 +12,7 @@ from yolov7.checkpoint import load_model
 from yolov7.cli.options import ModelOptions
 from yolov7.detector import Detector
 from yolov7.device import resolve_device
+from yolov7.drawing import NO_PLOTS, can_plot
 from yolov7.engine.choose import resolve_engine
 from yolov7.errors import at_least_one
 from yolov7.formats import is_exported
@@ -123,9 +124,9 @@ def _print(timings: list[Timing]) -> None:
 
 
 def _draw(options: Bench, timings: list[Timing]) -> None:
-    try:
-        from yolov7.benchmark.pictures import draw
-    except ImportError:
-        print("no picture: pip install 'yolov7-triton[plots]' brings matplotlib")
+    if not can_plot():
+        print(f"note: {NO_PLOTS}")
         return
+    from yolov7.benchmark.pictures import draw  # needs matplotlib
+
     print(f"picture in {draw(timings, new_run(options.project, options.name))}")

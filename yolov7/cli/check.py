@@ -10,12 +10,13 @@ from rich.text import Text
 
 from yolov7.atomic import atomic
 from yolov7.dataset.check import NOTES, Report, check_data, per_class
+from yolov7.drawing import NO_PLOTS, can_plot
 from yolov7.engine.choose import fit
 from yolov7.errors import UserError
 from yolov7.runs import check_writable, write_json
 from yolov7.text import file_name, printable
 from yolov7.train.autoanchor import box_sizes, possible_recall
-from yolov7.train.plots import can_plot, label_picture
+from yolov7.train.plots import label_picture
 from yolov7.variants import VARIANTS, named
 
 NAMED = 3  # problems of a kind that are named on the terminal
@@ -60,7 +61,7 @@ def run(options: Check) -> int:
 
 def _draw(report: Report, folder: Path) -> None:
     if not can_plot():
-        raise UserError("--pictures needs matplotlib: pip install 'yolov7-triton[plots]'")
+        raise UserError(NO_PLOTS)
     for split, dataset in report.splits.items():
         with atomic(folder / f"{file_name(split)}.png") as temporary:
             label_picture(dataset, temporary)

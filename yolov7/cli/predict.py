@@ -10,7 +10,7 @@ from pathlib import Path
 
 import cv2
 
-from yolov7.checkpoint import DEMO_WEIGHTS
+from yolov7.checkpoint import in_words
 from yolov7.cli.options import ModelOptions, which_weights
 from yolov7.detector import Detector
 from yolov7.engine.compile import COMPILED
@@ -182,7 +182,7 @@ def _with_progress(results: Iterable[Results], source: Source) -> Iterable[Resul
 def _print_start(options: Predict, detector: Detector) -> None:
     names = detector.names
     classes = printable(", ".join(names)) if len(names) <= 5 else f"{len(names)} classes"
-    weights = options.weights or f"embedded demo weights {DEMO_WEIGHTS}"
+    weights = in_words(options.weights)
     network = detector.network
     print(f"{weights} ({classes}): {network.device}, {network.precision}, {network.engine}")
     if detector.startup_s:

@@ -7,9 +7,10 @@ from pathlib import Path
 
 from rich.console import Console
 
-from yolov7.checkpoint import DEMO_WEIGHTS
+from yolov7.checkpoint import in_words
 from yolov7.cli.options import ModelOptions
 from yolov7.dataset import Dataset, load_data
+from yolov7.drawing import NO_PLOTS, can_plot
 from yolov7.engine.choose import AnyNetwork, fit, open_network
 from yolov7.engine.exported import ExportedNetwork
 from yolov7.errors import UserError, at_least_one
@@ -81,7 +82,7 @@ def run(options: Val) -> int:
             f"{options.data} {options.split}: {dataset.summary()}: nothing to compare with; check "
             f"where the labels of {dataset.samples[0].path} lie"
         )
-    weights = options.weights or f"embedded demo weights {DEMO_WEIGHTS}"
+    weights = in_words(options.weights)
     settings = Settings(
         imgsz=imgsz,
         batch=options.batch or (32 if network.device.type == "cuda" else 4),
@@ -175,12 +176,12 @@ def _save(options: Val, predictions: Predictions, evaluation: Evaluation, folder
         write_json(folder / "predictions.json", found, indent=None)
     sheet = draw_sheet(dataset.samples, detections, dataset.names)
     write_image(folder / "samples.jpg", sheet)
-    try:
-        from yolov7.evaluate.pictures import save_pictures
-    except ImportError:
-        print("note: no curves without matplotlib: pip install 'yolov7-triton[plots]'")
-    else:
-        save_pictures(evaluation, folder)
+    if not can_plot():
+        print(f"note: {NO_PLOTS}")
+        return
+    from yolov7.evaluate.pictures import save_pictures  # needs matplotlib
+
+    save_pictures(evaluation, folder)
 
 
 def _list(title: str, lines: Sequence[object]) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from yolov7.boxes import box_area, box_iou
+from yolov7.boxes import box_area, box_iou, intersection
 from yolov7.dataset import Sample
 
 CONFIDENCE = 0.25
@@ -62,7 +62,7 @@ def _pair(
 
 def _inside(found: NDArray[np.float32], crowds: NDArray[np.float32]) -> NDArray[np.bool_]:
     """[n] whether half of a detection's area or more lies in one of the crowds."""
-    corner = np.maximum(found[:, None, :2], crowds[:, :2])
-    size = (np.minimum(found[:, None, 2:], crowds[:, 2:]) - corner).clip(0)
-    area = box_area(torch.from_numpy(found)).numpy()
-    return np.asarray((size.prod(-1) >= 0.5 * area[:, None]).any(1) & (area > 0))
+    boxes = torch.from_numpy(found)
+    area = box_area(boxes)
+    shared = intersection(boxes, torch.from_numpy(crowds))
+    return ((shared >= 0.5 * area[:, None]).any(1) & (area > 0)).numpy()
