@@ -39,7 +39,7 @@ from yolov7.kernels.nms.select import (
     nms_scatter_kernel,
     nms_select_kernel,
 )
-from yolov7.kernels.runtime import Config, launch, processors, triton, triton_op
+from yolov7.kernels.runtime import Config, capability, launch, processors, triton, triton_op
 
 __all__ = ["Detections", "batched_nms", "compile_cases", "nms_reference"]
 
@@ -141,8 +141,10 @@ def _launch_nms(
         "overflow_ptr": overflow,
         "max_candidates": max_candidates,
     }
-    # Left alone, ptxas spills for an occupancy that one program an image cannot have.
-    launch(nms_select_kernel, (batch,), select, {**warps, "maxnreg": 128})
+    # Left alone, ptxas spills for an occupancy that one program an image cannot have; for sm_120 it
+    # needs more than elsewhere.
+    registers = 168 if capability(prediction.device) >= (12, 0) else 128
+    launch(nms_select_kernel, (batch,), select, {**warps, "maxnreg": registers})
     launch(nms_scatter_kernel, grid, {**scan, **choice, "keys_ptr": work["keys"]}, warps)
     greedy = {
         **choice,

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from tests.yolov7.data_sets import sample
 from tests.yolov7.networks import StandIn
-from yolov7 import Detector, create_model, sources
+from yolov7 import Detector, create_model, items
 from yolov7.checkpoint import load_model
 from yolov7.dataset import Dataset, load_data
 from yolov7.engine.choose import Runtime, fit, open_frames, open_network
@@ -543,7 +543,7 @@ def test_frames_on_a_gpu_never_visit_the_host(
 ) -> None:
     """By a stand-in: tensors that say they are there, and that nobody may fetch."""
     fetched: list[int] = []
-    monkeypatch.setattr(sources, "_stays", lambda _: True)
+    monkeypatch.setattr(items, "_stays", lambda _: True)
     network = graph_network(required=True)
     detector = Detector(device="cpu", imgsz=SIZE)
     expected = detector(images[0])[0]

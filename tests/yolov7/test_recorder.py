@@ -122,8 +122,9 @@ def test_names_that_are_not_utf8(tmp_path: Path) -> None:
 
 
 PREDICT = """
-import resource, sys
+import resource, signal, sys
 from yolov7.cli import main
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 if sys.argv[1] != "0":
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]),) * 2)
 sys.exit(main(["predict", "--weights", "blood-cells", *sys.argv[2:]]))
