@@ -197,7 +197,8 @@ class Detector:
 
     def _stream(self, source: Source, way: Frames) -> Generator[Results]:
         # A camera's newest frame is worth more than a full batch, and than a busy device.
-        size = 1 if source.live or self.batch == 1 else WINDOW * self.batch
+        live = source.live
+        size = 1 if live or self.batch == 1 else WINDOW * self.batch
         under_way: deque[_Window] = deque()
         unread: UserError | None = None
         try:
@@ -206,7 +207,7 @@ class Detector:
                     unread = window
                     break
                 under_way.append(self._submit(window, way))
-                if len(under_way) > (0 if source.live else way.in_flight):
+                if len(under_way) > (0 if live else way.in_flight):
                     yield from self._results(under_way.popleft())
             while under_way:
                 yield from self._results(under_way.popleft())
@@ -257,7 +258,7 @@ class Detector:
                 frame, shape = window.frames[index], window.where[index].shape
                 boxes = Boxes(rows, frame.shape)
                 results[index] = Results(frame, boxes, self.names, speed, shape, beyond)
-        yield from (results[index] for index in range(len(window.frames)))
+        yield from [results[index] for index in range(len(window.frames))]
 
 
 def _windows(frames: Iterator[Frame], size: int) -> Iterator[list[Frame] | UserError]:

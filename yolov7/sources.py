@@ -105,10 +105,10 @@ class Source:
         if not retry >= 0:  # nor NaN
             raise UserError(f"retry is {retry:g} seconds: give 0 or more")
         self.items = list(find_items(source))
+        self._kinds = {item.kind for item in self.items}
         if self.live:  # cameras and streams last
             self.items.sort(key=lambda item: item.kind == "live")
-        lazy = any(item.kind == "sources" for item in self.items)
-        self._count = 0 if lazy else len(self.items)
+        self._count = 0 if "sources" in self._kinds else len(self.items)
         self.vid_stride = vid_stride
         self.retry = retry
         self.on_error = on_error
@@ -129,7 +129,7 @@ class Source:
     @property
     def live(self) -> bool:
         """Whether any item is a camera or stream."""
-        return any(item.kind == "live" for item in self.items)
+        return "live" in self._kinds
 
     def __iter__(self) -> Iterator[Frame]:
         """Frames in order, as far as they can be read."""
