@@ -28,7 +28,7 @@ from yolov7.dataset import Dataset, load_data
 from yolov7.engine.choose import Runtime, fit, open_frames, open_network
 from yolov7.engine.eager import fold_on
 from yolov7.engine.faults import require_living_device
-from yolov7.engine.frames import Found, HostFrames, to_input
+from yolov7.engine.frames import Found, Frames, HostFrames, to_input
 from yolov7.engine.graph import captured, guard
 from yolov7.engine.graph import network as graph_module
 from yolov7.engine.graph.calibrate import calibrate
@@ -65,7 +65,10 @@ def graph_network(*, required: bool, guarded: bool = False) -> GraphNetwork:
 
 def detect(network: Any, images: list[Image], suppression: Suppression) -> list[Tensor]:
     """Boxes [n, 6] of each image by whatever way suits the network."""
-    frames = open_frames(network, suppression, 1)
+    return run_by(open_frames(network, suppression, 1), images)
+
+
+def run_by(frames: Frames, images: list[Image]) -> list[Tensor]:
     found = []
     for image in images:
         where = letterbox_geometry(image.shape[:2], SIZE, auto=True)
@@ -427,15 +430,6 @@ def on_a_gpu(suppress: Callable[..., Detections]) -> HostFrames:
     frames = HostFrames(network, Suppression())
     frames._kernels, frames._suppress_there = True, suppress
     return frames
-
-
-def run_by(frames: HostFrames, images: list[Image]) -> list[Tensor]:
-    found = []
-    for image in images:
-        where = letterbox_geometry(image.shape[:2], SIZE, auto=True)
-        ((boxes, _),) = frames.submit([frames.prepare(image, where)], [where]).wait().rows()
-        found.append(boxes)
-    return found
 
 
 def test_suppression_that_fails_or_is_wrong_is_left_to_the_cpu(images: list[Image]) -> None:
