@@ -1,5 +1,6 @@
 """Small pictures and videos for tests."""
 
+from importlib.resources import files
 from pathlib import Path
 
 import cv2
@@ -7,6 +8,8 @@ import numpy as np
 
 from yolov7.letterbox import Image
 from yolov7.sources import Source
+
+SAMPLES = sorted(Path(str(files("yolov7.assets") / "images")).glob("*.jpg"))
 
 
 def picture(height: int = 12, width: int = 20) -> Image:

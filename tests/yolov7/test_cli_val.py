@@ -24,10 +24,8 @@ ASSETS = Path(val_module.__file__).parents[1] / "assets" / "images"
 
 
 @pytest.fixture(autouse=True)
-def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _here(cache_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("YOLOV7_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv("YOLOV7_DATASETS", raising=False)
     monkeypatch.setenv("COLUMNS", "120")
 
 

@@ -19,13 +19,7 @@ from tests.yolov7.data_sets import (
 from yolov7.dataset import load_data, reader
 from yolov7.errors import UserError
 
-
-@pytest.fixture(autouse=True)
-def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    folder = tmp_path / "cache"
-    monkeypatch.setenv("YOLOV7_CACHE", str(folder))
-    monkeypatch.delenv("YOLOV7_DATASETS", raising=False)
-    return folder
+pytestmark = pytest.mark.usefixtures("cache_folder")
 
 
 # YOLO form

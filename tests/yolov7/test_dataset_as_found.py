@@ -26,11 +26,7 @@ from tests.yolov7.data_sets import (
 from yolov7.dataset import Dataset, load_data, load_splits
 from yolov7.errors import UserError
 
-
-@pytest.fixture(autouse=True)
-def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("YOLOV7_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv("YOLOV7_DATASETS", raising=False)
+pytestmark = pytest.mark.usefixtures("cache_folder")
 
 
 def read(root: Path, description: str) -> Dataset:

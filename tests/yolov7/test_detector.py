@@ -3,7 +3,6 @@ import multiprocessing
 import pickle
 import time
 from collections.abc import Callable, Iterator
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -13,26 +12,19 @@ import pytest
 import torch
 
 from tests.yolov7.networks import StandIn
+from tests.yolov7.pictures import SAMPLES
 from yolov7 import Detector, create_model, load_model, save_model
 from yolov7.augmented import Augmented
 from yolov7.boxes import box_iou, frame_table, in_frames
 from yolov7.engine.eager import Network
 from yolov7.engine.frames import HostFrames
 from yolov7.errors import UserError
-from yolov7.images import read_image
 from yolov7.kernels.nms import Detections, batched_nms
 from yolov7.letterbox import Image, letterbox, letterbox_geometry
 from yolov7.results import Results
 from yolov7.sources import Source
 from yolov7.speed import Speed
 from yolov7.suppression import Suppression
-
-SAMPLES = sorted(Path(str(files("yolov7.assets") / "images")).glob("*.jpg"))
-
-
-@pytest.fixture(scope="module")
-def images() -> list[Image]:
-    return [read_image(path) for path in SAMPLES]
 
 
 @pytest.fixture(scope="module")

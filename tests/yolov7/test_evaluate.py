@@ -18,10 +18,7 @@ from yolov7.evaluate import Predictions, Settings, evaluate, measure, predict, r
 from yolov7.evaluate.pictures import save_pictures
 from yolov7.evaluate.run import EVERYTHING
 
-
-@pytest.fixture(autouse=True)
-def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("YOLOV7_CACHE", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("cache_folder")
 
 
 # which images share a canvas

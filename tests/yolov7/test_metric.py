@@ -14,12 +14,9 @@ from tests.yolov7.data_sets import found, sample
 from yolov7.dataset import Dataset, load_data
 from yolov7.evaluate import coco, coco_results, measure
 
+pytestmark = pytest.mark.usefixtures("cache_folder")
+
 BY_HAND = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100")
-
-
-@pytest.fixture(autouse=True)
-def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("YOLOV7_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture(autouse=True, params=["pycocotools", "faster_coco_eval"])

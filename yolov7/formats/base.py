@@ -95,6 +95,7 @@ class Format(ABC):
     def reveal(self, path: Path, threshold: float) -> Session:
         """With NMS inside: suppress above another threshold, and return what was suppressed last.
 
-        The check of an export needs it, to compare the network and the suppression apart.
+        The check of an export needs it, to compare the network and the suppression apart: a
+        format with "nms" `INSIDE` has it, and only there is it called.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{self.NAME} has no NMS inside")

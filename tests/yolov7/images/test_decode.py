@@ -13,22 +13,10 @@ import numpy as np
 import pytest
 
 from tests.yolov7.data_sets import linux
+from tests.yolov7.pictures import picture, png
 from yolov7.errors import UserError
 from yolov7.images import decode, decode_image, image_size, read_image
 from yolov7.images.header import read_header
-from yolov7.letterbox import Image
-
-
-def picture(height: int = 12, width: int = 20) -> Image:
-    """Blue rises to the right, green downwards; red is 200."""
-    image = np.full((height, width, 3), 200, np.uint8)
-    image[:, :, 0] = np.linspace(0, 255, width, dtype=np.uint8)
-    image[:, :, 1] = np.linspace(0, 255, height, dtype=np.uint8)[:, None]
-    return image
-
-
-def png(image: np.ndarray) -> bytes:
-    return cv2.imencode(".png", image)[1].tobytes()
 
 
 def test_reads_colour_and_grey_and_drops_alpha(tmp_path: Path) -> None:
