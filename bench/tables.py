@@ -15,13 +15,13 @@ import torch
 
 from bench import accuracy
 from bench.plots import save_pictures
-from bench.results import OURS, RESULTS, ROOT, Report, Row, environment, verdict
+from bench.results import OURS, RESULTS, ROOT, Report, Row, environment, left_out, verdict
 from yolov7.variants import VARIANTS
 
 DOCUMENTS = ROOT / "docs"  # accuracy.md and speed.md
 NETWORKS = ("engine", "family")  # suites with a row for each variant
 MANY = 16  # comparisons of a suite that get a line each
-UNLIKE = ("pipeline", "import")  # suites whose baseline is a yardstick, not the same work
+UNLIKE = ("pipeline", "import", "first_detection")  # suites whose baseline is a yardstick, not the same work
 UNMEASURED = (
     "**On a GPU nothing has been measured yet**, so no speed of the kernels or of the engine is "
     "claimed. What their docstrings expect follows from counted bytes and operations; "
@@ -51,6 +51,8 @@ def speed(reports: Sequence[Report]) -> list[str]:
         if on_gpu(report):
             lines += [*_variant_table(report), ""]
         lines += [*_comparison_table(report), ""]
+        if missing := left_out(report.rows):
+            lines += [*(f"- {line}" for line in missing), ""]
     return lines[:-1]
 
 

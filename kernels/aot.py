@@ -204,18 +204,27 @@ def worse(rows: Sequence[Row], baseline: Sequence[Row]) -> list[str]:
     return sorted(found)
 
 
-def kernel_cases(
-    known: Mapping[str, Any], only: Sequence[str] = ()
-) -> Iterator[tuple[str, Callable[[], object]]]:
+Cases = Iterator[tuple[str, Callable[[], object]]]
+
+
+def kernel_files() -> dict[str, Callable[..., Cases]]:
+    """The kernel files of this package, and what makes the cases of each."""
+    names = [info.name for info in pkgutil.iter_modules(kernels.__path__)]
+    modules = {name: import_module(f"{kernels.__name__}.{name}") for name in names}
+    return {
+        name: module.compile_cases
+        for name, module in modules.items()
+        if hasattr(module, "compile_cases")
+    }
+
+
+def kernel_cases(known: Mapping[str, Any], only: Sequence[str] = ()) -> Cases:
     """The cases of every kernel file of this package, (shape, launch on meta tensors)."""
-    for info in pkgutil.iter_modules(kernels.__path__):
-        if only and info.name not in only:
+    for file, cases in kernel_files().items():
+        if only and file not in only:
             continue
-        module = import_module(f"{kernels.__name__}.{info.name}")
-        cases = getattr(module, "compile_cases", None)
-        if cases is not None:
-            wanted = inspect.signature(cases).parameters
-            yield from cases(**{name: known[name] for name in wanted if name in known})
+        wanted = inspect.signature(cases).parameters
+        yield from cases(**{name: known[name] for name in wanted if name in known})
 
 
 def compile_all(

@@ -25,5 +25,5 @@ ARCHITECTURES = {
     (12, 0): Architecture(101_376, 170),  # RTX 50xx, RTX PRO 6000
     (12, 1): Architecture(101_376, 48),  # DGX Spark
 }
-"""By compute capability; what is not here counts as the smallest."""
+"""By compute capability; what is not here is `UNKNOWN`."""
 UNKNOWN = Architecture(101_376, 108)

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
+from torch.torch_version import TorchVersion
 
 from yolov7.kernels.architectures import ARCHITECTURES, UNKNOWN
 
@@ -169,8 +170,7 @@ def unfit(capability: tuple[int, int]) -> str | None:
     """
     if not (HAS_TRITON and capability[0] in (10, 11)):
         return None
-    version = tuple(int(part) for part in triton.__version__.split("+")[0].split(".")[:3])
-    if version >= (3, 7, 1):
+    if TorchVersion(triton.__version__) >= "3.7.1":  # a release candidate is older
         return None
     major, minor = capability
     return (

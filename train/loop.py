@@ -267,7 +267,8 @@ class Run:
             validation = None
             asked = next((callback.stop for callback in (*own, *others) if callback.stop), "")
             stopped = self._limit(started) or share(asked, self.ranks)
-            if stopped or progress.epoch % self.options.val_every == 0:
+            evaluated = bool(stopped) or progress.epoch % self.options.val_every == 0
+            if evaluated:
                 validation = self._validate()
                 stopped = self._limit(started) or stopped or self._no_better()
             row |= {name: progress.stats[name] if validation else math.nan for name in REPORTED}
@@ -277,6 +278,9 @@ class Run:
             self._save()
             for callback in others:
                 callback.on_epoch(row, validation)
+            if evaluated:  # else one more epoch, which is: a run ends with an evaluation
+                asked = next((callback.stop for callback in others if callback.stop), "")
+                stopped = stopped or share(asked, self.ranks)
             self.ranks.say(epoch_line(row, self.epochs))
         return stopped
 

@@ -31,7 +31,7 @@ def slow_precision(dtype: torch.dtype, device: torch.device) -> str:
     fast = any(getattr(torch.cpu, name, lambda: True)() for name in asked)
     if (device.type, dtype) != ("cpu", torch.bfloat16) or not _X86 or fast:
         return ""
-    return "warning: this processor has no bf16 instructions: --precision fp32 takes half the time"
+    return "warning: this processor has no bf16 instructions: --precision fp32 is faster"
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:

@@ -65,7 +65,8 @@ class Callback:
     """Something that follows a run; override what is of interest. Called on the main process.
 
     Attributes:
-        stop: why the run is to end with the epoch that is going on; empty: it is not.
+        stop: why the run is to end with the epoch that is going on; empty: it is not. Said in
+            `on_epoch` without an evaluation, it ends with the next one, which has one.
     """
 
     stop = ""

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from yolov7.dataset import Dataset, Sample
+from yolov7.dataset import Dataset, Problem, Sample
 from yolov7.engine.choose import Runtime, open_network
 from yolov7.evaluate import Evaluation, Predictions, Settings, measure, predict
 from yolov7.evaluate.run import GROUP, by_aspect
@@ -127,7 +127,7 @@ def validate(
     order = by_aspect(samples)
     groups = [order[start : start + GROUP] for start in range(0, len(order), GROUP)]
     mine = sorted(index for group in groups[ranks.rank :: ranks.world] for index in group)
-    found, unread = {}, list[str]()
+    found, unread = {}, list[Problem]()
     speed: dict[str, float] = {}
     loss = ValidationLoss(model, weights)
     if mine:
@@ -142,7 +142,7 @@ def validate(
     sums = {name: float(value) for name, value in loss.sums.items()}  # synchronises
     parts = collect((found, unread, sums, loss.images), ranks)
     merged = {i: boxes for found, *_ in parts for i, boxes in found.items()}
-    skipped = [*dataset.skipped, *(line for _, unread, *_ in parts for line in unread)]
+    skipped = [*dataset.skipped, *(one for _, unread, *_ in parts for one in unread)]
     seen = sorted(merged)
     whole = replace(dataset, samples=[samples[i] for i in seen], skipped=skipped)
     predictions = Predictions(whole, [merged[i] for i in seen], speed)

@@ -90,15 +90,18 @@ def _certificates_checked(target: str) -> Iterator[None]:
     no file of certificates (Windows, some macOS), nothing is checked.
     """
     authorities = ssl.get_default_verify_paths().cafile
-    if not target.startswith("https://") or FFMPEG_OPTIONS in os.environ or not authorities:
+    if not target.startswith("https://") or not authorities:
         yield
         return
-    with _environment:
-        os.environ[FFMPEG_OPTIONS] = f"tls_verify;1|ca_file;{authorities}"
+    with _environment:  # asked inside: what another thread has set for its own opening is no user's
+        ours = FFMPEG_OPTIONS not in os.environ
+        if ours:
+            os.environ[FFMPEG_OPTIONS] = f"tls_verify;1|ca_file;{authorities}"
         try:
             yield
         finally:
-            del os.environ[FFMPEG_OPTIONS]
+            if ours:
+                del os.environ[FFMPEG_OPTIONS]
 
 
 def frame_rate(capture: cv2.VideoCapture) -> float:
@@ -177,9 +180,12 @@ class Newest:
         return taken
 
     def stop(self) -> None:
-        """Ask the thread to end; one whose camera hangs dies with the process."""
+        """Ask the thread to end."""
         self._stopped.set()
-        self._thread.join(timeout=1)
+
+    def join(self, seconds: float) -> None:
+        """Wait for it; one whose camera hangs dies with the process."""
+        self._thread.join(max(0.0, seconds))
 
     def _run(self) -> None:
         error: Exception | None = None

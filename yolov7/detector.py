@@ -63,7 +63,7 @@ class Detector:
         network: What runs the model.
         imgsz: (height, width) that images are scaled to.
         speed: Times of the images so far.
-        startup_s: Seconds that compiling took; 0 with the eager engine.
+        startup_s: Seconds that `torch.compile` took; 0 with other engines.
 
     Raises:
         UserError: Something of this is not to be had.

@@ -21,7 +21,7 @@ from rich.progress import DownloadColumn, Progress, TransferSpeedColumn
 from yolov7.atomic import atomic
 from yolov7.cache import cache_folder
 from yolov7.errors import UserError
-from yolov7.fetch import REFUSALS, Answer, answer_to, chunks
+from yolov7.fetch import REFUSALS, Answer, answer_to, chunks, reason_of
 from yolov7.progress import working
 from yolov7.text import one_line
 
@@ -216,9 +216,9 @@ def _answer(request: urllib.request.Request) -> Answer:
     except TimeoutError as error:
         raise UserError(f"{url}: {one_line(error)}; run again to resume") from None
     except REFUSALS as error:
-        reason = one_line(getattr(error, "reason", None) or error or type(error).__name__)
         raise UserError(
-            f"{url}: cannot be reached ({reason}); download it elsewhere and pass its path"
+            f"{url}: cannot be reached ({reason_of(error)}); "
+            "download it elsewhere and pass its path"
         ) from None
 
 
@@ -228,8 +228,7 @@ def _chunks(answer: Answer, url: str) -> Iterator[bytes]:
     except TimeoutError as error:
         raise UserError(f"{url}: {one_line(error)}; run again to resume") from None
     except REFUSALS as error:
-        reason = one_line(str(error) or type(error).__name__)
-        raise UserError(f"{url}: cut off ({reason}); run again to resume") from None
+        raise UserError(f"{url}: cut off ({reason_of(error)}); run again to resume") from None
 
 
 def _progress() -> Progress:

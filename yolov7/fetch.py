@@ -141,5 +141,9 @@ def fetch(address: str) -> bytes:
 
 def unreachable(name: str, error: Exception) -> UserError:
     """The error that says why an address gave nothing."""
-    reason = one_line(getattr(error, "reason", None) or error or type(error).__name__)
-    return UserError(f"{name}: {reason}: check the address and the connection")
+    return UserError(f"{name}: {reason_of(error)}: check the address and the connection")
+
+
+def reason_of(error: Exception) -> str:
+    """One of `REFUSALS` in a line that is never empty."""
+    return one_line(getattr(error, "reason", None) or str(error) or type(error).__name__)

@@ -14,6 +14,7 @@ from yolov7.atomic import atomic
 from yolov7.errors import UserError
 from yolov7.letterbox import Image
 from yolov7.results import Results
+from yolov7.text import file_name
 
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 FALLBACK_FPS = 25.0  # for cameras and containers that name no rate
@@ -212,7 +213,9 @@ class Recorder:
         if frame.item not in self._names:
             path = Path(frame.path.split("?")[0] if "://" in frame.path else frame.path)
             stem = path.stem.replace(" ", "-") if frame.kind != "image" else path.stem
-            stem = self._free(stem)
+            # A local image's own name fits; that of a video gets a frame's number.
+            known = frame.kind == "image" and "://" not in frame.path
+            stem = self._free(stem if known else file_name(stem))
             suffix = path.suffix if path.suffix.lower() in PICTURE_SUFFIXES else ".jpg"
             self._names[frame.item] = stem + suffix if frame.kind == "image" else stem
         # One name per item, and images come once: only those of videos are needed again.

@@ -224,7 +224,8 @@ class Results:
         Raises:
             UserError: They cannot be written.
         """
-        height, width = self.image.shape[:2]
+        image = self.image  # once: each time, a frame on a GPU is copied
+        height, width = image.shape[:2]
         paths = []
         rows = zip(self.boxes.xyxy.tolist(), self.boxes.cls.tolist(), strict=True)
         for index, ((x1, y1, x2, y2), cls) in enumerate(rows, 1):
@@ -232,7 +233,7 @@ class Results:
             left, top = min(int(x1), width - 1), min(int(y1), height - 1)
             right, bottom = max(int(np.ceil(x2)), left + 1), max(int(np.ceil(y2)), top + 1)
             target = Path(folder) / file_name(self.names[cls]) / f"{stem}-{index}.jpg"
-            paths.append(write_image(target, self.image[top:bottom, left:right]))
+            paths.append(write_image(target, image[top:bottom, left:right]))
         return paths
 
     def to_dict(self) -> dict[str, Any]:

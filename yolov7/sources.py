@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import count, groupby, repeat
 from threading import Condition
+from time import monotonic
 from typing import Literal
 
 import cv2
@@ -23,6 +24,7 @@ from yolov7.letterbox import Image
 from yolov7.text import printable
 
 WORKERS = 2  # threads that decode images
+CLOSING_S = 1.0  # for the cameras and streams, all together
 
 NO_VIDEO = "not a video that can be read: check the file"
 NO_STREAM = "cannot be opened: check that it is there"
@@ -230,8 +232,12 @@ class Source:
                     for said in news:
                         self._pass_on(said)
         finally:
-            for *_, reader in self._readers:
+            readers = [reader for *_, reader in self._readers]  # those that were begun
+            for reader in readers:
                 reader.stop()
+            end = monotonic() + CLOSING_S
+            for reader in readers:
+                reader.join(end - monotonic())
 
     def _pass_on(self, news: str | Exception) -> None:
         if isinstance(news, UserError):

@@ -287,6 +287,8 @@ def batched_nms(
         if other is not None and other.device != prediction.device:
             raise ValueError(f"{name} on {other.device}, prediction on {prediction.device}")
     multi_label = multi_label and shape[2] > 6
+    classes = None if classes is None else classes.contiguous()
+    segment_counts = None if segment_counts is None else segment_counts.contiguous()
     arguments = (conf, iou, multi_label, agnostic, max_det, max_candidates)
     return Detections(*nms_op(prediction, segment_counts, classes, *arguments))
 

@@ -38,7 +38,9 @@ def test_what_is_finished_is_on_disk(tmp_path: Path) -> None:
     ended = report.checks["processes"]
     parts = {"layer checks", "kernel tests", "tuning fp16", "tuning fp8", "steps"}
     assert parts | {f"suites {i}" for i in range(len(gpu.SUITES))} <= set(ended)
-    assert set(ended.values()) <= {"done", "out of time", "exit 1"}  # of the tuner, without a GPU
+    for name, how in ended.items():
+        allowed = {"exit 1"} if name.startswith("tuning") else set()  # without a GPU
+        assert how in {"done", "out of time"} | allowed, name
     assert "tuning fp16" in (tmp_path / "log.txt").read_text()
 
 

@@ -10,7 +10,7 @@ import torch
 import triton
 
 from yolov7.engine.graph.workload import workload
-from yolov7.kernels import aot
+from yolov7.kernels import aot, runtime
 from yolov7.kernels.aot import Row, compile_all, compile_spec, load_table, passed_limits, worse
 from yolov7.kernels.architectures import ARCHITECTURES
 from yolov7.kernels.conv import ConvCall, ConvConfig, ConvLaunch, StemLaunch
@@ -210,6 +210,24 @@ def test_comparison_with_a_table(change: dict[str, Any], caught: str | None) -> 
     found = worse([replace(ROW, **change)], [ROW])
     assert bool(found) == (caught is not None)
     assert caught is None or any(caught in line for line in found)
+
+
+@pytest.mark.parametrize(
+    ("version", "fit"),
+    [
+        ("3.6.0", False),
+        ("3.7.1rc1", False),
+        ("3.7.1", True),
+        ("3.7.1+git0", True),
+        ("3.10.0", True),
+    ],
+)
+def test_tritons_that_leave_the_fences_out(
+    version: str, fit: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runtime.triton, "__version__", version)
+    assert (unfit((10, 0)) is None) == fit
+    assert unfit((9, 0)) is None
 
 
 def test_every_target_has_limits() -> None:

@@ -236,6 +236,15 @@ def test_kernel_gives_stored_boxes(case: Path, kernel_device: torch.device) -> N
             assert np.array_equal(found.boxes[image, : found.counts[image]].cpu(), expected)
 
 
+@pytest.mark.interpreter
+def test_kernel_on_any_strides(kernel_device: torch.device) -> None:
+    prediction = predictions(2, 40, 6).to(kernel_device)
+    classes = torch.tensor([0, 5, 1, 4], device=kernel_device)[::2]
+    counts = torch.tensor([[2, 20], [7, 3]], dtype=torch.int32, device=kernel_device).T
+    options: dict[str, Any] = {"conf": 0.01, "classes": classes, "segment_counts": counts}
+    assert_same(batched_nms(prediction, **options), reference(prediction, **options))
+
+
 def test_not_contiguous() -> None:
     prediction = predictions(2, 8, 40).transpose(1, 2)[:, :, :8]
     assert not prediction.is_contiguous()

@@ -28,6 +28,7 @@ from yolov7.train.report import Callback, Result, read_rows
 from yolov7.train.scene import Scene
 from yolov7.train.state import load_state
 from yolov7.train.step import Progress, Step
+from yolov7.train.validation import Validation
 
 
 def test_a_result_that_cannot_be_written_is_found_out_before_the_run(options: Train) -> None:
@@ -235,6 +236,27 @@ def test_a_callback_sees_batches_and_the_model_and_ends_a_run(options: Train) ->
     assert (result.stopped, result.epochs, len(stopper.boxes)) == ("enough was seen", 2, 4)
     assert "AP" in result.stats  # the last epoch is evaluated
     assert load_state(result.folder)["progress"]["epoch"] == 2
+
+
+class GoodEnough(Callback):
+    """Ends a run at its first evaluation, or in an epoch that has none."""
+
+    def __init__(self, *, evaluated: bool) -> None:
+        self.evaluated = evaluated
+
+    def on_epoch(self, row: dict[str, float], validation: Validation | None) -> None:  # noqa: ARG002
+        if (validation is not None) == self.evaluated:
+            self.stop = "good enough"
+
+
+def test_a_run_ends_with_the_epoch_after_which_a_callback_says_so(options: Train) -> None:
+    result = train(replace(options, epochs=5), [GoodEnough(evaluated=True)])
+    assert (result.stopped, result.epochs) == ("good enough", 1)
+    # Without an evaluation one more epoch, which has one.
+    again = replace(options, epochs=5, val_every=4, name="again")
+    result = train(again, [GoodEnough(evaluated=False)])
+    assert (result.stopped, result.epochs) == ("good enough", 2)
+    assert "AP" in result.stats
 
 
 def test_weights_are_kept_every_so_many_epochs(options: Train) -> None:

@@ -6,8 +6,10 @@ import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from yolov7.images import read_image
 from yolov7.train.options import Train
 from yolov7.train.report import read_rows
 
@@ -107,7 +109,8 @@ def test_an_augmentation_of_the_script_reaches_the_workers(spawned: Train, tmp_p
         ),
     )
     assert done.returncode == 0, done.stderr
-    assert (Path(spawned.project) / "run" / "state.pt").is_file()
+    picture = read_image(Path(spawned.project) / "run" / "train_batch0.jpg")
+    assert np.median(picture) < 3  # black, with boxes drawn
 
 
 def test_an_augmentation_that_cannot_be_sent_is_one_line(spawned: Train, tmp_path: Path) -> None:

@@ -1,4 +1,8 @@
+import os
+import ssl
+import threading
 import time
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -79,6 +83,51 @@ def test_leaving_a_camera_early_releases_it(monkeypatch: pytest.MonkeyPatch) -> 
     next(frames)
     frames.close()  # type: ignore[attr-defined]  # a generator
     assert cameras[0].released
+
+
+def test_leaving_cameras_that_hang_takes_a_second_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    free = threading.Event()
+    first = Camera()
+
+    def opened(target: int, *_: object) -> Camera:
+        if target:
+            free.wait(30)
+        return first
+
+    monkeypatch.setattr(sources, "open_capture", opened)
+    monkeypatch.setattr(sources, "CLOSING_S", 0.2)
+    frames = iter(Source(list(range(6))))
+    next(frames)
+    start = time.monotonic()
+    frames.close()  # type: ignore[attr-defined]  # a generator
+    assert time.monotonic() - start < 0.9  # six times .2 are 1.2
+    assert first.released
+    free.set()
+
+
+def test_a_certificate_is_checked_for_each_of_two_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The options of the first are not taken for the user's, and gone when the second opens."""
+    known = SimpleNamespace(cafile="authorities")
+    monkeypatch.setattr(ssl, "get_default_verify_paths", lambda: known)
+    monkeypatch.delenv(capture.FFMPEG_OPTIONS, raising=False)
+    seen: list[str | None] = []
+    inside, entered = threading.Event(), threading.Event()
+
+    def second() -> None:
+        inside.set()
+        with capture._certificates_checked("https://b"):
+            entered.set()
+            time.sleep(0.2)  # the first one leaves meanwhile, if it may be in there, too
+            seen.append(os.environ.get(capture.FFMPEG_OPTIONS))
+
+    with capture._certificates_checked("https://a"):
+        thread = threading.Thread(target=second)
+        thread.start()
+        inside.wait()
+        entered.wait(0.1)
+    thread.join()
+    assert seen == ["tls_verify;1|ca_file;authorities"]
+    assert capture.FFMPEG_OPTIONS not in os.environ
 
 
 @pytest.mark.parametrize("number", [63, 20240101123456])

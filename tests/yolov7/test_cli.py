@@ -94,6 +94,8 @@ def test_a_value_may_hold_an_equals_sign(capsys: pytest.CaptureFixture[str]) -> 
     words = ["predict", "--weights", "blood-cells", "--source", "http://[::1/a.jpg?source=b"]
     assert main(words) == 1
     assert "Invalid IPv6" in capsys.readouterr().err
+    assert main(["predict", "--weights", "blood-cells", "--source", "batch=16.jpg"]) == 1
+    assert "batch=16.jpg: no such file" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="a pseudo-terminal is Unix's")

@@ -113,6 +113,19 @@ def test_every_planted_fault_is_found_in_one_run(
     assert f"{report['faults']} faults" in text
 
 
+@linux
+@pytest.mark.parametrize("name", ["Screen 1.00\u202fPM", "b: c", "caf\udce9"])
+def test_an_unusable_image_is_named_as_it_is(tmp_path: Path, name: str) -> None:
+    """Its label file is found, whatever its name holds."""
+    path = yolo_data(tmp_path / "set: a")
+    image = path.parent / "images" / "val" / f"{name}.png"
+    image.write_bytes(b"no image")
+    write_label(path.parent / "labels" / "val" / f"{name}.txt", BOX)
+    found = check_data(path)
+    assert found.by_kind()["unusable image"][0].place == str(image)
+    assert "label without image" not in found.by_kind()
+
+
 def test_faults_of_a_coco_json(tmp_path: Path) -> None:
     content = coco_content()
     first = content["annotations"][0]

@@ -59,6 +59,8 @@ def test_aot_fails_over_a_limit(
 
 WRONG = {
     "fp8": (["aot", "--target", "sm_80", "--precision", "fp8"], "sm_80 has no fp8"),
+    "fp8 on sm_86": (["aot", "--target", "sm_86", "--precision", "fp8"], "sm_86 has no fp8"),
+    "no kernels": (["aot", "--only", "nms", "convs"], "no kernels convs: there are bn_silu"),
     "aot variant": (["aot", "--variant", "yolov9"], "no variant 'yolov9'"),
     "aot batch": (["aot", "--batch", "0"], "batch is 0: give a whole number"),
     "tune variant": (["tune", "--variant", "yolov9"], "no variant 'yolov9'"),

@@ -314,6 +314,20 @@ def test_suppression_that_fails_or_is_wrong_is_left_to_the_cpu(images: list[Imag
     sure(run_by(frames, images), expected)
 
 
+def test_frames_that_were_prepared_before_a_failure_go_the_cpus_way(
+    images: list[Image], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tensors of a whole window wait on the GPU when its first batch fails."""
+    monkeypatch.setattr("yolov7.engine.frames.letterbox_on_device", broken)
+    host = on_a_gpu(Suppression().on(torch.device("cpu")))
+    where = letterbox_geometry(images[0].shape[:2], SIZE, auto=True)
+    frame = torch.from_numpy(images[0])
+    with pytest.warns(UserWarning, match="ptxas") as warned:
+        found = [host.submit([frame], [where]).wait() for _ in range(3)]
+    assert len(warned) == 1
+    assert all(torch.equal(one.boxes, found[0].boxes) for one in found)
+
+
 @pytest.mark.parametrize("fault", ["none", "raises", "wrong"])
 def test_folding_that_fails_or_is_wrong_is_left_to_the_cpu(
     fault: str, monkeypatch: pytest.MonkeyPatch

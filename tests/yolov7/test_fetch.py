@@ -195,3 +195,8 @@ def test_passwords_are_sent_and_not_shown(
         with pytest.raises(UserError) as error:
             list(Source(address))
         assert "s3cret" not in str(error.value)
+
+
+def test_an_error_without_words_still_has_a_reason() -> None:
+    said = str(fetch.unreachable("http://x/a.jpg", ConnectionResetError()))
+    assert said.startswith("http://x/a.jpg: ConnectionResetError: check")

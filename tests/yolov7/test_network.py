@@ -137,8 +137,13 @@ def test_engines(demo: YOLOv7, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="engine fast: give"):
         open_network(Runtime(weights=demo, device="cpu", engine="fast"))
     monkeypatch.setattr("shutil.which", lambda _: None)
-    with pytest.raises(UserError, match=r"needs a C\+\+ compiler: install"):
+    with pytest.raises(UserError, match=r"needs the C\+\+ compiler g\+\+: install"):
         open_network(Runtime(weights=demo, device="cpu", engine="compile"))
+    monkeypatch.setattr("shutil.which", lambda name: name if name == "clang++" else None)
+    monkeypatch.delenv("CXX", raising=False)
+    if sys.platform == "linux":  # where Inductor does not look for another
+        with pytest.raises(UserError, match=r"set CXX to another, or use eager"):
+            open_network(Runtime(weights=demo, device="cpu", engine="compile"))
 
 
 def test_compile_freezes_and_keeps_its_cache(

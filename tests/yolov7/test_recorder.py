@@ -92,6 +92,18 @@ def test_numbers_that_are_equal_stay_apart(tmp_path: Path) -> None:
     assert [row["image_id"] for row in rows] == [123, "123", "a?b=1", "q"]
 
 
+def test_a_name_that_is_too_long_for_a_file_is_cut(tmp_path: Path) -> None:
+    """Of an address, and of a video, whose frames have numbers behind their names."""
+    with Recorder(Outputs(tmp_path, txt=True, crop=True)) as recorder:
+        for item in (1, 2):
+            recorder.write(result(f"https://x/{'a' * 260}?{item}", item=item))
+        recorder.write(result(f"{'v' * 251}.avi", item=3, kind="video", number=1))
+        recorder.write(result("https://x/c:d.jpg", item=4))
+    kept = {path.name for path in tmp_path.glob("*.jpg")}
+    assert kept == {f"{'a' * 200}.jpg", f"{'a' * 200}-2.jpg", "c-d.jpg"}
+    assert (tmp_path / "labels" / f"{'v' * 200}-000001.txt").is_file()
+
+
 @pytest.mark.parametrize(
     ("name", "folder"),
     [

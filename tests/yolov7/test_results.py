@@ -158,6 +158,20 @@ def test_save_crops(tmp_path: Path) -> None:
     assert read_image(paths[1]).shape == (1, 1, 3)
 
 
+def test_crops_are_cut_out_of_one_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A frame on a GPU is copied whenever its pixels are asked for."""
+    copies: list[Results] = []
+    real = vars(Results)["image"].fget
+
+    def image(self: Results) -> Any:
+        copies.append(self)
+        return real(self)
+
+    monkeypatch.setattr(Results, "image", property(image))
+    assert len(make(BOXES).save_crops(tmp_path, "street")) == 3
+    assert len(copies) == 1
+
+
 def test_to_dict_is_json() -> None:
     row = make(BOXES[1:2]).to_dict()
     assert json.loads(json.dumps(row)) == {

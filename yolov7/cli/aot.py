@@ -7,7 +7,7 @@ from typing import Literal
 
 from yolov7.engine.graph.workload import workload
 from yolov7.errors import UserError, at_least_one
-from yolov7.kernels.aot import Row, compile_all, passed_limits, table
+from yolov7.kernels.aot import Row, capability_of, compile_all, kernel_files, passed_limits, table
 from yolov7.kernels.runtime import HAS_TRITON
 from yolov7.runs import check_writable, write_json
 from yolov7.variants import named
@@ -36,8 +36,11 @@ def run(options: Aot) -> int:
     if options.variant is not None:
         named(options.variant)
     at_least_one("batch", options.batch)
-    if options.precision == "fp8" and options.target == "sm_80":
-        raise UserError("sm_80 has no fp8; use sm_89 or later")
+    if options.precision == "fp8" and capability_of(options.target) < (8, 9):
+        raise UserError(f"{options.target} has no fp8; use sm_89 or later")
+    files = kernel_files()
+    if unknown := sorted(set(options.only) - files.keys()):
+        raise UserError(f"no kernels {' '.join(unknown)}: there are {' '.join(files)}")
     if not HAS_TRITON:
         raise UserError("compiling kernels needs Triton: pip install triton")
     check_writable(options.json)

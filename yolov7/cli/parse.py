@@ -82,7 +82,7 @@ def _elsewhere(word: str, before: str, names: set[str]) -> str | None:
         name = flag[2:].replace("_", "-")
         return None if name in names else _in_place_of(name, names)
     pair = re.fullmatch(r"([a-z]\w*)=(.*)", word)
-    if pair:
+    if pair and not before.startswith("--"):  # else it is that option's value
         name = pair[1].replace("_", "-")
         if name in names:
             return f"write --{name} {printable(pair[2])}"

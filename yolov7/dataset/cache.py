@@ -21,7 +21,7 @@ from yolov7.cache import cache_folder
 from yolov7.dataset.sample import Dataset, Labels, Problem, Sample
 from yolov7.errors import UserError
 
-VERSION = 3  # raise it whenever the same files would be read differently
+VERSION = 4  # raise it whenever the same files would be read differently
 
 
 class Key(NamedTuple):
@@ -162,8 +162,6 @@ def _unpack(arrays: dict[str, NDArray[Any]]) -> Dataset:
             )
         )
         first += count
-    problems = [Problem(*problem) for problem in text["problems"]]
+    skipped, problems = ([Problem(*row) for row in text[name]] for name in ("skipped", "problems"))
     ids = arrays["category_ids"].tolist()
-    return Dataset(
-        samples, text["names"], ids, text["skipped"], problems, label_files=text["label_files"]
-    )
+    return Dataset(samples, text["names"], ids, skipped, problems, label_files=text["label_files"])

@@ -92,9 +92,7 @@ def check_data(spec: str | Path, splits: Sequence[str] = ()) -> Report:
             problems.append(Problem("unreadable split", f"{spec} {split}", str(error)))
     pixels: dict[str, tuple[str, Path]] = {}  # split and file by the pixels' digest
     for split, dataset in read.items():
-        for line in dataset.skipped:
-            place, _, text = line.partition(": ")
-            problems.append(Problem("unusable image", place, text))
+        problems += dataset.skipped
         problems += dataset.problems
         problems += _image_problems(split, dataset, pixels)
         problems += _label_files(dataset)
@@ -114,9 +112,9 @@ def _image_problems(
     with ThreadPoolExecutor(READERS) as pool:
         found = pool.map(_digest, (sample.path for sample in dataset.samples))
         shown = progress(found, f"decoding {split}", len(dataset.samples))
-        for sample, (digest, error) in zip(dataset.samples, shown, strict=True):
-            if error:
-                yield Problem("damaged image", str(sample.path), error)
+        for sample, digest in zip(dataset.samples, shown, strict=True):
+            if isinstance(digest, Problem):
+                yield digest
                 continue
             other_split, other = pixels.setdefault(digest, (split, sample.path))
             if other == sample.path:
@@ -125,15 +123,15 @@ def _image_problems(
             yield Problem(kind, str(sample.path), f"the same picture as {other}")
 
 
-def _digest(path: Path) -> tuple[str, str]:
-    """A digest of an image's pixels, and why it has none."""
+def _digest(path: Path) -> str | Problem:
+    """A digest of an image's pixels, or why it has none."""
     try:
         image = read_image(path)
     except UserError as error:
-        return "", str(error).removeprefix(f"{path}: ")
+        return Problem.of("damaged image", path, error)
     digest = hashlib.blake2b(image.data, digest_size=16)
     digest.update(str(image.shape).encode())
-    return digest.hexdigest(), ""
+    return digest.hexdigest()
 
 
 def _label_files(dataset: Dataset) -> Iterator[Problem]:
@@ -141,7 +139,7 @@ def _label_files(dataset: Dataset) -> Iterator[Problem]:
     if not dataset.label_files:
         return
     images = [sample.path for sample in dataset.samples]
-    images += [Path(line.partition(": ")[0]) for line in dataset.skipped]
+    images += [Path(problem.place) for problem in dataset.skipped]
     labels = yolo.label_paths(images)
     expected = set(labels)
     folders = {label.parent for label in labels}

@@ -203,7 +203,7 @@ def _collect(
         sizes = pool.map(_measure, rows)
         shown = progress(sizes, "reading images", len(rows))
         for position, (row, size) in enumerate(zip(rows, shown, strict=True)):
-            if isinstance(size, str):
+            if isinstance(size, Problem):
                 dataset.skipped.append(size)
                 continue
             dataset.samples.append(
@@ -220,17 +220,18 @@ def _collect(
     return dataset
 
 
-def _measure(row: _Row) -> tuple[int, int] | str:
-    """Height and width of an image, or the line that says why it is skipped."""
+def _measure(row: _Row) -> tuple[int, int] | Problem:
+    """Height and width of an image, or why it is skipped."""
     try:
         size = image_size(row.path)
     except UserError as error:
-        return str(error)
+        return Problem.of("unusable image", row.path, error)
     if row.stated not in (None, size):
-        return (
-            f"{row.path}: is {size[1]}x{size[0]}, but its annotations are made for "
+        text = (
+            f"is {size[1]}x{size[0]}, but its annotations are made for "
             f"{row.stated[1]}x{row.stated[0]}"
         )
+        return Problem("unusable image", str(row.path), text)
     return size
 
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from yolov7.errors import UserError
 from yolov7.text import counted, printable
 
 Polygon = NDArray[np.float32]  # [k, 2] x, y in pixels
@@ -81,6 +82,11 @@ class Problem(NamedTuple):
         """One line."""
         return printable(f"{self.place}: {self.text}")
 
+    @classmethod
+    def of(cls, kind: str, path: Path, error: UserError) -> "Problem":
+        """What an error says of a file, which it names first."""
+        return cls(kind, str(path), str(error).removeprefix(printable(f"{path}: ")))
+
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
@@ -91,7 +97,7 @@ class Dataset:
         names: Class names; their positions are the classes of the samples.
         category_ids: The id that each class has in a COCO json: the json's own, the 91-based ones
             for COCO's 80 names, else the class itself.
-        skipped: One line for every image that is left out: its path and why.
+        skipped: The images that are left out.
         problems: What else is left out: labels that are wrong or come twice.
         label_files: Whether every image has a label file of its own, as in YOLO form.
     """
@@ -99,7 +105,7 @@ class Dataset:
     samples: list[Sample]
     names: list[str]
     category_ids: list[int]
-    skipped: list[str] = field(default_factory=list)
+    skipped: list[Problem] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
     label_files: bool = False
 

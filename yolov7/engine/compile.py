@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 import threading
 from collections.abc import Callable
 from typing import TypeVar
@@ -18,6 +19,7 @@ from yolov7.model import YOLOv7
 T = TypeVar("T")
 
 COMPILED = "TORCHINDUCTOR_CACHE_DIR"
+COMPILERS = {"darwin": "clang++", "win32": "cl"}  # that Inductor takes where CXX names none
 
 
 class CompiledNetwork(Network):
@@ -31,9 +33,12 @@ class CompiledNetwork(Network):
     one_shape = True
 
     def _made_ready(self, model: YOLOv7) -> Callable[[Tensor], Tensor]:
-        compilers = [os.environ.get("CXX", "g++"), "clang++"]
-        if not any(shutil.which(compiler) for compiler in compilers):
-            raise UserError("engine compile needs a C++ compiler: install g++, or use eager")
+        compiler = os.environ.get("CXX", COMPILERS.get(sys.platform, "g++"))
+        if not shutil.which(compiler):
+            raise UserError(
+                f"engine compile needs the C++ compiler {compiler}: install it, set CXX to "
+                "another, or use eager"
+            )
         _keep_compiled()
         if self.device.type != "cpu":
             return _frozen(torch.compile(model, dynamic=False))

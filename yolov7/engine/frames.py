@@ -251,7 +251,7 @@ class HostFrames:
 
     def _input(self, prepared: Sequence[Pixels], where: Sequence[Geometry]) -> Tensor:
         there = [pixels for pixels in prepared if isinstance(pixels, Tensor)]
-        if there and len(there) == len(prepared):
+        if self._kernels and there and len(there) == len(prepared):
             try:
                 x = self._input_there(there, where)
                 if self._letterbox_proven or same_input(x, prepared, where):

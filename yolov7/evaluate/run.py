@@ -21,7 +21,7 @@ import numpy as np
 from torch import Tensor
 
 from yolov7.capture import ahead
-from yolov7.dataset import Dataset, Sample
+from yolov7.dataset import Dataset, Problem, Sample
 from yolov7.engine.choose import open_frames
 from yolov7.engine.frames import Forward, Frames, HostFrames, Pixels
 from yolov7.errors import UserError
@@ -115,7 +115,11 @@ def predict(
     for indices, items in progress(
         _load(samples, batches, settings, network.stride, frames), "evaluating", len(batches)
     ):
-        skipped += [str(item) for item in items if isinstance(item, UserError)]
+        skipped += [
+            Problem.of("unusable image", samples[index].path, item)
+            for index, item in zip(indices, items, strict=True)
+            if isinstance(item, UserError)
+        ]
         ready = [(i, it) for i, it in zip(indices, items, strict=True) if isinstance(it, _Prepared)]
         if not ready:
             continue

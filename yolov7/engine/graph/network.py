@@ -166,6 +166,7 @@ class GraphNetwork(Network):
     def _plan(self, *shape: int) -> "_Plan":
         plan = self._plans.pop(shape, None)  # type: ignore[arg-type]  # batch, height, width
         if plan is None:
+            self._drain()  # what is under way uses memory that is free from here on
             if len(self._plans) == PLANS:
                 del self._plans[next(iter(self._plans))]
             try:
@@ -180,14 +181,12 @@ class GraphNetwork(Network):
 
     def _made_plan(self, shape: tuple[int, ...]) -> "_Plan":
         ranges = self._model.ranges if self.precision == "fp8" else None
-        with _BUILDING, torch.inference_mode(False), torch.no_grad():
-            self._drain()  # what is under way may use memory that is given to the new plan
-            with self._on_stream():
-                return _Plan(
-                    PlannedNetwork(
-                        self._model, *shape, dtype=self.dtype, device=self.device, ranges=ranges
-                    )
+        with _BUILDING, torch.inference_mode(False), torch.no_grad(), self._on_stream():
+            return _Plan(
+                PlannedNetwork(
+                    self._model, *shape, dtype=self.dtype, device=self.device, ranges=ranges
                 )
+            )
 
     def _run(self, plan: "_Plan", x: Tensor) -> Tensor:
         x = x.to(self.device, self.dtype)
