@@ -21,7 +21,7 @@ from yolov7.variants import VARIANTS
 DOCUMENTS = ROOT / "docs"  # accuracy.md and speed.md
 NETWORKS = ("engine", "family")  # suites with a row for each variant
 MANY = 16  # comparisons of a suite that get a line each
-UNLIKE = ("pipeline", "import", "first_detection")  # suites whose baseline is a yardstick, not the same work
+UNLIKE = ("pipeline", "import", "first_detection")  # their baseline is a yardstick, other work
 UNMEASURED = (
     "**On a GPU nothing has been measured yet**, so no speed of the kernels or of the engine is "
     "claimed. What their docstrings expect follows from counted bytes and operations; "
