@@ -21,28 +21,6 @@ FALLBACK_FPS = 25.0  # for cameras and containers that name no rate
 
 
 @contextmanager
-def json_list(path: Path) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """What appends a row to a JSON list; the file is there when the context ends without an error.
-
-    Raises:
-        UserError: It cannot be written.
-    """
-    with atomic(path) as temporary, temporary.open("w", encoding="utf-8") as file:
-        separator = "[\n"
-
-        def write(row: dict[str, Any]) -> None:
-            nonlocal separator
-            try:
-                file.write(separator + json.dumps(row))
-            except OSError as error:
-                raise UserError(f"{path}: cannot be written ({error.strerror})") from None
-            separator = ",\n"
-
-        yield write
-        file.write("\n]\n" if separator == ",\n" else "[]\n")
-
-
-@contextmanager
 def text(path: Path) -> Iterator[Callable[[str], None]]:
     """What appends to a text; the file is there when the context ends without an error.
 
@@ -58,6 +36,25 @@ def text(path: Path) -> Iterator[Callable[[str], None]]:
                 raise UserError(f"{path}: cannot be written ({error.strerror})") from None
 
         yield write
+
+
+@contextmanager
+def json_list(path: Path) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """What appends a row to a JSON list; the file is there when the context ends without an error.
+
+    Raises:
+        UserError: It cannot be written.
+    """
+    with text(path) as append:
+        separator = "[\n"
+
+        def write(row: dict[str, Any]) -> None:
+            nonlocal separator
+            append(separator + json.dumps(row))
+            separator = ",\n"
+
+        yield write
+        append("\n]\n" if separator == ",\n" else "[]\n")
 
 
 @contextmanager

@@ -57,22 +57,23 @@ def test_what_was_found_until_then_is_kept(tmp_path: Path, error: type[BaseExcep
     assert left(tmp_path) == ["predictions.json", "rows.json", "v.mp4"]
 
 
-def test_what_cannot_be_written_leaves_what_was_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_cannot_be_written_leaves_what_was_there(tmp_path: Path) -> None:
+    import resource  # which Windows has not
+
     (tmp_path / "rows.json").write_text("old")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def write() -> None:
-        with Recorder(outputs(tmp_path)) as recorder:
-            recorder.write(result("v.avi", kind="video"))
-            monkeypatch.setattr("yolov7.recorder.json.dumps", full)
-            recorder.write(result("v.avi", kind="video", number=2))
+        with Recorder(Outputs(tmp_path, pictures=False, json=tmp_path / "rows.json")) as recorder:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4000, hard))
+            for item in range(100):
+                recorder.write(result(item=item))
 
-    def full(_: object) -> str:
-        raise OSError(28, "No space left on device")
-
-    with pytest.raises(UserError, match=r"predictions\.json: cannot be written \(No space left"):
-        write()
+    try:
+        with pytest.raises(UserError, match=r"rows\.json: cannot be written \(File too large"):
+            write()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert (tmp_path / "rows.json").read_text() == "old"
     assert left(tmp_path) == ["rows.json"]
 
