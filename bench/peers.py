@@ -2,13 +2,17 @@
 
 The peers run the ONNX file that `yolov7 export` writes, with as many threads as PyTorch has. One
 that is not installed is left out, and said. Batch 1, dense decoded boxes, no suppression anywhere.
+
+`--neighbour 0` (its niceness) also times each beside a process that never rests, as on a machine
+that others use. Set `GOMP_SPINCOUNT=1000` for it, as the `yolov7` commands do.
 """
 
 import argparse
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import redirect_stdout
+from contextlib import contextmanager, redirect_stdout
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -96,14 +100,30 @@ def fresh(model: YOLOv7) -> YOLOv7:
     return copy.eval()
 
 
-def compare(model: YOLOv7, size: int, pace: Pace, *, compiled: bool = True) -> Iterator[Row]:
-    """A row for each contender.
+@contextmanager
+def neighbour(niceness: int) -> Iterator[None]:
+    """A process beside ours that never rests."""
+    code = f"import os; os.nice({niceness}); print(flush=True)\nwhile True: pass"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as process:
+        try:
+            assert process.stdout is not None
+            process.stdout.readline()  # it is busy
+            yield
+        finally:
+            process.kill()
+
+
+def compare(
+    model: YOLOv7, size: int, pace: Pace, *, compiled: bool = True, beside: Sequence[int] = ()
+) -> Iterator[Row]:
+    """A row for each contender, and one for each beside each neighbour.
 
     Args:
         model: In deploy form.
         size: Side of the image in pixels.
         pace: How long it may take.
         compiled: Ours by torch.compile too, which takes a minute to start.
+        beside: Niceness of the neighbours.
     """
     found = contenders(model, size, compiled=compiled)
     runs = {name: run for name, run in found.items() if not isinstance(run, Missing)}
@@ -112,8 +132,13 @@ def compare(model: YOLOv7, size: int, pace: Pace, *, compiled: bool = True) -> I
         close(2e-2 if name.endswith("bf16") else 1e-4)(run(), expected)
     flops = sum(layer.flops for layer in conv_layers(fresh(model).fuse(), size, size))
     case = f"{model.variant.name}, {size} px"
-    for name, seconds in race(runs, Clock(torch.device("cpu")), pace).items():
-        yield Row.of("peers", case, name, seconds, Work(flops, items=1))
+    clock, work = Clock(torch.device("cpu")), Work(flops, items=1)
+    for name, seconds in race(runs, clock, pace).items():
+        yield Row.of("peers", case, name, seconds, work)
+    for niceness in beside:
+        with neighbour(niceness):
+            for name, seconds in race(runs, clock, pace).items():
+                yield Row.of("peers", f"{case}, neighbour {niceness}", name, seconds, work)
     for name, other in found.items():
         if isinstance(other, Missing):
             yield Row("peers", case, name, missing=other.reason)
@@ -127,6 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--imgsz", type=int, default=640)
     parser.add_argument("--seconds", type=float, default=20.0, help="of each variant")
     parser.add_argument("--quick", action="store_true", help="without torch.compile")
+    parser.add_argument("--neighbour", nargs="*", type=int, default=[], metavar="NICE")
     options = parser.parse_args(arguments)
     pace = Pace(options.seconds)
     torch.manual_seed(0)
@@ -134,7 +160,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows = [
         row
         for model in models
-        for row in compare(model, options.imgsz, pace, compiled=not options.quick)
+        for row in compare(
+            model,
+            options.imgsz,
+            pace,
+            compiled=not options.quick,
+            beside=options.neighbour,
+        )
     ]
     Console(width=120).print(comparison_table(rows), *left_out(rows), sep="\n")
     return 0

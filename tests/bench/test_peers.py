@@ -12,8 +12,11 @@ from yolov7.model import create_model
 def test_all_contenders_agree_or_are_said_to_be_missing() -> None:
     pytest.importorskip("onnx")
     model = create_model("yolov7-tiny", 3, form="deploy", width=0.125).eval()
-    rows = {row.body: row for row in compare(model, 32, Pace(0.0, 1, 1), compiled=False)}
+    found = list(compare(model, 32, Pace(0.0, 1, 1), compiled=False, beside=(19,)))
+    rows = {row.body: row for row in found if "neighbour" not in row.case}
     assert rows["ours"].p50_ms > 0
+    beside = {row.body for row in found if row.case.endswith("32 px, neighbour 19")}
+    assert beside == {row.body for row in rows.values() if not row.missing}
     for body in ("onnxruntime", "openvino, fp32", "openvino, bf16"):
         if find_spec(body.partition(",")[0]):
             assert rows[body].turns == 1
