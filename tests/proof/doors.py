@@ -7,7 +7,7 @@ An input that begins as the whole file does is taken for one.
 import json
 import struct
 import zipfile
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cache
 from importlib.resources import files
 from io import BytesIO
@@ -21,6 +21,7 @@ import torch
 
 from tests.proof.reader import Door, Read
 from tests.yolov7.data_sets import coco_content, coco_data, yolo_data
+from tests.yolov7.exports import METADATA
 from yolov7.checkpoint import DEMO_WEIGHTS, load_model
 from yolov7.cli.check import Check
 from yolov7.cli.check import run as check
@@ -28,7 +29,6 @@ from yolov7.dataset.check import check_data
 from yolov7.detector import Detector
 from yolov7.download import published_weights
 from yolov7.engine.exported import ExportedNetwork
-from yolov7.formats.metadata import FORMAT, Metadata
 from yolov7.images import image_size, read_image
 from yolov7.schema import from_json
 from yolov7.train.config import HyperParameters
@@ -234,22 +234,9 @@ def open_coco(folder: Path) -> Read:
 
 def metadata_seeds() -> list[bytes]:
     """The metadata of our exports, and of others'."""
-    metadata = Metadata(
-        format=FORMAT,
-        kind="onnx",
-        variant="yolov7-tiny",
-        names=["a", "b"],
-        stride=32,
-        imgsz=(32, 32),
-        batch=1,
-        precision="fp32",
-        layout="grid",
-        letterbox=False,
-        nms=None,
-        device="cpu",
-        version="0.1.0",
-    )
-    table = {key: json.dumps(value) for key, value in asdict(metadata).items()}
+    table = {
+        key: json.dumps(value) for key, value in asdict(replace(METADATA, names=["a", "b"])).items()
+    }
     return [
         json.dumps(table).encode(),
         b'{"names": "x"}',

@@ -6,18 +6,19 @@ import subprocess
 import sys
 import tracemalloc
 import zipfile
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import onnx
 import onnxruntime
 import pytest
 import torch
 
+from tests.yolov7.exports import METADATA
 from yolov7.engine.exported import ExportedNetwork
 from yolov7.errors import UserError
 from yolov7.formats import FORMATS, pt2
-from yolov7.formats.metadata import FORMAT, Metadata
 
 GRAPH = """
 <ir_version: 8, opset_import: ["" : 18]>
@@ -35,22 +36,7 @@ def file(tmp_path: Path) -> Path:
     return path
 
 
-def metadata(device: Literal["cpu", "cuda"]) -> Metadata:
-    return Metadata(
-        format=FORMAT,
-        kind="torch-export",
-        variant="yolov7-tiny",
-        names=["cell"],
-        stride=32,
-        imgsz=(32, 32),
-        batch=1,
-        precision="fp32",
-        layout="grid",
-        letterbox=False,
-        nms=None,
-        device=device,
-        version="",
-    )
+PROGRAM = replace(METADATA, kind="torch-export")  # for a CPU
 
 
 @pytest.fixture
@@ -58,7 +44,7 @@ def program(tmp_path: Path) -> Path:
     """All of a .pt2 for a CPU that is read before its device is known."""
     path = tmp_path / "program.pt2"
     with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr(f"program/extra/{pt2.ENTRY}", json.dumps(metadata("cpu").to_text()))
+        archive.writestr(f"program/extra/{pt2.ENTRY}", json.dumps(PROGRAM.to_text()))
     return path
 
 
@@ -102,9 +88,11 @@ def test_devices_that_a_file_does_not_run_on(
         network(program, device="cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for device in ("auto", "cuda", "cuda:0"):
-        assert pt2.device_of(program, metadata("cuda"), device) == torch.device("cuda")
+        assert pt2.device_of(program, replace(PROGRAM, device="cuda"), device) == torch.device(
+            "cuda"
+        )
     with pytest.raises(UserError, match=r"program\.pt2: runs on the first GPU"):
-        pt2.device_of(program, metadata("cuda"), "cuda:1")
+        pt2.device_of(program, replace(PROGRAM, device="cuda"), "cuda:1")
 
 
 @pytest.mark.parametrize("seen", [4, 0], ids=["torch for CUDA", "torch for a CPU"])
@@ -141,7 +129,7 @@ def test_onnx_runtime_is_told_the_gpu(
 def described(path: Path, changes: dict[str, str | None]) -> Path:
     """`path` with our metadata, parts of which are changed."""
     model = onnx.load(path)
-    for key, value in {**metadata("cpu").to_text(), "kind": '"onnx"', **changes}.items():
+    for key, value in {**PROGRAM.to_text(), "kind": '"onnx"', **changes}.items():
         if value is not None:
             model.metadata_props.add(key=key, value=value)
     onnx.save(model, path)
@@ -259,7 +247,7 @@ def test_nothing_of_a_pt2_is_executed_without_trust(tmp_path: Path) -> None:
     torch.export.save(
         torch.export.export(torch.nn.Identity(), (torch.zeros(1),)),
         path,
-        extra_files={pt2.ENTRY: json.dumps(metadata("cpu").to_text())},
+        extra_files={pt2.ENTRY: json.dumps(PROGRAM.to_text())},
     )
     pickled = io.BytesIO()
     torch.save(Evil(), pickled)
@@ -283,7 +271,7 @@ def test_every_format_has_what_a_format_has(tmp_path: Path) -> None:
     assert list(FORMATS) == ["onnx", "torch-export", "aoti"]
     unknown = tmp_path / "m.pt2"
     with zipfile.ZipFile(unknown, "w") as archive:
-        text = {**metadata("cpu").to_text(), "kind": '"tflite"'}
+        text = {**PROGRAM.to_text(), "kind": '"tflite"'}
         archive.writestr(f"m/extra/{pt2.ENTRY}", json.dumps(text))
     with pytest.raises(UserError, match=r"m\.pt2: not written by `yolov7 export`, or by a later"):
         ExportedNetwork(unknown, trust=True)

@@ -1,14 +1,14 @@
 """JSON of strangers as dataclasses."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from yolov7.formats.metadata import FORMAT, Metadata
+from tests.yolov7.exports import METADATA
 from yolov7.schema import from_json
 from yolov7.suppression import Suppression
 from yolov7.variants import VARIANTS, Variant, scaled
@@ -51,24 +51,10 @@ LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_s
 ANYTHING = st.recursive(
     LEAVES, lambda c: st.lists(c, max_size=3) | st.dictionaries(st.text(max_size=5), c, max_size=3)
 )
-METADATA = Metadata(
-    format=FORMAT,
-    kind="onnx",
-    variant="yolov7",
-    names=["cell"],
-    stride=32,
-    imgsz=(32, 32),
-    batch=1,
-    precision="fp32",
-    layout="detections",
-    letterbox=False,
-    nms=Suppression(),
-    device="cpu",
-    version="",
-)
+DETECTIONS = replace(METADATA, layout="detections", nms=Suppression())
 
 
-@pytest.mark.parametrize("known", [VARIANTS["yolov7-w6"], METADATA], ids=["variant", "metadata"])
+@pytest.mark.parametrize("known", [VARIANTS["yolov7-w6"], DETECTIONS], ids=["variant", "metadata"])
 @given(key=st.lists(st.integers(0, 30), max_size=4), new=ANYTHING)
 def test_anything_is_read_or_refused(known: Any, key: list[int], new: Any) -> None:
     value = altered(json.loads(json.dumps(asdict(known))), key, new)
