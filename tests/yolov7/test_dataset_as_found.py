@@ -23,7 +23,7 @@ from tests.yolov7.data_sets import (
     write_label,
     yolo_data,
 )
-from yolov7.dataset import Dataset, load_data, load_splits
+from yolov7.dataset import Dataset, load_data, load_splits, yolo
 from yolov7.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("cache_folder")
@@ -285,6 +285,25 @@ def test_images_that_a_list_names_twice_count_once(tmp_path: Path) -> None:
     dataset = load_data(path, "val")
     assert len(dataset.samples) == 2
     assert dataset.problems[0].kind == "duplicate image"
+
+
+def test_a_folder_that_a_split_names_often_is_read_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The cost is bounded by what a file holds, not by it times what lies in the folder."""
+    read_from: list[Path] = []
+    plain = yolo.list_images
+
+    def list_images(entry: Path, root: Path) -> list[Path]:
+        read_from.append(entry)
+        return plain(entry, root)
+
+    monkeypatch.setattr("yolov7.dataset.reader.yolo.list_images", list_images)
+    places = ["images/val", "./images/val", "images/../images/val"] * 1000
+    dataset = read(tmp_path, f"names: [a, b]\nval: [{', '.join(places)}]\n")
+    assert len(dataset.samples) == 3
+    assert not dataset.problems
+    assert read_from == [tmp_path / "images" / "val"]
 
 
 def test_a_label_that_is_edited_while_the_set_is_read_is_read_again(

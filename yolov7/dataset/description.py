@@ -82,7 +82,7 @@ class Description:
     keypoints: int
 
     def places(self, split: str) -> list[Path]:
-        """Where the entries of a split lead.
+        """Where the entries of a split lead, each place once.
 
         Raises:
             UserError: It has no such split.
@@ -92,7 +92,11 @@ class Description:
             raise UserError(f"{self.path} has no split {split}: it has {known}")
         if not self.splits[split]:
             raise UserError(f"{self.path}: its split {split} is empty: say where the images lie")
-        return [_find(self.root, entry) for entry in self.splits[split]]
+        places: dict[str, Path] = {}
+        for entry in self.splits[split]:
+            place = _find(self.root, entry)
+            places.setdefault(os.path.realpath(place), place)
+        return list(places.values())
 
     def class_names(self) -> list[str]:
         """Class names, which YOLO form needs."""
