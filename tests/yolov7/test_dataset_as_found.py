@@ -190,6 +190,23 @@ def test_folders_are_searched_through_links_and_links_in_circles_end(tmp_path: P
     assert sorted(names) == ["a.jpg", "b.jpg", "c.jpg", "d.jpg"]
 
 
+def test_a_folder_that_may_not_be_read_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever runs as root may read everything, so it is asked as if he was not."""
+    path = yolo_data(tmp_path, "names: [a, b]\nval: images\n")
+    plain = os.scandir
+
+    def scandir(folder: Path) -> object:
+        if folder.name == "val":
+            raise PermissionError(13, "Permission denied", str(folder))
+        return plain(folder)
+
+    monkeypatch.setattr("yolov7.dataset.yolo.os.scandir", scandir)
+    with pytest.raises(UserError, match=r"val: cannot be read \(Permission denied\)"):
+        load_data(path, "val")
+
+
 def test_what_macos_keeps_beside_files_is_no_image(tmp_path: Path) -> None:
     path = yolo_data(tmp_path)
     (tmp_path / "images/val/._a.jpg").write_bytes(b"resource fork")

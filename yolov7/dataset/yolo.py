@@ -34,9 +34,16 @@ def list_images(entry: Path, root: Path) -> list[Path]:
 
     Returns:
         Paths in sorted order for a folder, as written for a list.
+
+    Raises:
+        UserError: There is nothing, or something that may not be read.
     """
     if os.path.isdir(entry):
-        return sorted(_walk(entry, set()))
+        try:
+            return sorted(_walk(entry, set()))
+        except OSError as error:
+            where = error.filename or entry
+            raise UserError(f"{where}: cannot be read ({error.strerror})") from None
     if not os.path.isfile(entry):
         raise UserError(f"{entry} does not exist: correct the path in the data.yaml")
     if entry.suffix.lower() in IMAGE_SUFFIXES:
