@@ -36,7 +36,7 @@ REGISTER_LIMIT = 255
 TOLERANCE = 0.05
 """How much worse than the stored table a number may be."""
 COMPARED = ("registers", "shared_bytes", "local_bytes", "instructions")
-_MATRIX = ("HMMA", "HGMMA", "QGMMA", "QMMA", "UTCHMMA", "UTCQMMA", "IMMA")
+_MATRIX = ("HMMA", "HGMMA", "QGMMA", "QMMA", "UTCHMMA", "UTCQMMA", "IMMA", "IGMMA")
 _INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)([^;]*);")
 
 

@@ -86,6 +86,7 @@ PRECISIONS = {
     "fp16": torch.float16,
     "bf16": torch.bfloat16,
     "fp8": torch.float8_e4m3fn,
+    "int8": torch.int8,
     "fp32": torch.float32,
 }
 """Types of feature maps and weights, by the names that options, configs and tables give them."""

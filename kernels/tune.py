@@ -47,6 +47,7 @@ TOLERANCE = {
     torch.bfloat16: 8e-3,
     torch.float32: 2e-3,
     torch.float8_e4m3fn: 4e-2,
+    torch.int8: 8e-3,
 }
 """Relative root mean square error that a right config stays below: the output's rounding."""
 CANDIDATES = 12

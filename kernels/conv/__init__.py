@@ -18,11 +18,11 @@ and runs it many times (`ConvLaunch.prepare`).
 from yolov7.kernels.conv.cases import compile_cases
 from yolov7.kernels.conv.config import ConvConfig
 from yolov7.kernels.conv.launch import ConvLaunch, Launch, StemLaunch, Workspace
-from yolov7.kernels.conv.layer import FP8_MAX, ConvCall, ConvLayer, pack_weight, quantise_weight
+from yolov7.kernels.conv.layer import LARGEST, ConvCall, ConvLayer, pack_weight, quantise_weight
 from yolov7.kernels.conv.stem import Stem, StemCall, space_to_depth_weight
 
 __all__ = [
-    "FP8_MAX",
+    "LARGEST",
     "ConvCall",
     "ConvConfig",
     "ConvLaunch",

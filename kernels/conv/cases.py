@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from yolov7.kernels.conv.launch import ConvLaunch, Launch, StemLaunch
-from yolov7.kernels.conv.layer import Activation, ConvCall, ConvLayer
+from yolov7.kernels.conv.layer import LARGEST, Activation, ConvCall, ConvLayer
 from yolov7.kernels.conv.stem import Stem, StemCall
 from yolov7.kernels.layout import PitchedLayout
 from yolov7.kernels.runtime import PRECISIONS
@@ -48,7 +48,6 @@ def meta_call(
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=like)
 
-    fp8 = dtype == torch.float8_e4m3fn
     n = layer.out_channels
     width = -(-n // 16) * 16  # 255 channels of the head are a slice of 256
     return ConvCall(
@@ -57,7 +56,7 @@ def meta_call(
         empty(n, layer.taps * layer.in_channels, dtype=dtype),
         empty(n),
         empty(layer.target.rows, width, dtype=dtype)[:, :n],
-        empty(n) if fp8 else None,
+        empty(n) if dtype in LARGEST else None,
         empty(layer.target.rows, n, dtype=dtype) if residual else None,
     )
 
@@ -88,7 +87,7 @@ def stem_call(record: Any, batch: int, dtype: torch.dtype) -> StemCall:
     kernel, stride = (6, 2) if folded else (record.kernel, record.stride)
     height, width = (side * (2 if folded else 1) for side in (record.height, record.width))
     target = PitchedLayout.of(batch, height // stride, width // stride)
-    dtype = torch.float16 if dtype == torch.float8_e4m3fn else dtype
+    dtype = torch.float16 if dtype in LARGEST else dtype
     n = record.out_channels
     return StemCall(
         Stem(target, kernel, stride, record.activation),
@@ -129,7 +128,7 @@ def compile_cases(
     Args:
         batch: images.
         launches: a model's launches, equal ones once; by default samples of every kind.
-        precision: fp16, bf16, fp8 or fp32, of the samples.
+        precision: fp16, bf16, fp8, int8 or fp32, of the samples.
     """
     if launches is None:
         launches = sample_launches(batch, PRECISIONS[precision])

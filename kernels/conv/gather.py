@@ -24,6 +24,7 @@ from yolov7.kernels.conv.parts import (
     layer_tiles,
     multiply,
     next_step,
+    no_sum,
     split_steps,
     store_partial,
     store_rows,
@@ -83,6 +84,8 @@ def _load_pooled(
         other = _load_a(x_ptr, at, offs_k, shape, EVEN_K)
         if a.dtype == tl.float16:
             a = tl.maximum(a, other)
+        elif a.dtype == tl.int8:  # in halves of registers; in bytes of them it spills
+            a = tl.maximum(a.to(tl.float16), other.to(tl.float16)).to(tl.int8)
         else:
             a = tl.maximum(a.to(tl.float32), other.to(tl.float32)).to(a.dtype)
     return a
@@ -115,7 +118,7 @@ def _gather_sum(
     POOLED: tl.constexpr = KERNEL < REDUCTION  # a 1x1 that reduces is one behind a max-pool
     STAGES: tl.constexpr = 2 if POOLED else None  # its four loads a step fill the shared memory
     weight_rows = tl.minimum(offs_n, shape.n_out - 1).to(tl.int64) * (KERNEL * KERNEL * shape.c_in)
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    acc = no_sum(x_ptr.dtype.element_ty, BLOCK_M, BLOCK_N)
     for _ in tl.range(first, steps, num_stages=STAGES):
         offs_k = k + tl.arange(0, BLOCK_K)
         if POOLED:

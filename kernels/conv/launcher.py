@@ -28,7 +28,7 @@ def long_fp8_sum(calls: Sequence[ConvCall]) -> bool:
 
 
 def workspace_elements(calls: Sequence[ConvCall], config: ConvConfig) -> int:
-    """fp32 elements of workspace that `launch_conv` needs for these calls and this config."""
+    """Elements of 32 bits of workspace that `launch_conv` needs for these calls and this config."""
     if config.split_k == 1:
         return 0
     return sum(config.split_k * c.layer.compute.rows * c.layer.out_channels for c in calls)
@@ -44,7 +44,7 @@ def launch_conv(
             stand beside a 3x3 of stride 2. Nothing is validated here; `ConvLaunch.prepare`
             does that once.
         config: how.
-        workspace: `workspace_elements` of fp32, needed for ``split_k > 1``.
+        workspace: `workspace_elements` of fp32, whatever is summed; needed for ``split_k > 1``.
     """
     count = config.split_k * tiles(calls, config.block_m, config.block_n)
     if not count:
@@ -126,6 +126,8 @@ def _partials(
     if workspace is None or workspace.numel() < needed:
         raise ValueError(f"split-K needs a workspace of {needed} fp32 elements")
     sizes = [workspace_elements([c], config) for c in calls]
+    if calls[0].x.dtype == torch.int8:  # whose sums are exact
+        workspace = workspace.view(torch.int32)
     return tuple(workspace[:needed].split(sizes))
 
 

@@ -12,7 +12,8 @@ from yolov7.kernels.runtime import DTYPE_NAMES
 
 Activation = Literal["silu", "leaky_relu", "none"]
 ACTIVATIONS: tuple[Activation, ...] = get_args(Activation)
-FP8_MAX = 448.0
+LARGEST = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
+"""What a map of 8 bits holds at the most, in units of its scale."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class ConvLayer:
     upsample: bool = False
     """Write every pixel of the output to 2x2 pixels of the target (1x1 only)."""
     out_scale: float = 1.0
-    """What one unit of an fp8 output stands for; 1 for other types."""
+    """What one unit of an output of 8 bits stands for; 1 for other types."""
     residual_scale: float = 1.0
     """What one unit of the residual stands for."""
 
@@ -130,7 +131,7 @@ class ConvCall:
     out: Tensor
     """``[target.rows, out_channels]``, a channel slice or whole."""
     scale: Tensor | None = None
-    """``[out_channels]`` fp32: the scale of ``x`` times that of each weight row (fp8)."""
+    """``[out_channels]`` fp32: the scale of ``x`` times that of each weight row (8 bits)."""
     residual: Tensor | None = None
     """``[target.rows, out_channels]``, added after the activation."""
 
@@ -208,15 +209,16 @@ class ConvCall:
     def random(self, device: torch.device) -> "ConvCall":
         """The call with memory of its own and random content, outputs O(1)."""
         weight = torch.randn(self.weight.shape, device=device) * self.layer.length**-0.5
+        unit = 32.0 if self.x.dtype == torch.int8 else 1.0
         scale, residual = self.scale, self.residual
         if scale is not None:
-            weight, largest = weight / weight.abs().max() * FP8_MAX, weight.abs().max()
-            scale = own_memory(scale, device).fill_(float(largest) / FP8_MAX)
+            quantised, rows = quantise_weight(weight, self.weight.dtype)
+            weight, scale = quantised, own_memory(scale, device).copy_(rows / unit)
         if residual is not None:
-            residual = _random_map(self.layer.target, residual, device)
+            residual = _random_map(self.layer.target, residual, device, unit)
         return replace(
             self,
-            x=_random_map(self.layer.source, self.x, device),
+            x=_random_map(self.layer.source, self.x, device, unit),
             weight=weight.to(self.weight.dtype),
             bias=own_memory(self.bias, device).normal_(),
             out=own_memory(self.out, device),
@@ -234,10 +236,12 @@ def own_memory(tensor: Tensor, device: torch.device) -> Tensor:
     return memory.as_strided(tensor.shape, tensor.stride(), offset)
 
 
-def _random_map(layout: PitchedLayout, tensor: Tensor, device: torch.device) -> Tensor:
+def _random_map(
+    layout: PitchedLayout, tensor: Tensor, device: torch.device, deviation: float
+) -> Tensor:
     matrix = own_memory(tensor, device).zero_()
     pixels = layout.image_view(matrix)
-    pixels.copy_(torch.randn(pixels.shape, device=device))
+    pixels.copy_(to_dtype(torch.randn(pixels.shape, device=device) * deviation, tensor.dtype, 1.0))
     return matrix
 
 
@@ -261,11 +265,10 @@ def pack_weight(*weights: Tensor) -> Tensor:
     return torch.cat(packed).contiguous()
 
 
-def quantise_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """A packed weight ``[out, k]`` as fp8 e4m3 and the scale ``[out]`` (fp32) of each row."""
-    scale = weight.float().abs().amax(1).clamp_min(1e-12) / FP8_MAX
-    quantised = (weight.float() / scale[:, None]).clamp(-FP8_MAX, FP8_MAX)
-    return quantised.to(torch.float8_e4m3fn), scale
+def quantise_weight(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A packed weight ``[out, k]`` in a type of `LARGEST`, and the scale ``[out]`` of each row."""
+    scale = weight.float().abs().amax(1).clamp_min(1e-12) / LARGEST[dtype]
+    return to_dtype(weight.float() / scale[:, None], dtype, 1.0), scale
 
 
 def activate(x: Tensor, activation: Activation) -> Tensor:
@@ -276,10 +279,10 @@ def activate(x: Tensor, activation: Activation) -> Tensor:
 
 
 def to_dtype(x: Tensor, dtype: torch.dtype, scale: float) -> Tensor:
-    """``x / scale`` in the output's type, saturated for fp8."""
-    if dtype == torch.float8_e4m3fn:
-        x = (x / scale).clamp(-FP8_MAX, FP8_MAX)
-    return x.to(dtype)
+    """``x / scale`` in the output's type; 8 bits saturate, and int8 is rounded to even."""
+    if dtype in LARGEST:
+        x = (x / scale).clamp(-LARGEST[dtype], LARGEST[dtype])
+    return x.round().to(dtype) if dtype == torch.int8 else x.to(dtype)
 
 
 def overlap(a: Tensor, b: Tensor) -> bool:

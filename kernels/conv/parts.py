@@ -31,7 +31,7 @@ class Geometry(NamedTuple):
 
 
 class Scales(NamedTuple):
-    """What one unit of an fp8 residual and of an fp8 output stands for."""
+    """What one unit of a residual and of an output of 8 bits stands for."""
 
     residual: float
     out: float
@@ -94,8 +94,14 @@ def next_step(tap, k, c_in, KERNEL: tl.constexpr, BLOCK_K: tl.constexpr):
 
 
 @triton.jit
+def no_sum(DTYPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """What sums of products of a type begin with."""
+    return tl.zeros((BLOCK_M, BLOCK_N), tl.int32 if DTYPE.is_int8() else tl.float32)
+
+
+@triton.jit
 def multiply(a, b, acc, PRECISION: tl.constexpr, PROMOTE: tl.constexpr):
-    """``acc + a @ b``.
+    """``acc + a @ b``, of int8 in int32.
 
     Hopper sums fp8 products with about 14 bits; under PROMOTE every block is summed apart and
     added in fp32. The interpreter lacks bf16 and multiplies it as fp32.
@@ -103,9 +109,13 @@ def multiply(a, b, acc, PRECISION: tl.constexpr, PROMOTE: tl.constexpr):
     if INTERPRETED and a.dtype == tl.bfloat16:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
-    if PROMOTE:
-        return tl.dot(a, b, acc, max_num_imprecise_acc=a.shape[1])
-    return tl.dot(a, b, acc, input_precision=PRECISION)
+    if a.dtype == tl.int8:
+        acc = tl.dot(a, b, acc, out_dtype=tl.int32)
+    elif PROMOTE:
+        acc = tl.dot(a, b, acc, max_num_imprecise_acc=a.shape[1])
+    else:
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+    return acc
 
 
 @triton.jit
@@ -128,7 +138,7 @@ def fast_silu(x):
 @triton.jit
 def finish(
     # Tensors
-    acc,  # [BLOCK_M, BLOCK_N] fp32
+    acc,  # [BLOCK_M, BLOCK_N] fp32, or int32 of int8 products
     scale_ptr,  # [n_out] fp32 or None
     bias_ptr,  # [n_out] fp32
     residual_ptr,  # [rows, n_out] or None
@@ -143,6 +153,7 @@ def finish(
 ):
     """``act(acc * scale + bias) + residual``, zero in the border."""
     mask_n = offs_n < shape.n_out
+    acc = acc.to(tl.float32)
     if scale_ptr is not None:
         acc *= tl.load(scale_ptr + offs_n, mask=mask_n, other=0.0)[None, :]
     acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0)[None, :]
@@ -166,9 +177,16 @@ def finish(
 
 @triton.jit
 def cast_output(acc, scales, DTYPE: tl.constexpr):
-    """The accumulator in the output's type; fp8 is in units of its scale and saturates."""
+    """The accumulator in the output's type; 8 bits are in units of their scale and saturate.
+
+    int8 is the last byte of the number plus 1.5 x 2^23, whose last place is 1: the addition rounds
+    to even at a full rate, which the conversion of a quarter of it does not.
+    """
     if DTYPE.is_fp8():
         acc = tl.clamp(acc / scales.out, -448.0, 448.0)
+    elif DTYPE.is_int8():
+        acc = tl.clamp(acc / scales.out, -127.0, 127.0) + 12582912.0
+        acc = acc.to(tl.int32, bitcast=True)
     return acc.to(DTYPE)
 
 
@@ -201,8 +219,8 @@ def store_rows(
 
 @triton.jit
 def store_partial(
-    partial_ptr,  # [SPLIT_K, rows, n_out] fp32
-    acc,  # [BLOCK_M, BLOCK_N] fp32
+    partial_ptr,  # [SPLIT_K, rows, n_out] fp32 or int32
+    acc,  # [BLOCK_M, BLOCK_N] likewise
     split,
     offs_m,  # [BLOCK_M]
     offs_n,  # [BLOCK_N]
@@ -217,7 +235,7 @@ def store_partial(
 @triton.jit
 def _reduce_tile(
     # Tensors
-    partial_ptr,  # [SPLIT_K, rows, n_out] fp32
+    partial_ptr,  # [SPLIT_K, rows, n_out] fp32 or int32
     scale_ptr,  # [n_out] fp32 or None
     bias_ptr,  # [n_out] fp32
     residual_ptr,  # [rows, n_out] or None
@@ -237,11 +255,11 @@ def _reduce_tile(
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask = (offs_m < shape.rows)[:, None] & (offs_n < shape.n_out)[None, :]
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), partial_ptr.dtype.element_ty)
     for split in tl.static_range(SPLIT_K):
         row = offs_m.to(tl.int64) + split * shape.rows
         partial_ptrs = partial_ptr + row[:, None] * shape.n_out + offs_n[None, :]
-        acc += tl.load(partial_ptrs, mask=mask, other=0.0)
+        acc += tl.load(partial_ptrs, mask=mask, other=0)
     acc = finish(acc, scale_ptr, bias_ptr, residual_ptr, offs_m, offs_n, shape, scales, ACTIVATION)
     store_rows(out_ptr, acc, offs_m, offs_n, shape, scales, UPSAMPLE)
 

@@ -59,7 +59,7 @@ def default_config(calls: Sequence[ConvCall]) -> ConvConfig:
             block_n=block_n,
             block_k=block_k,
             split_k=split,
-            num_warps=8 if block_m * block_n >= 128 * 128 else 4,
+            num_warps=_gather_warps(calls, block_m, block_n),
             num_stages=2 if calls[0].exact else 4 if _roomy(calls) else 3,
             # Left alone, ptxas aims lower and spills a register or two of small tiles.
             maxnreg=168 if block_m * block_n <= 64 * 64 else 0,
@@ -139,12 +139,21 @@ def _plain_store(call: ConvCall) -> bool:
     return plain and call.out.dtype != torch.float32
 
 
+def _gather_warps(calls: Sequence[ConvCall], block_m: int, block_n: int) -> int:
+    return 8 if block_m * block_n >= 128 * 128 or _pools_bytes(calls) else 4
+
+
+def _pools_bytes(calls: Sequence[ConvCall]) -> bool:
+    """Whether int8 is pooled on load: each byte is unpacked into a register for it."""
+    return any(c.layer.pool and c.x.dtype == torch.int8 for c in calls)
+
+
 def _block_k(calls: Sequence[ConvCall], tma: bool) -> int:
     """128 bytes along the sum, the widest swizzle, or 64 where shared memory is scarce."""
     size = calls[0].x.element_size()
     if calls[0].exact:
         return 16
-    roomy = tma or _roomy(calls)
+    roomy = tma or (_roomy(calls) and not _pools_bytes(calls))
     smallest = 32 if size == 1 else 16
     widest = triton.next_power_of_2(max(c.layer.in_channels for c in calls))
     return max(smallest, min((128 if roomy else 64) // size, widest))
@@ -189,7 +198,7 @@ def search_space(calls: Sequence[ConvCall]) -> Iterator[ConvConfig]:
                 block_n=block_n,
                 block_k=block_k,
                 split_k=split,
-                num_warps=8 if block_m * block_n >= 128 * 128 else 4,
+                num_warps=_gather_warps(calls, block_m, block_n),
                 num_stages=stages,
                 flatten=flatten,
                 occupancy=occupancy,

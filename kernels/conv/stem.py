@@ -51,7 +51,7 @@ class Stem:
     exact: bool = False
     """Multiply fp32 exactly instead of as TF32."""
     out_scale: float = 1.0
-    """What one unit of an fp8 output stands for; 1 for other types."""
+    """What one unit of an output of 8 bits stands for; 1 for other types."""
 
     def __post_init__(self) -> None:
         if (self.kernel, self.stride) not in ((3, 1), (3, 2), (6, 2)):

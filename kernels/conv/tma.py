@@ -20,6 +20,7 @@ from yolov7.kernels.conv.parts import (
     layer_tiles,
     multiply,
     next_step,
+    no_sum,
     split_steps,
     store_partial,
     store_rows,
@@ -49,7 +50,7 @@ def _tma_sum(
 ):
     """One split's sum over taps and channels for the tile at ``row``, ``column``."""
     first, steps, tap, k = split_steps(shape.c_in, split, KERNEL, SPLIT_K, BLOCK_K)
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    acc = no_sum(x_desc.dtype, BLOCK_M, BLOCK_N)
     for _ in tl.range(first, steps):
         a = x_desc.load([row + tap_shift(tap, shape, KERNEL), k])
         b = weight_desc.load([column, tap * shape.c_in + k])

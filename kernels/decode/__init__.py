@@ -29,7 +29,7 @@ from torch import Tensor
 
 from yolov7.kernels.decode.kernels import Level, decode_kernel
 from yolov7.kernels.layout import PitchedLayout
-from yolov7.kernels.runtime import INTERPRET, PRECISIONS, Config, launch, triton, triton_op
+from yolov7.kernels.runtime import FLOATS, INTERPRET, Config, launch, triton, triton_op
 
 SEGMENT = 64
 """Rows of a segment of the candidate form."""
@@ -41,7 +41,6 @@ def decode_reference(
     features: list[Tensor],
     weights: list[Tensor],
     biases: list[Tensor],
-    scales: list[Tensor],
     anchors: Tensor,
     layouts: list[int],
     strides: list[int],
@@ -52,7 +51,7 @@ def decode_reference(
     rows, counts = [], []
     for i, layout in enumerate(_layouts(layouts)):
         x = layout.image_view(features[i]).float()
-        y = F.linear(x, weights[i].float()) * (scales[i] if scales else 1.0) + biases[i]
+        y = F.linear(x, weights[i].float()) + biases[i]
         y = y.unflatten(3, (anchors.shape[1], y.shape[3] // anchors.shape[1]))
         s = y.permute(0, 3, 1, 2, 4).sigmoid()  # [B, A, H, W, 5 + nc]
         row = torch.arange(layout.h, device=x.device)[:, None].expand(layout.h, layout.w)
@@ -92,7 +91,6 @@ def launch_decode(
     features: Sequence[Tensor],
     weights: Sequence[Tensor],
     biases: Sequence[Tensor],
-    scales: Sequence[Tensor],
     anchors: Tensor,
     layouts: Sequence[PitchedLayout],
     strides: Sequence[int],
@@ -117,7 +115,6 @@ def launch_decode(
         "x_ptrs": tuple(features),
         "weight_ptrs": tuple(weights),
         "bias_ptrs": tuple(biases),
-        "scale_ptrs": tuple(scales) if scales else (None,) * len(features),
         "anchors_ptr": anchors,
         "rows_ptr": rows,
         "counts_ptr": None if conf is None else counts,
@@ -137,7 +134,7 @@ def launch_decode(
 
 def _config(x: Tensor, outputs: int, exact: bool) -> Config:
     block_n = min(64 if exact else 128, max(16, triton.next_power_of_2(outputs)))
-    block_k = 16 if exact else min(64, 128 // x.element_size())  # of fp8, 128 spill on sm_89
+    block_k = 16 if exact else min(64, 128 // x.element_size())
     return {"BLOCK_N": block_n, "BLOCK_K": block_k, "num_warps": 8, "num_stages": 3}
 
 
@@ -145,18 +142,15 @@ def _decode_triton(
     features: list[Tensor],
     weights: list[Tensor],
     biases: list[Tensor],
-    scales: list[Tensor],
     anchors: Tensor,
     layouts: list[int],
     strides: list[int],
     exact: bool,
     conf: float | None,
 ) -> tuple[Tensor, Tensor]:
-    rows, counts = _decode_fake(
-        features, weights, biases, scales, anchors, layouts, strides, exact, conf
-    )
+    rows, counts = _decode_fake(features, weights, biases, anchors, layouts, strides, exact, conf)
     launch_decode(
-        features, weights, biases, scales, anchors, _layouts(layouts), strides, exact, conf,
+        features, weights, biases, anchors, _layouts(layouts), strides, exact, conf,
         rows, counts, _config(features[0], rows.shape[2], exact),
     )  # fmt: skip
     return rows, counts
@@ -165,7 +159,7 @@ def _decode_triton(
 def _decode_fake(
     features: list[Tensor], weights: list[Tensor], *arguments: Any
 ) -> tuple[Tensor, Tensor]:
-    _, _, anchors, layouts, _, _, conf = arguments
+    _, anchors, layouts, _, _, conf = arguments
     count = anchors.shape[1]
     if conf is None:
         segments, rows = 0, sum(count * at.h * at.w for at in _layouts(layouts))
@@ -187,16 +181,12 @@ def _check(
     anchors: Tensor,
     layouts: Sequence[PitchedLayout],
     strides: Sequence[int],
-    scales: Sequence[Tensor],
 ) -> None:
     levels = len(features)
     if not 1 <= levels <= MAX_LEVELS or not len(weights) == len(biases) == levels:
         raise ValueError(f"{levels} features, {len(weights)} weights, {len(biases)} biases")
-    if not len(layouts) == len(strides) == levels or len(scales) not in (0, levels):
-        raise ValueError(
-            f"{levels} levels, but {len(layouts)} layouts, {len(strides)} strides, "
-            f"{len(scales)} scales"
-        )
+    if not len(layouts) == len(strides) == levels:
+        raise ValueError(f"{levels} levels, but {len(layouts)} layouts, {len(strides)} strides")
     if anchors.ndim != 3 or anchors.shape[0] != levels or anchors.shape[2] != 2:
         raise ValueError(f"anchors are {list(anchors.shape)}, not [{levels}, A, 2]")
     outputs = weights[0].shape[0]
@@ -205,7 +195,7 @@ def _check(
     for i, (x, weight, layout) in enumerate(zip(features, weights, layouts, strict=True)):
         layout.check(x, f"features {i}")
         if (
-            x.dtype not in PRECISIONS.values()
+            x.dtype not in FLOATS.values()
             or weight.dtype != x.dtype
             or x.dtype != features[0].dtype
         ):
@@ -215,10 +205,11 @@ def _check(
                 f"level {i}: weight {list(weight.shape)}, features {list(x.shape)} of {layout.n} "
                 f"images; expected [{outputs}, {x.shape[1]}] and {layouts[0].n}"
             )
-        for vector in (biases[i], *scales[i : i + 1]):
-            if list(vector.shape) != [outputs] or vector.dtype != torch.float32:
-                raise ValueError(f"level {i}: {vector.dtype} {list(vector.shape)}, not [{outputs}]")
-    tensors = (*features, *weights, *biases, *scales, anchors)
+        if list(biases[i].shape) != [outputs] or biases[i].dtype != torch.float32:
+            raise ValueError(
+                f"level {i}: bias {biases[i].dtype} {list(biases[i].shape)}, not fp32 [{outputs}]"
+            )
+    tensors = (*features, *weights, *biases, anchors)
     if any(tensor.device != features[0].device for tensor in tensors):
         raise ValueError(f"devices differ: {sorted({str(t.device) for t in tensors})}")
 
@@ -231,21 +222,18 @@ def decode(
     layouts: Sequence[PitchedLayout],
     strides: Sequence[int],
     *,
-    scales: Sequence[Tensor] = (),
     exact: bool = False,
     conf: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Detection head over all levels.
 
     Args:
-        features: pitched maps [rows, c] of one type, fp32, fp16, bf16 or fp8, a level each, at
-            most 4.
+        features: pitched maps [rows, c] of one type, fp32, fp16 or bf16, a level each, at most 4.
         weights: [A (5 + nc), c] each, of the features' type; outputs of an anchor side by side.
         biases: [A (5 + nc)] fp32 each.
         anchors: [levels, A, 2] fp32, width and height in pixels.
         layouts: where each level's pixels lie.
         strides: pixels of the image per pixel of each level.
-        scales: [A (5 + nc)] fp32 each, multiply the sums (fp8).
         exact: multiply fp32 exactly instead of as TF32.
         conf: objectness that a row must exceed in the candidate form; None for the dense form.
 
@@ -257,12 +245,11 @@ def decode(
     Raises:
         ValueError: shapes, types, devices or the number of levels do not fit.
     """
-    _check(features, weights, biases, anchors, layouts, strides, scales)
+    _check(features, weights, biases, anchors, layouts, strides)
     result: tuple[Tensor, Tensor] = _decode_op(
         list(features),
         [weight.contiguous() for weight in weights],
         list(biases),
-        list(scales),
         anchors.float().contiguous(),
         [side for layout in layouts for side in layout.sizes],
         list(strides),
@@ -278,7 +265,7 @@ def compile_cases(
     """Launches to compile ahead of time, see `yolov7.kernels.runtime.CompileSpec`."""
     channels, strides, outputs = (256, 512, 1024), [8, 16, 32], 3 * (5 + nc)
     layouts = [PitchedLayout.of(batch, size // stride, size // stride) for stride in strides]
-    dtype = PRECISIONS[precision]
+    dtype = FLOATS.get(precision, torch.float16)
     features = [
         layout.empty(c, dtype=dtype, device="meta")
         for c, layout in zip(channels, layouts, strict=True)
@@ -287,10 +274,9 @@ def compile_cases(
     biases = [torch.empty(outputs, device="meta")] * 3
     anchors = torch.empty((3, 3, 2), device="meta")
     sizes = [side for layout in layouts for side in layout.sizes]
-    scales = biases if precision == "fp8" else []
     for exact in (False, True) if precision == "fp32" else (False,):
         for conf in (None, 0.25):
             form = "dense" if conf is None else "candidates"
             name = f"{form} {batch}x{size}x{size} {nc} classes {precision}"
-            call = partial(_decode_triton, features, weights, biases, scales, anchors, sizes)
+            call = partial(_decode_triton, features, weights, biases, anchors, sizes)
             yield f"{name}{' exact' if exact else ''}", partial(call, strides, exact, conf)

@@ -23,7 +23,6 @@ class Anchor(NamedTuple):
 
     weight_ptr: Any  # [anchors * outputs, c_in]
     bias_ptr: Any  # [anchors * outputs] fp32
-    scale_ptr: Any  # [anchors * outputs] fp32 or None
     size_ptr: Any  # [2] fp32, width and height
     index: Any
 
@@ -59,8 +58,6 @@ def _sigmoids(
         if PROMOTE:  # the interpreter has no bf16
             a, b = a.to(tl.float32), b.to(tl.float32)
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
-    if anchor.scale_ptr is not None:
-        acc *= tl.load(anchor.scale_ptr + offs_n, mask=mask_n, other=0.0)[None, :]
     acc += tl.load(anchor.bias_ptr + offs_n, mask=mask_n, other=0.0)[None, :]
     return 1.0 / (1.0 + tl.exp(-acc))
 
@@ -136,7 +133,6 @@ def decode_kernel(
     x_ptrs,
     weight_ptrs,
     bias_ptrs,
-    scale_ptrs,
     # Tensors
     anchors_ptr,  # [LEVELS, anchors, 2] fp32
     rows_ptr,  # [B, total, outputs] fp32
@@ -165,7 +161,7 @@ def decode_kernel(
         tiles = tl.cdiv(levels[i].height * levels[i].width, BLOCK_M)
         if (tile >= 0) & (tile < tiles):
             size_ptr = anchors_ptr + (i * anchors + index) * 2
-            anchor = Anchor(weight_ptrs[i], bias_ptrs[i], scale_ptrs[i], size_ptr, index)
+            anchor = Anchor(weight_ptrs[i], bias_ptrs[i], size_ptr, index)
             _decode_tile(
                 x_ptrs[i], anchor, rows_ptr, counts_ptr,
                 tile, image, levels[i], total, segments, outputs, conf,

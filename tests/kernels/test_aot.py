@@ -15,15 +15,15 @@ from yolov7.kernels.aot import Row, compile_all, compile_spec, load_table, passe
 from yolov7.kernels.architectures import ARCHITECTURES
 from yolov7.kernels.conv import ConvCall, ConvConfig, ConvLaunch, StemLaunch
 from yolov7.kernels.conv.cases import SAMPLES, Record, layer_of, meta_call, stem_call
-from yolov7.kernels.runtime import PRECISIONS, recording, unfit
+from yolov7.kernels.runtime import FLOATS, PRECISIONS, recording, unfit
 
 BASELINES = Path(__file__).parents[2] / "bench" / "baselines"
-MATRIX = {
-    "sm_80": {"fp16": "HMMA", "bf16": "HMMA", "fp32": "HMMA"},
-    "sm_89": {"fp16": "HMMA", "bf16": "HMMA", "fp32": "HMMA", "fp8": "QMMA"},
-    "sm_90": {"fp16": "HGMMA", "bf16": "HGMMA", "fp32": "HGMMA", "fp8": "QGMMA"},
-    "sm_100": {"fp16": "UTCHMMA", "bf16": "UTCHMMA", "fp32": "UTCHMMA", "fp8": "UTCQMMA"},
-    "sm_120": {"fp16": "HMMA", "bf16": "HMMA", "fp32": "HMMA", "fp8": "QMMA"},
+MATRIX = {  # int8 has no instruction of its own in Triton for sm_100
+    "sm_80": {"fp16": "HMMA", "bf16": "HMMA", "fp32": "HMMA", "int8": "IMMA"},
+    "sm_89": {"fp16": "HMMA", "bf16": "HMMA", "fp32": "HMMA", "fp8": "QMMA", "int8": "IMMA"},
+    "sm_90": {"fp16": "HGMMA", "bf16": "HGMMA", "fp32": "HGMMA", "fp8": "QGMMA", "int8": "IGMMA"},
+    "sm_100": {kind: "UTCHMMA" for kind in FLOATS} | {"fp8": "UTCQMMA", "int8": "IMMA"},
+    "sm_120": {"fp16": "HMMA", "bf16": "HMMA", "fp32": "HMMA", "fp8": "QMMA", "int8": "IMMA"},
 }
 CHAIN = Record(128, 128, 3, 1, 80, 80)
 STEMS = {  # of the whole family

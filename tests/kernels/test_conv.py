@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from yolov7.kernels.conv import (
+    LARGEST,
     ConvCall,
     ConvConfig,
     ConvLaunch,
@@ -17,6 +18,7 @@ from yolov7.kernels.conv import (
     pack_weight,
     quantise_weight,
 )
+from yolov7.kernels.conv.layer import to_dtype
 from yolov7.kernels.layout import PitchedLayout
 from yolov7.kernels.runtime import INTERPRET
 
@@ -72,10 +74,12 @@ def call_of(
     weight = torch.randn(layer.out_channels, length, generator=generator) * length**-0.5
     bias = torch.randn(layer.out_channels, generator=generator)
     scale = None
-    if dtype == torch.float8_e4m3fn:
-        weight, scale = quantise_weight(weight)
+    if dtype in LARGEST:
+        weight, scale = quantise_weight(weight, dtype)
+    if dtype == torch.int8:
+        images, scale = (images * 32).round().clamp(-127, 127), scale / 32
     x = layer.source.from_nchw(images)
-    out_dtype = out_dtype or (torch.float16 if dtype == torch.float8_e4m3fn else dtype)
+    out_dtype = out_dtype or (torch.float16 if dtype in LARGEST else dtype)
     out = torch.full((layer.target.rows, layer.out_channels), float("nan"))
     if slices:
         x, out = (F.pad(t, (16, 16), value=float("nan")) for t in (x, out))
@@ -86,7 +90,7 @@ def call_of(
     if residual:
         shape = (layer.target.n, layer.out_channels, layer.target.h, layer.target.w)
         added = layer.target.from_nchw(torch.randn(shape, generator=generator))
-        added = added.to(device, out_dtype)
+        added = to_dtype(added, out_dtype, layer.residual_scale).to(device)
     return ConvCall(
         layer,
         x,
@@ -102,7 +106,7 @@ def assert_correct(call: ConvCall, dtype: torch.dtype | None = None) -> None:
     """The output equals the reference, its border is zero, and its surroundings are untouched."""
     expected = call.reference()
     actual = call.out.float()
-    if call.out.dtype == torch.float8_e4m3fn:
+    if call.out.dtype in LARGEST:
         actual = actual * call.layer.out_scale
     border = call.layer.target.border(actual.device)
     assert (actual[border] == 0).all(), "border"
@@ -244,6 +248,34 @@ def test_fp8_output_saturates(config: ConvConfig, kernel_device: torch.device) -
     assert expected.abs().max() == 448 / 256
     actual = call.out.float() / 256
     assert (actual - expected).square().mean().sqrt() <= 4e-2
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("split", [1, 3])
+@pytest.mark.parametrize(
+    ("config", "options"),
+    [
+        (GATHER, {"kernel": 3}),
+        (TMA, {"kernel": 3}),
+        (GATHER, {"kernel": 3, "stride": 2}),
+        (GATHER, {"pool": True}),
+        (TMA, {"upsample": True}),
+    ],
+    ids=["gather", "tma", "strided", "pool", "upsample"],
+)
+def test_int8_is_exact(
+    config: ConvConfig, options: dict[str, Any], split: int, kernel_device: torch.device
+) -> None:
+    """Sums are integers, whatever splits them; what is added to them is rounded to even."""
+    layer = layer_of(2, 6, 8, 48, 32, activation="none", out_scale=1 / 64, **options)
+    added = "kernel" in options and "stride" not in options
+    if added:
+        layer = replace(layer, residual_scale=1 / 64)
+    call = call_of(layer, kernel_device, torch.int8, out_dtype=torch.int8, residual=added)
+    run(call, replace(config, split_k=split))
+    expected = to_dtype(call.reference(), torch.int8, 1 / 64)
+    assert expected.abs().max() == 127  # it saturates
+    assert torch.equal(call.out, expected)
 
 
 @pytest.mark.interpreter

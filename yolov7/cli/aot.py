@@ -23,7 +23,7 @@ class Aot:
     """model whose launches are compiled (default: a sample of layers)"""
     batch: int = 1
     """images at a time"""
-    precision: Literal["fp32", "fp16", "bf16", "fp8"] = "fp16"
+    precision: Literal["fp32", "fp16", "bf16", "fp8", "int8"] = "fp16"
     """of feature maps and weights"""
     only: tuple[str, ...] = ()
     """kernel files, such as conv nms (default: all)"""

@@ -23,7 +23,7 @@ class Tune:
     """model whose layers are tuned"""
     batch: tuple[int, ...] = (1, 32)
     """images at a time, of each plan that is tuned"""
-    precision: Literal["fp32", "fp16", "bf16", "fp8"] = "fp16"
+    precision: Literal["fp32", "fp16", "bf16", "fp8", "int8"] = "fp16"
     """of feature maps and weights"""
     minutes: float = 20.0
     """stop after this long"""

@@ -28,8 +28,8 @@ class Network:
     Args:
         model: Fused and changed in place.
         device: Where it runs.
-        precision: "fp32", "fp16", "bf16", or "fp8" (engine graph): of the convolutions. Boxes are
-            decoded in fp32 always.
+        precision: Of the convolutions: "fp32", "fp16", "bf16", or "fp8" or "int8" (engine graph).
+            Boxes are decoded in fp32 always.
 
     Attributes:
         device: Where it runs.
@@ -48,8 +48,8 @@ class Network:
 
     def __init__(self, model: YOLOv7, device: torch.device, precision: str) -> None:
         self.device, self.precision = device, precision
-        higher = "fp16" if device.type == "cuda" else "fp32"  # of what fp8 leaves as it is
-        self.dtype = FLOATS[higher if precision == "fp8" else precision]
+        higher = "fp16" if device.type == "cuda" else "fp32"  # of what 8 bits leave as it is
+        self.dtype = FLOATS.get(precision, FLOATS[higher])
         self.names, self.stride, self.imgsz = model.names, model.stride, model.imgsz
         anchors = model.head.anchors.to(self.device, torch.float32)
         if device.type == "cuda":

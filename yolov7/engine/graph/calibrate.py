@@ -1,9 +1,10 @@
-"""Ranges of the feature maps, for fp8.
+"""Ranges of the feature maps, for fp8 and int8.
 
 e4m3 has 3 bits of mantissa and 4 of exponent: within 2^-6 to 448 of its scale, the relative error
-is that of the mantissa; below, steps are absolute; above, values saturate. A map's range is the
-magnitude that becomes 448. The one chosen makes the squared error over the calibration images
-least, so that a few outliers do not cost everything else its resolution.
+is that of the mantissa; below, steps are absolute; above, values saturate. int8 has 127 equal steps
+to either side. A map's range is the magnitude that becomes 448, or 127. The one chosen makes the
+squared error over the calibration images least, so that a few outliers do not cost everything else
+its resolution.
 """
 
 from collections.abc import Iterable, Sequence
@@ -12,7 +13,8 @@ import torch
 from torch import Tensor
 
 from yolov7.engine.graph.planned import PlannedNetwork
-from yolov7.kernels.conv import FP8_MAX
+from yolov7.kernels.conv import LARGEST
+from yolov7.kernels.conv.layer import to_dtype
 from yolov7.model import YOLOv7
 
 BINS = 4096
@@ -40,24 +42,26 @@ class Histogram:
         if self.limit > 0:
             self.counts += torch.histc(magnitudes, BINS, 0, self.limit)
 
-    def range(self) -> float:
-        """The magnitude that is best made fp8's largest."""
+    def range(self, dtype: torch.dtype) -> float:
+        """The magnitude that is best made the largest of a type of 8 bits."""
         if self.limit == 0:
             return 1.0
         width = self.limit / BINS
         centres = (torch.arange(BINS, dtype=torch.float32) + 0.5) * width
         last = int(self.counts.nonzero().max()) + 1
-        best = min((c * last * width for c in CLIPS), key=lambda r: self._error(centres, r))
+        best = min((c * last * width for c in CLIPS), key=lambda r: self._error(centres, r, dtype))
         return float(best)
 
-    def _error(self, centres: Tensor, limit: float) -> float:
-        scaled = (centres * (FP8_MAX / limit)).clamp(max=FP8_MAX)
-        back = scaled.to(torch.float8_e4m3fn).float() * (limit / FP8_MAX)
+    def _error(self, centres: Tensor, limit: float, dtype: torch.dtype) -> float:
+        scale = limit / LARGEST[dtype]
+        back = to_dtype(centres, dtype, scale).float() * scale
         return float((self.counts * (back - centres).double().square()).sum())
 
 
 @torch.no_grad()
-def calibrate(model: YOLOv7, batches: Iterable[Tensor]) -> dict[str, float]:
+def calibrate(
+    model: YOLOv7, batches: Iterable[Tensor], dtype: torch.dtype = torch.float8_e4m3fn
+) -> dict[str, float]:
     """Ranges of a model's maps, by the names that its plan gives them.
 
     The maps that the head reads and those of the pyramid's pools stay in the higher precision
@@ -66,6 +70,7 @@ def calibrate(model: YOLOv7, batches: Iterable[Tensor]) -> dict[str, float]:
     Args:
         model: in fused form, fp32, on the CPU.
         batches: [B, 3, H, W] each, RGB in 0..1, all of one shape.
+        dtype: fp8 e4m3 or int8.
 
     Raises:
         ValueError: no batch, or batches of several shapes.
@@ -85,6 +90,7 @@ def calibrate(model: YOLOv7, batches: Iterable[Tensor]) -> dict[str, float]:
             dtype=torch.float32,
             device=torch.device("cpu"),
             ranges=ranges,
+            narrow=dtype,
         )
 
     exact = planned(None)
@@ -94,7 +100,7 @@ def calibrate(model: YOLOv7, batches: Iterable[Tensor]) -> dict[str, float]:
         exact.images.copy_(x)
         exact.run(lambda name, y: histograms.setdefault(name, Histogram()).add(y))
         wanted.append([y.clone() for y in exact.features])
-    ranges = {name: histogram.range() for name, histogram in histograms.items()}
+    ranges = {name: histogram.range(dtype) for name, histogram in histograms.items()}
 
     def error(candidate: dict[str, float]) -> float:
         network, total = planned(candidate), 0.0

@@ -18,7 +18,8 @@ from yolov7.engine.graph.captured import STAGES, FramePipeline, byte_count
 from yolov7.engine.graph.guard import why_wrong
 from yolov7.engine.graph.planned import PlannedNetwork
 from yolov7.errors import UserError, first_line
-from yolov7.kernels.runtime import DTYPE_NAMES
+from yolov7.kernels.conv import LARGEST
+from yolov7.kernels.runtime import DTYPE_NAMES, PRECISIONS
 from yolov7.letterbox import Geometry, Image
 from yolov7.model import YOLOv7
 from yolov7.suppression import Suppression
@@ -180,11 +181,17 @@ class GraphNetwork(Network):
         return plan
 
     def _made_plan(self, shape: tuple[int, ...]) -> "_Plan":
-        ranges = self._model.ranges if self.precision == "fp8" else None
+        narrow = PRECISIONS[self.precision]
+        ranges = self._model.ranges if narrow in LARGEST else None
         with _BUILDING, torch.inference_mode(False), torch.no_grad(), self._on_stream():
             return _Plan(
                 PlannedNetwork(
-                    self._model, *shape, dtype=self.dtype, device=self.device, ranges=ranges
+                    self._model,
+                    *shape,
+                    dtype=self.dtype,
+                    device=self.device,
+                    ranges=ranges,
+                    narrow=narrow,
                 )
             )
 

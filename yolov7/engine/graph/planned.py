@@ -17,7 +17,7 @@ from yolov7.engine.graph.steps import Slice, Step, Task
 from yolov7.head import Detect
 from yolov7.kernels.concat import concat
 from yolov7.kernels.conv import (
-    FP8_MAX,
+    LARGEST,
     ConvCall,
     ConvLaunch,
     ConvLayer,
@@ -46,7 +46,8 @@ class PlannedNetwork:
         dtype: of feature maps and weights: fp32, fp16 or bf16.
         device: where it runs.
         ranges: largest magnitude of each map by name, from `calibrate`; maps that it names and
-            that only convolutions touch are fp8 e4m3, with one scale per buffer.
+            that only convolutions touch are of `narrow`, with one scale per buffer.
+        narrow: fp8 e4m3 or int8.
 
     Attributes:
         images: [batch, 3, height, width] the input, to be written before `run`.
@@ -65,10 +66,11 @@ class PlannedNetwork:
         dtype: torch.dtype,
         device: torch.device,
         ranges: Mapping[str, float] | None = None,
+        narrow: torch.dtype = torch.float8_e4m3fn,
     ) -> None:
         ranges = ranges or {}
         self.plan = make_plan(model, batch, height, width, dtype.itemsize, ranges.keys())
-        self._scales = _buffer_scales(self.plan, ranges)
+        self._scales, self._narrow = _buffer_scales(self.plan, ranges, LARGEST[narrow]), narrow
         device = with_index(device)
         self.dtype, self.device = dtype, device
         self._arena = torch.empty(self.plan.peak_bytes, dtype=torch.uint8, device=device)
@@ -108,7 +110,7 @@ class PlannedNetwork:
 
     def poison(self) -> None:
         """Fill every buffer with NaN: what is read before it is written shows in the result."""
-        self._arena.fill_(0xFF)  # of fp32, fp16, bf16 and fp8 e4m3 alike
+        self._arena.fill_(0xFF)  # of fp32, fp16, bf16 and fp8 e4m3 alike; int8 has none
 
     def launches(self) -> Iterator[tuple[Step, Callable[[], None]]]:
         """The steps of the plan before the head, each with what runs it, in order."""
@@ -143,7 +145,7 @@ class PlannedNetwork:
     def _map(self, where: Slice) -> Tensor:
         """The pitched map [rows, channels] of a slice, a view of the arena."""
         buffer = where.buffer
-        dtype = torch.float8_e4m3fn if buffer.index in self._scales else self.dtype
+        dtype = self._narrow if buffer.index in self._scales else self.dtype
         elements = buffer.layout.rows * buffer.channels
         data = self._arena[buffer.offset : buffer.offset + elements * dtype.itemsize]
         matrix = data.view(dtype).view(buffer.layout.rows, buffer.channels)
@@ -220,7 +222,7 @@ class PlannedNetwork:
         weight, bias = self._weights(task.convs)
         scale = None
         if source.buffer.index in self._scales:
-            weight, scale = quantise_weight(weight)
+            weight, scale = quantise_weight(weight, self._narrow)
             scale = scale * self._scale(source)
         layer = ConvLayer(
             source.buffer.layout,
@@ -251,19 +253,26 @@ def described(
         batch: images.
         height: of the input in pixels, a multiple of the model's stride.
         width: likewise.
-        dtype: fp32, fp16 or bf16 maps, or fp8 e4m3 where the plan has them.
+        dtype: fp32, fp16 or bf16 maps, or fp8 e4m3 or int8 where the plan has them.
     """
-    fp8 = dtype == torch.float8_e4m3fn
+    narrow = dtype if dtype in LARGEST else torch.float8_e4m3fn
 
     def planned(names: Iterable[str]) -> PlannedNetwork:
-        ranges = dict.fromkeys(names, FP8_MAX)  # every scale is 1
-        higher, device = torch.float16 if fp8 else dtype, torch.device("meta")
+        ranges = dict.fromkeys(names, LARGEST[narrow])  # every scale is 1
+        higher = torch.float16 if dtype in LARGEST else dtype
         return PlannedNetwork(
-            model, batch, height, width, dtype=higher, device=device, ranges=ranges
+            model,
+            batch,
+            height,
+            width,
+            dtype=higher,
+            device=torch.device("meta"),
+            ranges=ranges,
+            narrow=narrow,
         )
 
     network = planned(())
-    if fp8:
+    if dtype in LARGEST:
         network = planned(name for step in network.plan.steps for name, _ in _written(step))
     return network.convolutions
 
@@ -292,12 +301,12 @@ def _written(step: Step) -> Iterator[tuple[str, Slice]]:
             start += value.channels
 
 
-def _buffer_scales(plan: Plan, ranges: Mapping[str, float]) -> dict[int, float]:
-    """Buffer -> scale, of the buffers that are fp8: the largest range in it fills fp8's."""
+def _buffer_scales(plan: Plan, ranges: Mapping[str, float], largest: float) -> dict[int, float]:
+    """Buffer -> scale, of the buffers of 8 bits: the largest range in one becomes `largest`."""
     scales: dict[int, float] = {}
     for step in plan.steps:
         for name, where in _written(step):
             if where.buffer.itemsize == 1:
-                scale = max(ranges[name] / FP8_MAX, torch.finfo(torch.float32).tiny)
+                scale = max(ranges[name] / largest, torch.finfo(torch.float32).tiny)
                 scales[where.buffer.index] = max(scale, scales.get(where.buffer.index, 0.0))
     return scales
