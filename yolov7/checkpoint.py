@@ -146,7 +146,7 @@ class Header:
         form: Of the tensors.
         names: Class names by number.
         imgsz: Side in pixels that the model is meant for.
-        ranges: Of the engine's maps, from calibration.
+        ranges: Of the maps, by precision, from calibration.
         version: Of this package, when it wrote the file.
     """
 
@@ -154,7 +154,7 @@ class Header:
     form: Form
     names: list[str]
     imgsz: int
-    ranges: dict[str, float]
+    ranges: dict[str, dict[str, float]]
     version: str = __version__
 
     def __post_init__(self) -> None:

@@ -40,7 +40,8 @@ class Detector:
             copied); None: the embedded demo weights (blood cells).
         variant: Of a bare state dict, where its tensors do not tell.
         device: "auto", "cpu", "cuda", "cuda:N", "N" or "mps".
-        precision: "auto", "fp32", "fp16", "bf16" or "fp8"; see `yolov7.engine.choose.Runtime`.
+        precision: "auto", "fp32", "fp16", "bf16", "fp8" or "int8"; see
+            `yolov7.engine.choose.Runtime`.
         engine: "auto", "eager", "compile", "graph" or "openvino"; likewise.
         imgsz: Longer side, or (height, width), that images are scaled to, in pixels; rounded up to
             the model's stride. None: the checkpoint's.

@@ -95,7 +95,8 @@ class YOLOv7(nn.Module):
         self.form: Form = form
         self.names = [f"class{i}" for i in range(num_classes)]
         self.imgsz = variant.imgsz  # the side in pixels that it is meant for
-        self.ranges: dict[str, float] = {}  # of the engine's maps, from calibration; for fp8
+        # Of the maps, from calibration: "fp8" or "int8" -> map -> its largest magnitude.
+        self.ranges: dict[str, dict[str, float]] = {}
         training = form == "training"
 
         def elan(inputs: int, entry: int, chain: int, out: int, taps: str) -> ParallelElan:

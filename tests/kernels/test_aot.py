@@ -22,7 +22,7 @@ MATRIX = {  # int8 has no instruction of its own in Triton for sm_100
     "sm_80": {"fp16": "HMMA", "bf16": "HMMA", "fp32": "HMMA", "int8": "IMMA"},
     "sm_89": {"fp16": "HMMA", "bf16": "HMMA", "fp32": "HMMA", "fp8": "QMMA", "int8": "IMMA"},
     "sm_90": {"fp16": "HGMMA", "bf16": "HGMMA", "fp32": "HGMMA", "fp8": "QGMMA", "int8": "IGMMA"},
-    "sm_100": {kind: "UTCHMMA" for kind in FLOATS} | {"fp8": "UTCQMMA", "int8": "IMMA"},
+    "sm_100": dict.fromkeys(FLOATS, "UTCHMMA") | {"fp8": "UTCQMMA", "int8": "IMMA"},
     "sm_120": {"fp16": "HMMA", "bf16": "HMMA", "fp32": "HMMA", "fp8": "QMMA", "int8": "IMMA"},
 }
 CHAIN = Record(128, 128, 3, 1, 80, 80)

@@ -75,9 +75,9 @@ def call_of(
     bias = torch.randn(layer.out_channels, generator=generator)
     scale = None
     if dtype in LARGEST:
+        unit = 32 if dtype == torch.int8 else 1
         weight, scale = quantise_weight(weight, dtype)
-    if dtype == torch.int8:
-        images, scale = (images * 32).round().clamp(-127, 127), scale / 32
+        images, scale = to_dtype(images * unit, dtype, 1).float(), scale / unit
     x = layer.source.from_nchw(images)
     out_dtype = out_dtype or (torch.float16 if dtype in LARGEST else dtype)
     out = torch.full((layer.target.rows, layer.out_channels), float("nan"))

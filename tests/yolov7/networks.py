@@ -11,7 +11,9 @@ from yolov7.engine.choose import open_frames
 from yolov7.engine.frames import Frames
 from yolov7.engine.graph.network import GraphNetwork
 from yolov7.letterbox import Image, letterbox_geometry
+from yolov7.model import YOLOv7
 from yolov7.suppression import Suppression
+from yolov7.variants import VARIANTS, scaled
 
 SIZE = 160  # enough for cells to be found, and fast
 
@@ -57,3 +59,20 @@ def run_by(frames: Frames, images: list[Image]) -> list[Tensor]:
 def sure(found: list[Tensor], expected: list[Tensor]) -> None:
     for boxes, wanted in zip(found, expected, strict=True):
         torch.testing.assert_close(boxes, wanted, rtol=1e-4, atol=1e-2)
+
+
+SMALL = {
+    name: scaled(spec, 0.5, 0.125 if spec.imgsz == 1280 else 0.25)
+    for name, spec in VARIANTS.items()
+}
+
+
+def small_model(name: str, num_classes: int = 3) -> YOLOv7:
+    torch.manual_seed(0)
+    model = YOLOv7(SMALL[name], num_classes, "training")
+    for key, tensor in model.state_dict().items():
+        if key.endswith("running_var"):
+            tensor.uniform_(0.5, 1.5)
+        elif key.endswith("running_mean"):
+            tensor.normal_(0, 0.1)
+    return model.fuse()

@@ -356,7 +356,7 @@ DEEP = "[" * 100_000
         ("imgsz", "-32", "imgsz is -32"),
         ("imgsz", "1000000", "imgsz is 1000000, not 1 to 4096 pixels"),
         ("ranges", "[1]", "ranges is a list"),
-        ("ranges", '{"a": 1e400}', "ranges.'a' is inf"),
+        ("ranges", '{"int8": {"a": 1e400}}', "ranges.'int8'.'a' is inf"),
     ],
 )
 def test_metadata_that_means_harm(

@@ -10,7 +10,11 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
+import torch
+from torch import Tensor, nn
 
 import yolov7
 from yolov7.checkpoint import DEMO_WEIGHTS, load_model
@@ -220,17 +224,29 @@ def test_convert_fuses_and_halves(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "must end in .safetensors" in capsys.readouterr().err
 
 
-def test_convert_calibrates_for_fp8(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    weights, target = str(ASSETS / DEMO_WEIGHTS), tmp_path / "fp8.safetensors"
-    arguments = ["convert", "--weights", weights, "--output", str(target), "--precision", "fp8"]
-    assert main(arguments) == 1
-    assert "--precision fp8 and --calibrate FOLDER go together" in capsys.readouterr().err
-    calibration = ["--calibrate", str(ASSETS / "images"), "--images", "1"]
-    assert main([*arguments, *calibration]) == 0
-    assert "maps calibrated for fp8" in capsys.readouterr().out
-    ranges = load_model(target).ranges
-    assert ranges["stem.1"] > 0
-    assert len(ranges) >= 57  # one for each convolution, the first one perhaps not
+def test_convert_calibrates_for_eight_bits(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One after the other: the second file holds both."""
+    weights = str(ASSETS / DEMO_WEIGHTS)
+    for precision in ("fp8", "int8"):
+        target = tmp_path / f"{precision}.safetensors"
+        arguments = ["--weights", weights, "--output", str(target), "--precision", precision]
+        assert main(["convert", *arguments]) == 1
+        said = "--precision int8 or fp8 and --calibrate FOLDER go together"
+        assert said in capsys.readouterr().err
+        calibration = ["--calibrate", str(ASSETS / "images"), "--images", "1"]
+        assert main(["convert", *arguments, *calibration]) == 0
+        out, err = capsys.readouterr()
+        assert f"maps calibrated for {precision}" in out
+        assert "ranges of 1 images say little of others: give 8 or more" in err
+        weights = str(target)
+    ranges = load_model(weights).ranges
+    assert sorted(ranges) == ["fp8", "int8"]
+    for found in ranges.values():
+        assert found["stem.1"] > 0
+        assert len(found) >= 57  # one for each convolution, the first one perhaps not
+    assert ranges["fp8"] != ranges["int8"]
 
 
 def test_convert_never_replaces_its_input(
@@ -285,16 +301,38 @@ def test_calibration_reads_only_what_it_uses(tmp_path: Path) -> None:
             shutil.copy(sample, tmp_path / f"{index}.jpg")
         else:
             (tmp_path / f"{index}.jpg").write_bytes(b"no image")
-    batches = list(_batches(tmp_path, 3, 64))
+    model = load_model().fuse()
+    batches = _batches(tmp_path, 3, 64, model)
     assert [tuple(x.shape) for x in batches] == [(1, 3, 64, 64)] * 3
     for index in (1, 3, 5, 6):
         (tmp_path / f"{index}.jpg").unlink()
     (tmp_path / "clip.mp4").touch()  # of which all frames would be alike
-    assert len(list(_batches(tmp_path, 32, 64))) == 3
+    assert len(_batches(tmp_path, 32, 64, model)) == 3
     for index in (0, 2, 4):
         (tmp_path / f"{index}.jpg").unlink()
     with pytest.raises(UserError, match="has videos only: give a folder with images"):
-        list(_batches(tmp_path, 32, 64))
+        _batches(tmp_path, 32, 64, model)
+
+
+def test_an_image_without_results_is_no_part_of_a_calibration(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for index in range(9):
+        cv2.imwrite(str(tmp_path / f"{index}.png"), np.full((64, 64, 3), 28 * index, np.uint8))
+    model = load_model().fuse()
+
+    def bright(module: nn.Module, arguments: tuple[Tensor]) -> Tensor | None:
+        (x,) = arguments
+        return x * float("nan") if x.mean() > 0.85 else None
+
+    model.register_forward_pre_hook(bright)
+    assert len(_batches(tmp_path, 32, 64, model)) == 8
+    assert capsys.readouterr().err == (
+        f"left out: {tmp_path / '8.png'}: the network's results are no numbers\n"
+    )
+    model.register_forward_pre_hook(lambda *_: torch.full((1, 3, 64, 64), float("nan")))
+    with pytest.raises(UserError, match="no image is left"):
+        _batches(tmp_path, 32, 64, model)
 
 
 def test_import_is_cheap() -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.yolov7.networks import SMALL, small_model
 from yolov7.checkpoint import load_model
 from yolov7.detector import Detector
 from yolov7.engine.frames import to_input
@@ -18,28 +19,12 @@ from yolov7.engine.graph.calibrate import Histogram, calibrate
 from yolov7.engine.graph.captured import FramePipeline
 from yolov7.engine.graph.planned import PlannedNetwork, with_index
 from yolov7.images import read_image
-from yolov7.kernels.conv import FP8_MAX, Stem
+from yolov7.kernels.conv import LARGEST, Stem
 from yolov7.letterbox import Image, letterbox, letterbox_geometry
 from yolov7.model import YOLOv7
 from yolov7.suppression import Suppression
-from yolov7.variants import VARIANTS, scaled
 
 CPU = torch.device("cpu")
-SMALL = {
-    name: scaled(spec, 0.5, 0.125 if spec.imgsz == 1280 else 0.25)
-    for name, spec in VARIANTS.items()
-}
-
-
-def small_model(name: str, num_classes: int = 3) -> YOLOv7:
-    torch.manual_seed(0)
-    model = YOLOv7(SMALL[name], num_classes, "training")
-    for key, tensor in model.state_dict().items():
-        if key.endswith("running_var"):
-            tensor.uniform_(0.5, 1.5)
-        elif key.endswith("running_mean"):
-            tensor.normal_(0, 0.1)
-    return model.fuse()
 
 
 def planned(
@@ -128,19 +113,20 @@ def test_bf16_stays_near() -> None:
 
 
 @torch.no_grad()
-def test_calibrated_fp8_stays_near_and_really_is_fp8() -> None:
+@pytest.mark.parametrize("dtype", LARGEST, ids=str)
+def test_what_is_calibrated_stays_near_and_really_has_eight_bits(dtype: torch.dtype) -> None:
     model = load_model().fuse()
     detector = Detector()
     x = next(iter(sample_batches(detector)))
-    ranges = calibrate(model, [x])
-    network = planned(model, (1, *x.shape[2:]), ranges=ranges)
+    ranges = calibrate(model, [x], dtype)
+    network = planned(model, (1, *x.shape[2:]), ranges=ranges, narrow=dtype)
     expected = model(x)
     error = relative_rms(network(x)[..., 4:], expected[..., 4:])
     assert 1e-3 < error < 0.1
-    fp8 = [b for b in network.plan.buffers if b.itemsize == 1]
-    assert len(fp8) > len(network.plan.buffers) / 2
+    narrow = [b for b in network.plan.buffers if b.itemsize == 1]
+    assert len(narrow) > len(network.plan.buffers) / 2
     head = {w.buffer.index for w in network.plan.steps[-1].tasks[0].reads}
-    assert not head & {b.index for b in fp8}
+    assert not head & {b.index for b in narrow}
 
 
 def sample_batches(detector: Detector) -> list[Tensor]:
@@ -174,12 +160,12 @@ def test_fp8_range_of_a_map_ignores_one_outlier() -> None:
     histogram = Histogram()
     values = torch.randn(200_000)
     histogram.add(values)
-    first = histogram.range()
+    first = histogram.range(torch.float8_e4m3fn)
     histogram.add(torch.tensor([40.0]))  # larger than the first limit: the bins double
     assert histogram.counts.sum() == 200_001
     assert 3 < first < 6
-    assert 0 < histogram.range() <= 40.5
-    assert FP8_MAX == 448
+    for dtype in LARGEST:
+        assert 0 < histogram.range(dtype) <= 40.5
 
 
 def sample_frames() -> list[Image]:

@@ -28,6 +28,7 @@ from yolov7.errors import UserError
 from yolov7.kernels.letterbox import letterbox as letterbox_kernel
 from yolov7.kernels.nms import Detections
 from yolov7.kernels.reparam import reparam
+from yolov7.kernels.runtime import PRECISIONS
 from yolov7.letterbox import Image, letterbox, letterbox_geometry
 from yolov7.suppression import Suppression
 
@@ -129,7 +130,7 @@ PICTURES: dict[str, Callable[[Image], Image]] = {
 
 
 @pytest.mark.parametrize("picture", PICTURES)
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16", "fp8"])
+@pytest.mark.parametrize("precision", PRECISIONS)
 def test_rounding_alone_stays_below_half_of_what_is_allowed(
     precision: str, picture: str, images: list[Image], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -137,8 +138,8 @@ def test_rounding_alone_stays_below_half_of_what_is_allowed(
     where = letterbox_geometry(images[0].shape[:2], SIZE, auto=True)
     cells = to_input([letterbox(images[0], where)], torch.device("cpu"), torch.float32)
     model = load_model()
-    if precision == "fp8":
-        model.ranges = calibrate(copy.deepcopy(model).fuse(), [cells])
+    if (dtype := PRECISIONS[precision]).itemsize == 1:
+        model.ranges[precision] = calibrate(copy.deepcopy(model).fuse(), [cells], dtype)
     network = GraphNetwork(model, torch.device("cpu"), precision, required=True)
     exact = open_network(Runtime(device="cpu", precision="fp32"))
     image = letterbox(PICTURES[picture](images[0]), where)
@@ -150,7 +151,7 @@ def test_rounding_alone_stays_below_half_of_what_is_allowed(
     assert not guard.why_wrong(network(x), exact(x.float()), head, size, precision)
 
 
-@pytest.mark.parametrize("precision", ["fp16", "bf16", "fp8"])
+@pytest.mark.parametrize("precision", ["fp16", "bf16", "fp8", "int8"])
 @pytest.mark.parametrize("level", [0, 2])
 def test_boxes_of_one_level_that_are_a_cell_off_are_seen(precision: str, level: int) -> None:
     head = load_model().head

@@ -129,8 +129,8 @@ def test_devices_and_precisions() -> None:
             resolve_device(name)
     with pytest.raises(UserError, match="fp16 needs a GPU"):
         resolve_precision("fp16", cpu)
-    with pytest.raises(UserError, match="precision int8: give auto"):
-        resolve_precision("int8", cpu)
+    with pytest.raises(UserError, match="precision int4: give auto"):
+        resolve_precision("int4", cpu)
 
 
 def test_engines(demo: YOLOv7, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,7 +210,7 @@ def test_fp8_needs_calibrated_weights_and_the_graph(demo: YOLOv7, images: torch.
     with pytest.raises(UserError, match="yolov7 convert --precision fp8 --calibrate"):
         open_network(Runtime(weights=demo, device="cpu", precision="fp8", engine="graph"))
     model = copy.deepcopy(demo)
-    model.ranges = calibrate(copy.deepcopy(demo).fuse(), [images])
+    model.ranges = {"fp8": calibrate(copy.deepcopy(demo).fuse(), [images])}
     with pytest.raises(UserError, match="needs engine graph"):
         open_network(Runtime(weights=model, device="cpu", precision="fp8"))
     network = open_network(Runtime(weights=model, device="cpu", precision="fp8", engine="graph"))

@@ -1,7 +1,7 @@
 """`yolov7 convert`: any weights that can be read, as safetensors."""
 
 import copy
-from collections.abc import Iterator
+import sys
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -11,14 +11,17 @@ import torch
 from torch import Tensor
 
 from yolov7.checkpoint import load_model, save_model
-from yolov7.engine.choose import fit
+from yolov7.engine.choose import EIGHT_BITS, fit
 from yolov7.engine.frames import to_input
 from yolov7.engine.graph.calibrate import calibrate
 from yolov7.errors import UserError, at_least_one
+from yolov7.kernels.runtime import PRECISIONS
 from yolov7.letterbox import letterbox, letterbox_geometry
-from yolov7.model import parameter_count
+from yolov7.model import YOLOv7, parameter_count
 from yolov7.progress import working
 from yolov7.sources import Source
+
+ENOUGH = 8  # images of a calibration
 
 
 @dataclass(kw_only=True)
@@ -31,13 +34,13 @@ class Convert:
     """file to write (default: the weights' name with .safetensors, in this folder)"""
     variant: str | None = None
     """variant of a bare state dict, where its tensors do not tell (default: recognised)"""
-    precision: Literal["fp32", "fp16", "fp8"] = "fp16"
-    """type to store; the authors' files are fp16. fp8: fp16 weights and the ranges that the engine
-    needs to run in fp8, from --calibrate"""
+    precision: Literal["fp32", "fp16", "fp8", "int8"] = "fp16"
+    """type to store; the authors' files are fp16. fp8, int8: fp16 weights and the ranges that an
+    engine needs to run in it, from --calibrate"""
     calibrate: Path | None = None
-    """folder with images that look like those to come, for fp8"""
+    """folder with images that look like those to come, for fp8 and int8"""
     images: int = 32
-    """of them at most, for fp8"""
+    """of them at most, for fp8 and int8"""
     fuse: bool = False
     """fold batch norms, RepConv branches and implicit vectors: smaller, no longer trainable"""
     imgsz: int | None = None
@@ -52,34 +55,52 @@ def run(options: Convert) -> int:
         raise UserError(f"{output}: the output's name must end in .safetensors")
     if output.resolve() == Path(options.weights).resolve():
         raise UserError(f"{options.weights}: would be replaced: name another file with --output")
-    if (options.precision == "fp8") != (options.calibrate is not None):
-        raise UserError("--precision fp8 and --calibrate FOLDER go together")
+    if (options.precision in EIGHT_BITS) != (options.calibrate is not None):
+        raise UserError("--precision int8 or fp8 and --calibrate FOLDER go together")
     at_least_one("images", options.images)
     model = load_model(options.weights, variant=options.variant)
     model.imgsz, _ = fit(options.imgsz, model)
     if options.calibrate is not None:
         with working(f"calibrating on images of {options.calibrate}"):
-            batches = _batches(options.calibrate, options.images, model.imgsz)
-            model.ranges = calibrate(copy.deepcopy(model).fuse(), batches)
+            fused = copy.deepcopy(model).fuse()
+            batches = _batches(options.calibrate, options.images, model.imgsz, fused)
+            ranges = calibrate(fused, batches, PRECISIONS[options.precision])
+            model.ranges[options.precision] = ranges
     if options.fuse:
         model.fuse()
     save_model(model if options.precision == "fp32" else model.half(), output)
-    calibrated = f", {len(model.ranges)} maps calibrated for fp8" if model.ranges else ""
+    counts = (f", {len(maps)} maps calibrated for {name}" for name, maps in model.ranges.items())
     print(
         f"{output}: {model.variant.name}, {model.form} form, {len(model.names)} classes, "
         f"{parameter_count(model):,} parameters, {output.stat().st_size / 2**20:.1f} MiB"
-        f"{calibrated}"
+        f"{''.join(counts)}"
     )
     return 0
 
 
-def _batches(folder: Path, most: int, side: int) -> Iterator[Tensor]:
-    """Square letterboxed images [1, 3, side, side], evenly from the whole folder."""
+def _batches(folder: Path, most: int, side: int, model: YOLOv7) -> list[Tensor]:
+    """Square letterboxed images [1, 3, side, side], evenly from the whole folder.
+
+    Those that the model makes no numbers of are left out.
+    """
     files = [Path(item.name) for item in Source(folder).items if item.kind == "image"]
     if not files:
         raise UserError(f"{folder}: has videos only: give a folder with images")
     count = min(most, len(files))
     chosen = [files[i * len(files) // count] for i in range(count)]
+    batches = []
     for frame in islice(Source(chosen), count):
         where = letterbox_geometry(frame.shape, side)
-        yield to_input([letterbox(frame.image, where)], torch.device("cpu"), torch.float32)
+        x = to_input([letterbox(frame.image, where)], torch.device("cpu"), torch.float32)
+        with torch.no_grad():
+            finite = model(x).isfinite().all()
+        if finite:
+            batches.append(x)
+        else:
+            print(f"left out: {frame.path}: the network's results are no numbers", file=sys.stderr)
+    if not batches:
+        raise UserError(f"{folder}: no image is left: calibrate with others, or other weights")
+    if len(batches) < ENOUGH:
+        said = f"ranges of {len(batches)} images say little of others: give {ENOUGH} or more"
+        print(f"note: {folder}: {said}", file=sys.stderr)
+    return batches

@@ -22,8 +22,8 @@ class ModelOptions:
     device: str = "auto"
     """auto, cpu, cuda, cuda:N (or N), or mps (Apple's, untested)"""
     precision: Precision = "auto"
-    """arithmetic of the network; auto: fp16 on CUDA, fp32 on a CPU; fp8: with the engine graph and
-    weights from yolov7 convert --precision fp8"""
+    """arithmetic of the network; auto: fp16 on CUDA, fp32 on a CPU; int8 (engine eager on a CPU, or
+    graph) and fp8 (graph): of weights from yolov7 convert --precision int8 or fp8"""
     engine: Engine = "auto"
     """eager: PyTorch, fused; compile: torch.compile, slower to start; graph: our kernels (CUDA);
     openvino: for .onnx files, which ONNX Runtime runs else"""

@@ -16,7 +16,7 @@ from yolov7.engine.faults import warn
 from yolov7.engine.frames import Forward, HostFrames
 from yolov7.errors import UserError
 from yolov7.formats import is_exported
-from yolov7.kernels.runtime import FLOATS, HAS_TRITON, unfit
+from yolov7.kernels.runtime import HAS_TRITON, PRECISIONS, unfit
 from yolov7.letterbox import round_up
 from yolov7.model import YOLOv7
 from yolov7.suppression import Suppression
@@ -28,8 +28,9 @@ if TYPE_CHECKING:
 OLDEST = (8, 0)  # compute capability that the kernels are made for
 
 Engine = Literal["auto", "eager", "compile", "graph", "openvino"]
-Precision = Literal["auto", "fp32", "fp16", "bf16", "fp8"]
+Precision = Literal["auto", "fp32", "fp16", "bf16", "fp8", "int8"]
 Layout = Literal["grid", "classes-first"]
+EIGHT_BITS = ("fp8", "int8")
 AnyNetwork = Network | ExportedNetwork
 
 
@@ -42,8 +43,8 @@ class Runtime:
             published one, or a model, which is copied; None: the embedded demo weights.
         variant: Of a bare state dict, where its tensors do not tell.
         device: "auto", "cpu", "cuda", "cuda:N", "N" or "mps".
-        precision: "auto" (fp16 on CUDA, else fp32), "fp32", "fp16", "bf16", or "fp8" (engine graph,
-            weights that `yolov7 convert` has calibrated).
+        precision: "auto" (fp16 on CUDA, else fp32), "fp32", "fp16", "bf16", or of weights that
+            `yolov7 convert` has calibrated "int8" (eager on a CPU, graph) or "fp8" (graph).
         engine: "eager": PyTorch. "compile": torch.compile, once per input shape. "graph": our
             kernels, planned per input shape; on a CPU their plain references, slow, for checking.
             "openvino": of an .onnx file. "auto": of such a file ONNX Runtime; on a GPU of compute
@@ -83,10 +84,10 @@ def open_network(runtime: Runtime) -> AnyNetwork:
     device = resolve_device(runtime.device)
     engine = resolve_engine(runtime.engine, device)
     precision = resolve_precision(runtime.precision, device, engine)
-    if precision == "fp8" and not model.ranges:
+    if precision in EIGHT_BITS and precision not in model.ranges:
         raise UserError(
-            "precision fp8 needs weights that are calibrated for it: "
-            "yolov7 convert --precision fp8 --calibrate FOLDER"
+            f"precision {precision} needs weights that are calibrated for it: "
+            f"yolov7 convert --precision {precision} --calibrate FOLDER"
         )
     if engine == "compile":
         from yolov7.engine.compile import CompiledNetwork
@@ -125,10 +126,22 @@ def resolve_precision(name: str, device: torch.device, engine: str = "eager") ->
     """
     if name == "auto":
         return "fp16" if device.type == "cuda" else "fp32"
-    if name not in FLOATS and name != "fp8":
-        raise UserError(f"precision {name}: give auto, {', '.join(FLOATS)}, fp8")
+    if name not in PRECISIONS:
+        raise UserError(f"precision {name}: give auto, {', '.join(PRECISIONS)}")
     if name == "fp8" and engine != "graph":
         raise UserError(f"precision fp8 needs engine graph, not {engine}")
+    if name == "int8" and engine != "graph":
+        if (device.type, engine) != ("cpu", "eager"):
+            raise UserError(
+                f"precision int8 needs engine graph, or eager on a CPU, not {engine} on {device}"
+            )
+        from yolov7.engine.int8 import sums_are_exact  # loads torch.fx
+
+        if not sums_are_exact():
+            raise UserError(
+                "precision int8: this processor sums bytes in 16 bits (it has neither VNNI nor "
+                "AMX): use fp32"
+            )
     if name == "fp16" and device.type == "cpu" and engine != "graph":
         raise UserError("precision fp16 needs a GPU: use bf16 or fp32 on a CPU")
     return name

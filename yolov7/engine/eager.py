@@ -73,6 +73,10 @@ class Network:
     def _made_ready(self, model: YOLOv7) -> Callable[[Tensor], Tensor]:
         if self.device.type != "cpu":
             return model
+        if self.precision == "int8":
+            from yolov7.engine.int8 import Int8Forward  # loads torch.fx
+
+            return self._decoded(model, Int8Forward(model))
         if can_pack():
             pack_convolutions(model)
         return self._decoded(model, model.lead_outputs)

@@ -20,6 +20,7 @@ TOLERANCE = {
     "fp16": (2.5e-3, 4e-2),
     "bf16": (2e-2, 0.35),
     "fp8": (0.14, 2.7),
+    "int8": (0.14, 2.7),
 }
 CERTAIN = 1e-6  # logits of what is nearer to 0 or 1 are cut off
 

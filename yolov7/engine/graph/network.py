@@ -181,8 +181,7 @@ class GraphNetwork(Network):
         return plan
 
     def _made_plan(self, shape: tuple[int, ...]) -> "_Plan":
-        narrow = PRECISIONS[self.precision]
-        ranges = self._model.ranges if narrow in LARGEST else None
+        ranges = self._model.ranges.get(self.precision)
         with _BUILDING, torch.inference_mode(False), torch.no_grad(), self._on_stream():
             return _Plan(
                 PlannedNetwork(
@@ -191,7 +190,7 @@ class GraphNetwork(Network):
                     dtype=self.dtype,
                     device=self.device,
                     ranges=ranges,
-                    narrow=narrow,
+                    narrow=PRECISIONS[self.precision],
                 )
             )
 
@@ -219,7 +218,7 @@ class GraphNetwork(Network):
         if self.required:
             raise UserError(f"engine graph: {reason}: use --engine eager") from None
         self.engine, self._plans = "eager", {}
-        if self.precision == "fp8":
+        if PRECISIONS[self.precision] in LARGEST:
             self.precision = DTYPE_NAMES[self.dtype]
         warn(f"engine graph is left for eager: {reason}")
         raise EngineError from None

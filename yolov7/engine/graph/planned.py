@@ -70,7 +70,8 @@ class PlannedNetwork:
     ) -> None:
         ranges = ranges or {}
         self.plan = make_plan(model, batch, height, width, dtype.itemsize, ranges.keys())
-        self._scales, self._narrow = _buffer_scales(self.plan, ranges, LARGEST[narrow]), narrow
+        self._narrow = narrow
+        self._scales = _buffer_scales(self.plan, ranges, LARGEST[narrow]) if ranges else {}
         device = with_index(device)
         self.dtype, self.device = dtype, device
         self._arena = torch.empty(self.plan.peak_bytes, dtype=torch.uint8, device=device)
