@@ -162,7 +162,7 @@ def test_empty_batch() -> None:
 def test_operation() -> None:
     head = make_head("fp32", 3, 2, torch.device("cpu"))
     tensors: tuple[Any, ...] = tuple(head[name] for name in ("features", "weights", "biases"))
-    arguments = (*tensors, [], head["anchors"], sizes_of(head), STRIDES, True)
+    arguments = (*tensors, head["anchors"], sizes_of(head), STRIDES, True)
     torch.library.opcheck(kernel._decode_op, (*arguments, None))
     # Rows beyond the counts are undefined, so results are not compared.
     checks = ("test_schema", "test_faketensor")
@@ -182,7 +182,7 @@ def test_compiles_as_one_graph() -> None:
         ({"strides": [8]}, "2 layouts, 1 strides"),
         ({"anchors": torch.ones(1, 2, 2)}, r"anchors are \[1, 2, 2\], not \[2, A, 2\]"),
         ({"anchors": torch.ones(2, 5, 2)}, r"16 outputs are not 5 anchors x \(5 \+ classes\)"),
-        ({"biases": [torch.ones(16), torch.ones(15)]}, r"level 1: .* \[15\], not \[16\]"),
+        ({"biases": [torch.ones(16), torch.ones(15)]}, r"level 1: bias .* \[15\], not fp32 \[16\]"),
         ({"weights": [torch.ones(16, 23), torch.ones(16, 63)]}, r"level 0: weight \[16, 23\]"),
         ({"layouts": [PitchedLayout.of(3, 9, 11)] * 2}, r"features 1 \(\d+, 63\) is not"),
     ],
