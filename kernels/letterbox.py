@@ -2,7 +2,7 @@
 
 A frame (height x width x BGR, uint8) is scaled to its box of the output, surrounded by grey 114,
 turned to RGB, divided by 255 and written as fp32, fp16 or bf16 into an image batch [B, 3, H, W] of
-any strides or into a pitched map [rows, 3], whose border becomes zero.
+any strides.
 
 Scaling equals OpenCV's bilinear resize of uint8 bit for bit. Pixel d of an axis reads
 f = fp32((d + 0.5) (1 / (new / old)) - 0.5), i = floor(f), with weights rint(2048 (1 - (f - i))) and
@@ -21,14 +21,13 @@ box, 3 wavefronts each, are 2.1 million wavefronts on 132 processors, 1.2 us. So
 at batch 16.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from yolov7.kernels.layout import PitchedLayout
 from yolov7.kernels.runtime import FLOATS, Config, launch, tl, triton, triton_op
 
 GREY = 114
@@ -36,16 +35,9 @@ GREY = 114
 CONFIG: Config = {"BLOCK_Y": 4, "BLOCK_X": 64, "num_warps": 4}
 
 
-def letterbox_reference(
-    pixels: Tensor, table: Tensor, out: Tensor, strides: list[int], extent: list[int]
-) -> None:
+def letterbox_reference(pixels: Tensor, table: Tensor, out: Tensor) -> None:
     """Frame by frame in plain PyTorch; arguments as in the operation."""
-    _, height, width, lines, columns = extent
-    stride_n, stride_y, stride_x, stride_c = strides
-    target = out.as_strided(
-        (table.shape[0], lines, columns, 3), (stride_n, stride_y, stride_x, stride_c)
-    )
-    target.zero_()
+    height, width = out.shape[2:]
     for image, (offset, h, w, top, left, new_h, new_w) in enumerate(table.tolist()):
         frame = pixels[offset : offset + h * w * 3].view(h, w, 3).int()
         x0, x1, a0, a1 = _axis_reference(new_w, w, frame.device, clamp=True)
@@ -55,7 +47,7 @@ def letterbox_reference(
         canvas = torch.full((height, width, 3), GREY, dtype=torch.int32, device=frame.device)
         box = (slice(top, top + new_h), slice(left, left + new_w))
         canvas[box] = ((upper >> 16) + (lower >> 16) + 2) >> 2
-        target[image, :height, :width] = (canvas.flip(2).float() / 255).to(out.dtype)
+        out[image] = (canvas.flip(2).float() / 255).permute(2, 0, 1).to(out.dtype)
 
 
 def _axis_reference(
@@ -134,18 +126,16 @@ def _letterbox_kernel(
     # Tensors
     pixels_ptr,  # [bytes] uint8
     table_ptr,  # [B, 7] int64
-    out_ptr,  # [B, lines, columns, 3] by its strides
+    out_ptr,  # [B, 3, height, width] by its strides
     # Shapes
     size,  # bytes
-    height,  # of the image in the output,
+    height,
     width,
-    lines,  # and with its border
-    columns,
     # Strides
     stride_n,
+    stride_c,
     stride_y,
     stride_x,
-    stride_c,
     # Constexprs
     GREY: tl.constexpr,
     BLOCK_Y: tl.constexpr,
@@ -155,7 +145,7 @@ def _letterbox_kernel(
     image = tl.program_id(2).to(tl.int64)
     frame = _read_frame(table_ptr + image * 7)
 
-    # Each pixel is made of two by two of the frame's, lies around it, or in the output's border.
+    # Each pixel is made of two by two of the frame's, or lies around it.
     offs_y = tl.program_id(1) * BLOCK_Y + tl.arange(0, BLOCK_Y)
     offs_x = tl.program_id(0) * BLOCK_X + tl.arange(0, BLOCK_X)
     top, left = frame.top.to(tl.int32), frame.left.to(tl.int32)
@@ -164,13 +154,12 @@ def _letterbox_kernel(
     in_y = (offs_y >= frame.top) & (offs_y < frame.top + frame.box_height)
     in_x = (offs_x >= frame.left) & (offs_x < frame.left + frame.box_width)
     in_box = in_y[:, None] & in_x[None, :]
-    in_image = (offs_y < height)[:, None] & (offs_x < width)[None, :]
 
     line_0 = frame.offset + (y0.to(tl.int64) * frame.width * 3)[:, None]
     line_1 = frame.offset + (y1.to(tl.int64) * frame.width * 3)[:, None]
     out_ptrs = out_ptr + image * stride_n
     out_ptrs += offs_y.to(tl.int64)[:, None] * stride_y + offs_x[None, :] * stride_x
-    mask = (offs_y < lines)[:, None] & (offs_x < columns)[None, :]
+    mask = (offs_y < height)[:, None] & (offs_x < width)[None, :]
     for channel in tl.static_range(3):
         bytes_0, bytes_1 = (x0 * 3 + channel)[None, :], (x1 * 3 + channel)[None, :]
         sum_0 = _read_line(pixels_ptr, line_0, bytes_0, bytes_1, a0, a1, in_box, size)
@@ -178,23 +167,15 @@ def _letterbox_kernel(
         upper, lower = b0[:, None] * (sum_0 >> 4), b1[:, None] * (sum_1 >> 4)
         value = ((upper >> 16) + (lower >> 16) + 2) >> 2
         value = tl.div_rn(tl.where(in_box, value, GREY).to(tl.float32), 255.0)
-        value = tl.where(in_image, value, 0.0).to(out_ptr.dtype.element_ty)
+        value = value.to(out_ptr.dtype.element_ty)
         tl.store(out_ptrs + (2 - channel) * stride_c, value, mask=mask)
 
 
-def launch_letterbox(
-    pixels: Tensor,
-    table: Tensor,
-    out: Tensor,
-    strides: Sequence[int],
-    extent: Sequence[int],
-    config: Config,
-) -> None:
-    """Start the kernel; arguments as in the operation, nothing is allocated or checked."""
-    batch, height, width, lines, columns = extent
-    stride_n, stride_y, stride_x, stride_c = strides
+def _letterbox_triton(pixels: Tensor, table: Tensor, out: Tensor) -> None:
+    height, width = out.shape[2:]
+    stride_n, stride_c, stride_y, stride_x = out.stride()
     grid = (
-        triton.cdiv(columns, config["BLOCK_X"]), triton.cdiv(lines, config["BLOCK_Y"]), batch
+        triton.cdiv(width, CONFIG["BLOCK_X"]), triton.cdiv(height, CONFIG["BLOCK_Y"]), len(table)
     )  # fmt: skip
     args = {
         "pixels_ptr": pixels,
@@ -203,21 +184,13 @@ def launch_letterbox(
         "size": pixels.numel(),
         "height": height,
         "width": width,
-        "lines": lines,
-        "columns": columns,
         "stride_n": stride_n,
+        "stride_c": stride_c,
         "stride_y": stride_y,
         "stride_x": stride_x,
-        "stride_c": stride_c,
         "GREY": GREY,
     }
-    launch(_letterbox_kernel, grid, args, {**config, "enable_fp_fusion": False})
-
-
-def _letterbox_triton(
-    pixels: Tensor, table: Tensor, out: Tensor, strides: list[int], extent: list[int]
-) -> None:
-    launch_letterbox(pixels, table, out, strides, extent, CONFIG)
+    launch(_letterbox_kernel, grid, args, {**CONFIG, "enable_fp_fusion": False})
 
 
 _letterbox_op = triton_op(
@@ -225,18 +198,14 @@ _letterbox_op = triton_op(
 )
 
 
-def letterbox(
-    pixels: Tensor, table: Tensor, out: Tensor, layout: PitchedLayout | None = None
-) -> Tensor:
+def letterbox(pixels: Tensor, table: Tensor, out: Tensor) -> Tensor:
     """Write frames as the network's input.
 
     Args:
         pixels: [n] uint8, the frames, each [h, w, 3] BGR without gaps.
         table: [B, 7] int64 on the same device, a row per frame: offset in `pixels`, height, width;
             top, left, height and width of the scaled frame in the output.
-        out: [B, 3, H, W] fp32, fp16 or bf16 of any strides, or with `layout` a pitched map
-            [rows, 3]; all of it is written, RGB in 0..1.
-        layout: where the map's pixels lie.
+        out: [B, 3, H, W] fp32, fp16 or bf16 of any strides; all of it is written, RGB in 0..1.
 
     Returns:
         `out`.
@@ -252,20 +221,9 @@ def letterbox(
         raise ValueError(f"out is {out.dtype}, none of {', '.join(FLOATS)}")
     if not pixels.device == table.device == out.device:
         raise ValueError(f"devices differ: {pixels.device}, {table.device}, {out.device}")
-    batch, shape = table.shape[0], list(out.shape)
-    if layout is None:
-        if out.ndim != 4 or shape[:2] != [batch, 3]:
-            raise ValueError(f"out is {shape}, not [{batch}, 3, H, W]")
-        extent = [batch, shape[2], shape[3], shape[2], shape[3]]
-        strides = [out.stride(0), out.stride(2), out.stride(3), out.stride(1)]
-    else:
-        layout.check(out, "out")
-        if shape[1] != 3 or layout.n != batch:
-            raise ValueError(f"out {shape} of {layout.n} images is not for {batch} of 3 channels")
-        extent = [batch, layout.h, layout.w, layout.row_pitch, layout.pitch]
-        row = out.stride(0)
-        strides = [layout.row_pitch * layout.pitch * row, layout.pitch * row, row, 1]
-    _letterbox_op(pixels, table.contiguous(), out, strides, extent)
+    if out.ndim != 4 or out.shape[:2] != (len(table), 3):
+        raise ValueError(f"out is {list(out.shape)}, not [{len(table)}, 3, H, W]")
+    _letterbox_op(pixels, table.contiguous(), out)
     return out
 
 
@@ -275,20 +233,10 @@ def compile_cases(
     """Launches to compile ahead of time, see `yolov7.kernels.runtime.CompileSpec`."""
     pixels = torch.empty(batch * 1080 * 1920 * 3, dtype=torch.uint8, device="meta")
     table = torch.empty((batch, 7), dtype=torch.int64, device="meta")
-    layout = PitchedLayout.of(batch, size, size)
-    dtype = FLOATS.get(precision, torch.float16)
-    image = torch.empty((batch, 3, size, size), dtype=dtype, device="meta")
-    matrix = layout.empty(3, dtype=dtype, device="meta")
-    planes = [3 * size * size, size, 1, size * size]
-    packed = [3 * size * size, 3 * size, 3, 1]
-    line = layout.pitch * 3
-    rows = [layout.row_pitch * line, line, 3, 1]
-    whole = [batch, size, size, size, size]
-    cases = (
-        ("NCHW", image, planes, whole),
-        ("NHWC", image, packed, whole),
-        ("pitched", matrix, rows, [batch, size, size, layout.row_pitch, layout.pitch]),
+    image = torch.empty(
+        (batch, 3, size, size), dtype=FLOATS.get(precision, torch.float16), device="meta"
     )
-    for name, out, strides, extent in cases:
-        call = partial(_letterbox_triton, pixels, table, out, strides, extent)
+    cases = (("NCHW", image), ("NHWC", image.to(memory_format=torch.channels_last)))
+    for name, out in cases:
+        call = partial(_letterbox_triton, pixels, table, out)
         yield f"{batch}x3x{size}x{size} {name} {precision}", call

@@ -4,6 +4,7 @@ import glob
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,6 +26,7 @@ VIDEO_SUFFIXES = frozenset(
     | {".ogv", ".ts", ".webm", ".wmv"}
 )
 STREAM_SCHEMES = frozenset({"rtsp", "rtsps", "rtmp", "rtp", "udp", "tcp", "srt"})
+ASKED_AT_ONCE = 8  # addresses whose names do not tell what they are
 SLACK = 0.01  # by which resizing may carry the values of a tensor beyond 1
 SUFFIXES = IMAGE_SUFFIXES | VIDEO_SUFFIXES
 
@@ -50,15 +52,26 @@ class Item:
     sources: Iterable[object] = ()
 
 
-def find_items(source: object) -> Iterator[Item]:
+def find_items(source: object) -> list[Item]:
     """The items that a source, or a list of them, stands for; see `yolov7.sources.Source`.
 
     Raises:
         UserError: It is nothing that images come from.
     """
+    found = list(_found(source))
+    unknown = [address for address in found if isinstance(address, str)]
+    if not unknown:
+        return [item for item in found if isinstance(item, Item)]
+    with ThreadPoolExecutor(ASKED_AT_ONCE) as pool:
+        answers = pool.map(_ask, unknown)
+        return [next(answers) if isinstance(item, str) else item for item in found]
+
+
+def _found(source: object) -> Iterator[Item | str]:
+    """The items, and addresses of which only the server knows what they are."""
     if isinstance(source, (list, tuple)):
         for member in source:
-            yield from find_items(member)
+            yield from _found(member)
     elif isinstance(source, np.ndarray):
         for index, array in enumerate(source if source.ndim == 4 else [source]):
             name = f"array {index}"
@@ -87,7 +100,7 @@ def find_items(source: object) -> Iterator[Item]:
         )
 
 
-def _from_name(source: str | int) -> Iterator[Item]:
+def _from_name(source: str | int) -> Iterator[Item | str]:
     if source == "":
         raise UserError("the source is empty: name a file, a folder, a camera or a stream")
     if isinstance(source, int) or (source.isdecimal() and not os.path.exists(source)):
@@ -152,7 +165,7 @@ def _from_file(file: Any, name: str) -> Image:
     return decode_image(bytes(data), name)
 
 
-def _from_path(path: Path) -> Iterator[Item]:
+def _from_path(path: Path) -> Iterator[Item | str]:
     name = str(path)
     try:
         if name.startswith("~") and not path.exists():
@@ -181,7 +194,7 @@ def _from_path(path: Path) -> Iterator[Item]:
         yield _failing(name, UserError(f"{name}: {missing}"))
 
 
-def _from_list(path: Path) -> Iterator[Item]:
+def _from_list(path: Path) -> Iterator[Item | str]:
     """The sources that a text file names, one a line, beside it or where the process works."""
     try:
         if path.stat().st_size > LARGEST:
@@ -202,7 +215,7 @@ def _from_list(path: Path) -> Iterator[Item]:
             yield from _from_name(line)
 
 
-def _from_url(address: str) -> Item:
+def _from_url(address: str) -> Item | str:
     name = without_secrets(address)
     try:
         parts = urlsplit(address)
@@ -218,7 +231,13 @@ def _from_url(address: str) -> Item:
         return Item(name, "video", target=address)
     if suffix in IMAGE_SUFFIXES:
         return Item(name, "image", partial(_download_image, address, name))
-    try:  # the name does not tell: the server does
+    return address
+
+
+def _ask(address: str) -> Item:
+    """What the server says that an address is."""
+    name = without_secrets(address)
+    try:
         with open_url(address) as answer:
             kind = answer.headers.get_content_maintype()
     except REFUSALS as error:

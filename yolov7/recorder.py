@@ -1,6 +1,7 @@
 """The files that a prediction leaves behind: pictures, videos, labels, crops, JSON."""
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from yolov7.atomic import atomic
 from yolov7.errors import UserError
 from yolov7.letterbox import Image
 from yolov7.results import Results
-from yolov7.text import file_name
+from yolov7.text import LONGEST_NAME, file_name
 
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 FALLBACK_FPS = 25.0  # for cameras and containers that name no rate
@@ -210,8 +211,9 @@ class Recorder:
         if frame.item not in self._names:
             path = Path(frame.path.split("?")[0] if "://" in frame.path else frame.path)
             stem = path.stem.replace(" ", "-") if frame.kind != "image" else path.stem
-            # A local image's own name fits; that of a video gets a frame's number.
+            # A local image's own name fits; those of a video's frames and of crops get numbers.
             known = frame.kind == "image" and "://" not in frame.path
+            known &= not self.outputs.crop or len(os.fsencode(stem)) <= LONGEST_NAME
             stem = self._free(stem if known else file_name(stem))
             suffix = path.suffix if path.suffix.lower() in PICTURE_SUFFIXES else ".jpg"
             self._names[frame.item] = stem + suffix if frame.kind == "image" else stem

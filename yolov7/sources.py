@@ -106,7 +106,7 @@ class Source:
         at_least_one("vid_stride", vid_stride)
         if not retry >= 0:  # nor NaN
             raise UserError(f"retry is {retry:g} seconds: give 0 or more")
-        self.items = list(find_items(source))
+        self.items = find_items(source)
         self._kinds = {item.kind for item in self.items}
         if self.live:  # cameras and streams last
             self.items.sort(key=lambda item: item.kind == "live")
@@ -155,7 +155,7 @@ class Source:
     def _one_by_one(self, item: Item, numbers: Iterator[int]) -> Iterator[Frame]:
         for source in item.sources:
             try:
-                found = list(find_items(source))
+                found = find_items(source)
                 if any(member.kind == "live" for member in found):
                     raise UserError(f"{found[0].name}: give cameras and streams in a list")
             except UserError as error:

@@ -12,7 +12,7 @@ _JOINERS = "\u200c\u200d"
 _LOGIN = re.compile(r"(?<=://)[^/?#\s]*@")
 _SECRET = re.compile(r"(?i)\b((?:pass|passwd|password|pwd|token|secret|api_?key)=)[^&#/\s]+")
 _UNNAMABLE = re.compile(r'[\x00-\x1f\x7f<>:"/\\|?*\ud800-\udfff]')
-_LONGEST_NAME = 200  # bytes of the 255 that file systems take: a number and a suffix follow
+LONGEST_NAME = 200  # bytes of the 255 that file systems take: a number and a suffix follow
 
 
 def printable(text: object) -> str:
@@ -57,7 +57,7 @@ def split_login(url: str) -> tuple[str, str]:
 
 def file_name(text: str) -> str:
     """`text` as the name of a file or folder, on every system and within its folder."""
-    plain = _UNNAMABLE.sub("-", text).encode()[:_LONGEST_NAME].decode(errors="ignore")
+    plain = _UNNAMABLE.sub("-", text).encode()[:LONGEST_NAME].decode(errors="ignore")
     return plain.strip(" .") or "-"
 
 

@@ -10,7 +10,6 @@ from tests.conftest import reference_folder
 from tests.kernels import COMPILED
 from yolov7.kernels import letterbox as kernel
 from yolov7.kernels.aot import compile_all, passed_limits
-from yolov7.kernels.layout import PitchedLayout
 from yolov7.kernels.letterbox import letterbox, letterbox_reference
 from yolov7.kernels.runtime import FLOATS
 
@@ -60,9 +59,7 @@ def test_reference_equals_opencv() -> None:
     frames = make_frames()
     pixels, table = packed(frames)
     out = torch.empty(len(frames), 3, *SIZE)
-    letterbox_reference(
-        pixels, table, out, [out.stride(i) for i in (0, 2, 3, 1)], [len(frames), *SIZE, *SIZE]
-    )
+    letterbox_reference(pixels, table, out)
     assert torch.equal(out, expected(frames))
 
 
@@ -89,14 +86,13 @@ def test_kernel_equals_opencv(dtype: torch.dtype, kernel_device: torch.device) -
 
 @pytest.mark.interpreter
 @pytest.mark.usefixtures("large_blocks")
-def test_kernel_writes_pitched_map(kernel_device: torch.device) -> None:
+def test_kernel_writes_any_strides(kernel_device: torch.device) -> None:
     frames = make_frames()
     pixels, table = packed(frames, kernel_device)
-    layout = PitchedLayout.of(len(frames), *SIZE)
-    wide = torch.full((layout.rows, 5), torch.nan, device=kernel_device)
-    letterbox(pixels, table, wide[:, 1:4], layout)
-    assert torch.equal(wide[:, 1:4].cpu(), layout.from_nchw(expected(frames)))
-    assert wide[:, [0, 4]].isnan().all()
+    wide = torch.full((len(frames), *SIZE, 5), torch.nan, device=kernel_device)
+    letterbox(pixels, table, wide[..., 1:4].permute(0, 3, 1, 2))
+    assert torch.equal(wide[..., 1:4].permute(0, 3, 1, 2).cpu(), expected(frames))
+    assert wide[..., [0, 4]].isnan().all()
 
 
 @pytest.mark.interpreter
@@ -133,8 +129,7 @@ def test_operation() -> None:
     frames = make_frames()[:2]
     pixels, table = packed(frames)
     out = torch.zeros(2, 3, *SIZE)
-    strides = [out.stride(i) for i in (0, 2, 3, 1)]
-    torch.library.opcheck(kernel._letterbox_op, (pixels, table, out, strides, [2, *SIZE, *SIZE]))
+    torch.library.opcheck(kernel._letterbox_op, (pixels, table, out))
 
 
 def test_compiles_as_one_graph() -> None:
@@ -164,12 +159,6 @@ def test_wrong_input(pixels: Tensor, table: Tensor, out: Tensor, message: str) -
 def test_wrong_device() -> None:
     with pytest.raises(ValueError, match="devices differ: cpu, meta, cpu"):
         letterbox(BYTES, TABLE.to("meta"), torch.zeros(2, 3, 4, 4))
-
-
-def test_wrong_map() -> None:
-    layout = PitchedLayout.of(2, 4, 4)
-    with pytest.raises(ValueError, match=r"out \[\d+, 4\] of 2 images is not for 2 of 3 channels"):
-        letterbox(BYTES, TABLE, torch.zeros(layout.rows, 4), layout)
 
 
 @pytest.mark.aot

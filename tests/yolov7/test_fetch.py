@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from tests.yolov7.pictures import greys, picture, png, write_video
-from yolov7 import capture, fetch
+from yolov7 import capture, fetch, items
 from yolov7.errors import UserError
 from yolov7.sources import Source
 
@@ -66,6 +66,23 @@ def test_urls(server: Callable[..., str], tmp_path: Path) -> None:
     for address in (f"{url}/a.png?size=1", f"{url}/photo"):
         np.testing.assert_array_equal(next(iter(Source(address))).image, image)
     assert greys(Source(f"{url}/v.avi")) == [0, 1, 2]
+
+
+def test_addresses_that_do_not_tell_are_asked_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight servers that take half a second, and one that takes none, are half a second."""
+    together = threading.Barrier(8, timeout=10)
+
+    def refused(address: str) -> None:
+        if not address.endswith("first"):
+            together.wait()
+        raise ConnectionRefusedError
+
+    monkeypatch.setattr(items, "open_url", refused)
+    addresses = ["http://x/first", *(f"http://x/{number}" for number in range(8))]
+    errors: list[UserError] = []
+    (frame,) = Source([*addresses, np.zeros((4, 4), np.uint8)], on_error=errors.append)
+    assert frame.path == "array 0"
+    assert [str(error).split(":")[1] for error in errors] == [a[5:] for a in addresses]
 
 
 def test_urls_that_fail(server: Callable[..., str]) -> None:

@@ -105,6 +105,17 @@ def test_a_name_that_is_too_long_for_a_file_is_cut(tmp_path: Path) -> None:
     assert (tmp_path / "labels" / f"{'v' * 200}-000001.txt").is_file()
 
 
+def test_crops_of_images_with_the_longest_names(tmp_path: Path) -> None:
+    with Recorder(Outputs(tmp_path, crop=True)) as recorder:
+        for item, last in enumerate("bc"):
+            recorder.write(result(f"{'a' * 250}{last}.jpg", item=item))
+    crops = {path.name for path in (tmp_path / "crops").glob("*/*.jpg")}
+    assert crops == {f"{'a' * 200}-1.jpg", f"{'a' * 200}-2-1.jpg"}
+    with Recorder(Outputs(tmp_path / "whole")) as recorder:
+        recorder.write(result(f"{'a' * 251}.jpg"))
+    assert (tmp_path / "whole" / f"{'a' * 251}.jpg").is_file()
+
+
 @pytest.mark.parametrize(
     ("name", "folder"),
     [
