@@ -5,7 +5,7 @@ ranks or what was loaded before: runs are reproducible and resume exactly.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -16,7 +16,9 @@ from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
 
 from yolov7.dataset import Dataset, load_splits
+from yolov7.dataset.check import NOTES, Report, find_problems
 from yolov7.errors import UserError
+from yolov7.text import counted
 from yolov7.train.augment import Augmenter
 from yolov7.train.config import Augmentation
 from yolov7.train.images import CacheKind, ImageStore
@@ -36,13 +38,9 @@ def open_data(options: Train, given: tuple[Dataset, Dataset] | None) -> tuple[Da
         given: the splits, instead of those of the options.
 
     Raises:
-        UserError: a split is missing, there is no box to train on, the classes differ, or, where
-            that is asked for, anything is wrong.
+        UserError: a split is missing, there is no box to train on, or the classes differ.
     """
     train, val = given or _read(options)
-    for dataset in (train, val):
-        if options.strict and (dataset.skipped or dataset.problems):
-            raise UserError(f"--strict: {dataset.summary()}; yolov7 check names what is wrong")
     train = part_of(train, options.fraction, options.seed)
     if options.single_class:
         train, val = as_one_class(train), as_one_class(val)
@@ -75,13 +73,24 @@ def _read(options: Train) -> tuple[Dataset, Dataset]:
         raise UserError(f"{error}; if the data has moved, name it with --data") from None
 
 
-def left_out(train: Dataset, val: Dataset) -> Iterator[str]:
-    """Lines about what is wrong in the data, and therefore left out."""
-    yield from (f"left out: {line}" for line in train.skipped)
-    yield from (f"left out of the evaluation: {line}" for line in val.skipped)
-    for use, dataset in (("train", train), ("evaluate", val)):
-        if dataset.problems:
-            yield f"{use} on {dataset.summary()}; yolov7 check names what is wrong"
+def what_is_wrong(train: Dataset, val: Dataset, *, strict: bool) -> list[str]:
+    """Lines about what is left out of the data and what else is wrong in it, kind by kind.
+
+    Images are not decoded for it: `yolov7 check` does that.
+
+    Raises:
+        UserError: that is asked for, and there is a fault.
+    """
+    splits = {"the images to train on": train, "those to evaluate on": val}
+    report = Report(splits, find_problems(splits, decode=False))
+    out = {*train.skipped, *train.problems, *val.skipped, *val.problems}
+    lines = []
+    for kind, found in report.by_kind().items():
+        what = "left out" if found[0] in out else "note" if kind in NOTES else "fault"
+        lines.append(f"{what}: {counted(len(found), kind)}, such as {found[0]}")
+    if strict and report.faults:
+        raise UserError(f"--strict: {'; '.join(line for line in lines if line[:4] != 'note')}")
+    return [*lines, "yolov7 check names all, and decodes the images"] if lines else []
 
 
 def match_classes(train: Dataset, val: Dataset, names: list[str]) -> tuple[Dataset, Dataset]:

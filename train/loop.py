@@ -23,7 +23,7 @@ from yolov7.runs import new_run
 from yolov7.schema import from_json
 from yolov7.train.autoanchor import fit_model_anchors
 from yolov7.train.autobatch import batch_size
-from yolov7.train.data import Augment, fingerprint, left_out, match_classes, open_data
+from yolov7.train.data import Augment, fingerprint, match_classes, open_data, what_is_wrong
 from yolov7.train.distributed import (
     Ranks,
     collect,
@@ -150,7 +150,7 @@ class Run:
         self.train_set, self.val_set = open_data(options, data)
         self.fingerprint = fingerprint(self.train_set)
         self.told: set[str] = set()
-        self._tell(left_out(self.train_set, self.val_set))
+        self._tell(what_is_wrong(self.train_set, self.val_set, strict=options.strict))
 
         model = model or first_model(options, self.folder, state, len(self.train_set.names))
         self.train_set, self.val_set = match_classes(self.train_set, self.val_set, model.names)
@@ -313,7 +313,7 @@ class Run:
         """Evaluate the moving average; note whether it is the best."""
         progress = self.progress
         validation = self.validate(self.step.ema.model, self.val_set)
-        skipped = validation.predictions.dataset.skipped
+        skipped = validation.predictions.dataset.skipped[len(self.val_set.skipped) :]
         self._tell(f"left out of the evaluation: {line}" for line in skipped)
         progress.stats = validation.stats
         if self.options.image_weights:

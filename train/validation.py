@@ -1,10 +1,12 @@
 """Evaluation while training: the evaluator of `val`, shared among the ranks, and the loss.
 
-Both come from one pass: every image is read once and goes through the network once.
+Both come from one pass: every image is read once and goes through the network once. Ranks share
+the images, and then the classes whose detections are matched.
 """
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -14,6 +16,7 @@ from torch import Tensor
 from yolov7.dataset import Dataset, Problem, Sample
 from yolov7.engine.choose import Runtime, open_network
 from yolov7.evaluate import Evaluation, Predictions, Settings, measure, predict
+from yolov7.evaluate.coco import Matching, match, shares
 from yolov7.evaluate.run import GROUP, by_aspect
 from yolov7.letterbox import Geometry
 from yolov7.model import YOLOv7
@@ -120,7 +123,8 @@ def validate(
     """Evaluate a model, which stays as it is, by an engine; every rank gets the result.
 
     Images share canvases in groups of like aspect: each rank takes whole groups, so that the
-    result does not depend on the number of ranks.
+    result does not depend on the number of ranks (nor do the losses, means over the matches of a
+    batch, where a group is whole batches).
     """
     synchronise(model, ranks)
     samples = dataset.samples
@@ -146,7 +150,11 @@ def validate(
     seen = sorted(merged)
     whole = replace(dataset, samples=[samples[i] for i in seen], skipped=skipped)
     predictions = Predictions(whole, [merged[i] for i in seen], speed)
-    evaluation = measure(whole, predictions.detections, speed)
+    classes = shares(predictions.detections, len(dataset.names), ranks.world)
+    own = classes[ranks.rank : ranks.rank + 1]  # none, where there are more ranks than classes
+    matched = collect([match(whole, predictions.detections, some) for some in own], ranks)
+    matching = Matching.joined(list(chain.from_iterable(matched)), classes)
+    evaluation = measure(whole, predictions.detections, speed, matching)
     return Validation(evaluation, predictions, _means([part[2:] for part in parts]))
 
 

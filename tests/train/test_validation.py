@@ -1,3 +1,6 @@
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +14,7 @@ from yolov7.boxes import cxcywh_to_xyxy, frame_table, in_frames
 from yolov7.dataset import load_data
 from yolov7.engine.choose import Runtime, open_network
 from yolov7.engine.frames import to_input
-from yolov7.evaluate import Settings, evaluate, run
+from yolov7.evaluate import Settings, coco, evaluate, run
 from yolov7.images import read_image
 from yolov7.letterbox import letterbox, letterbox_geometry
 from yolov7.model import create_model
@@ -19,53 +22,61 @@ from yolov7.train import validation
 from yolov7.train.assigner import Anchors, pad_labels
 from yolov7.train.distributed import Ranks
 from yolov7.train.loss import LossWeights, head_loss
-from yolov7.train.validation import fitness, letterboxed, undecoded, validate
+from yolov7.train.validation import Validation, fitness, letterboxed, undecoded, validate
 
 WEIGHTS = LossWeights(0.05, 0.7, 0.3)
 
 
-def test_ranks_together_find_what_one_finds(shapes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Eight images in groups of three, of which the second rank takes the middle one."""
+def together(world: int, work: Callable[[Ranks], Validation], patch: Any) -> list[Validation]:
+    """What the ranks find, each of them a thread."""
+    values: list[Any] = [None] * world
+    barrier = threading.Barrier(world, timeout=60)
+
+    def collect(value: Any, ranks: Ranks) -> list[Any]:
+        values[ranks.rank] = value
+        barrier.wait()
+        found = list(values)
+        barrier.wait()
+        return found
+
+    patch.setattr(validation, "collect", collect)
+    patch.setattr(validation, "synchronise", lambda *_: None)
+    with ThreadPoolExecutor(world) as pool:
+        return list(pool.map(work, [Ranks(rank, world) for rank in range(world)]))
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_ranks_together_find_what_one_finds(
+    world: int, shapes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Eight images in groups of three, and two classes: there are ranks without either."""
     for module in (run, validation):
         monkeypatch.setattr(module, "GROUP", 3)
     torch.manual_seed(0)
     model = create_model("yolov7-tiny", 2, width=0.125).eval()
     dataset = load_data(shapes, "train")
-    settings = Settings(imgsz=SIZE)
-    found: list[Any] = []
+    matched: list[list[int]] = []
 
-    def collect(value: Any, _: Ranks) -> list[Any]:
-        found.append(value)
-        return found
+    def noted(dataset: Any, detections: Any, classes: list[int]) -> coco.Matching:
+        matched.append(classes)
+        return coco.match(dataset, detections, classes)
 
-    monkeypatch.setattr(validation, "collect", collect)
-    monkeypatch.setattr(validation, "synchronise", lambda *_: None)
-    validate(model, dataset, settings, WEIGHTS, torch.device("cpu"), Ranks(0, 2))
-    merged = validate(model, dataset, settings, WEIGHTS, torch.device("cpu"), Ranks(1, 2))
-    assert [len(part) for part, *_ in found] == [5, 3]
+    monkeypatch.setattr(validation, "match", noted)
+
+    def work(ranks: Ranks) -> Validation:
+        settings = Settings(imgsz=SIZE, batch=3)
+        return validate(model, dataset, settings, WEIGHTS, torch.device("cpu"), ranks)
+
     network = open_network(Runtime(weights=model, device="cpu"))
-    whole = evaluate(network, dataset, settings)
-    assert merged.evaluation.stats == whole.stats
-    assert merged.predictions.dataset.samples == dataset.samples
-    monkeypatch.undo()
-    alone = validate(model, dataset, settings, WEIGHTS, torch.device("cpu"), Ranks())
-    assert alone.losses.keys() == {"val_box", "val_objectness", "val_classes"}
-
-
-def test_more_ranks_than_groups(shapes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(validation, "synchronise", lambda *_: None)
-    monkeypatch.setattr(
-        validation,
-        "collect",
-        lambda value, _: [value, ({0: torch.zeros(0, 6).numpy()}, [], {"box": 3.0}, 2)],
-    )
-    model = create_model("yolov7-tiny", 2, width=0.125).eval()
-    dataset = load_data(shapes, "train")
-    result = validate(
-        model, dataset, Settings(imgsz=SIZE), WEIGHTS, torch.device("cpu"), Ranks(1, 2)
-    )
-    assert len(result.predictions.detections) == 1
-    assert result.losses == {"val_box": 1.5}
+    whole = evaluate(network, dataset, Settings(imgsz=SIZE))
+    alone = work(Ranks())
+    assert sorted(matched.pop()) == [0, 1]
+    for found in together(world, work, monkeypatch):
+        assert found.evaluation.stats == alone.evaluation.stats == whole.stats
+        assert found.evaluation.per_class == whole.per_class
+        assert found.predictions.dataset.samples == dataset.samples
+        assert found.losses == pytest.approx(alone.losses)
+    assert sorted(matched) == [[0], [1]]
 
 
 @pytest.mark.parametrize("variant", ["yolov7-tiny", "yolov7-w6"])

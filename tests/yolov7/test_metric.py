@@ -189,6 +189,23 @@ def test_precision_and_recall_are_those_of_the_best_f1() -> None:
     assert curves.precision[0, 0] == pytest.approx(3 / 13)
 
 
+@pytest.mark.parametrize("parts", [1, 3, 100])
+def test_classes_may_be_matched_apart(data_dir: Path, parts: int) -> None:
+    dataset = load_data(data_dir / "coco-tiny", "val")
+    detections = shaken(dataset)
+    classes = coco.shares(detections, len(dataset.names), parts)
+    assert len(classes) == min(parts, len(dataset.names))
+    apart = [coco.match(dataset, detections, some) for some in classes]
+    joined, whole = coco.Matching.joined(apart, classes), coco.match(dataset, detections)
+    assert joined.stats() == whole.stats()
+    np.testing.assert_array_equal(joined.precision, whole.precision)
+    np.testing.assert_array_equal(joined.recall, whole.recall)
+    for a, b in zip(joined.classes, whole.classes, strict=True):
+        np.testing.assert_array_equal(a.scores, b.scores)
+        np.testing.assert_array_equal(a.hits, b.hits)
+        assert a.boxes == b.boxes
+
+
 def test_crowds_are_neither_found_nor_missed() -> None:
     dataset = Dataset(
         [sample([[0, 0, 300, 300], [400, 0, 450, 50]], [0, 0], crowd=[True, False])], ["a"], [0]

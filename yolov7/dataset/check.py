@@ -2,17 +2,18 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from yolov7.dataset import yolo
 from yolov7.dataset.reader import READERS, known_splits, read_split
-from yolov7.dataset.sample import Dataset, Problem, Sample
+from yolov7.dataset.sample import Dataset, Problem
 from yolov7.dataset.split import shared_images
 from yolov7.errors import UserError
 from yolov7.images import read_image
@@ -90,19 +91,30 @@ def check_data(spec: str | Path, splits: Sequence[str] = ()) -> Report:
             read[split] = read_split(spec, split)
         except UserError as error:
             problems.append(Problem("unreadable split", f"{spec} {split}", str(error)))
+    return Report(read, list(dict.fromkeys(problems + find_problems(read))))
+
+
+def find_problems(splits: dict[str, Dataset], *, decode: bool = True) -> list[Problem]:
+    """What was left out of the splits of a data set when they were read, and what else is wrong.
+
+    Args:
+        splits: By name.
+        decode: Look into the images, too: whether they are damaged, and the same picture twice.
+    """
+    problems: list[Problem] = []
     pixels: dict[str, tuple[str, Path]] = {}  # split and file by the pixels' digest
-    for split, dataset in read.items():
+    for split, dataset in splits.items():
         problems += dataset.skipped
         problems += dataset.problems
-        problems += _image_problems(split, dataset, pixels)
+        if decode:
+            problems += _image_problems(split, dataset, pixels)
         problems += _label_files(dataset)
-        for sample in dataset.samples:
-            problems += _box_problems(sample, dataset.names)
+        problems += _box_problems(dataset)
         for name, count in zip(dataset.names, per_class(dataset), strict=True):
             if not count:
                 problems.append(Problem("class without boxes", split, f"{name} has no box"))
-    problems += _between_splits(read)
-    return Report(read, list(dict.fromkeys(problems)))
+    problems += _between_splits(splits)
+    return problems
 
 
 def _image_problems(
@@ -152,25 +164,47 @@ def _label_files(dataset: Dataset) -> Iterator[Problem]:
                 yield Problem("label without image", str(label), "no image of this name is listed")
 
 
-def _box_problems(sample: Sample, names: list[str]) -> Iterator[Problem]:
-    place = str(sample.path)
-    width, height = sample.width, sample.height
-    slack = np.array([width, height, width, height]) * OUTSIDE
-    seen: dict[tuple[float, ...], int] = {}
-    for index, box, crowd in zip(
-        sample.labels.classes, sample.labels.boxes, sample.labels.crowd, strict=True
-    ):
-        x1, y1, x2, y2 = box.tolist()
-        said = f"{names[index]} at {x1:.0f}, {y1:.0f}, {x2:.0f}, {y2:.0f}"
-        if x2 <= x1 or y2 <= y1:
-            yield Problem("empty box", place, f"{said} has no area")
-        elif min(x2 - x1, y2 - y1) < TINY:
-            yield Problem("tiny box", place, f"{said} is {x2 - x1:.1f} x {y2 - y1:.1f} pixels")
-        if (box < -slack).any() or (box > np.array([width, height] * 2) + slack).any():
-            yield Problem("box outside", place, f"{said} of an image of {width} x {height}")
-        other = seen.setdefault((x1, y1, x2, y2, crowd), int(index))
-        if other != index:
-            yield Problem("box of two classes", place, f"{said} is {names[other]}, too")
+def _box_problems(dataset: Dataset) -> Iterator[Problem]:
+    """Boxes without area, of less than a pixel, beyond their image, and those of two classes."""
+    samples, names = dataset.samples, dataset.names
+    counts = [len(sample.labels.classes) for sample in samples]
+    if not sum(counts):
+        return
+    owner = np.repeat(np.arange(len(samples)), counts)
+    sides = np.array([(sample.width, sample.height) * 2 for sample in samples], float)[owner]
+    boxes = np.concatenate([sample.labels.boxes for sample in samples]).astype(float)
+    classes = np.concatenate([sample.labels.classes for sample in samples])
+    crowd = np.concatenate([sample.labels.crowd for sample in samples])
+
+    def told(kind: str, where: NDArray[np.bool_], text: Callable[[int], str]) -> Iterator[Problem]:
+        for row in np.flatnonzero(where).tolist():
+            corners = ", ".join(f"{value:.0f}" for value in boxes[row])
+            said = f"{names[classes[row]]} at {corners} {text(row)}"
+            yield Problem(kind, str(samples[owner[row]].path), said)
+
+    size = boxes[:, 2:] - boxes[:, :2]
+    empty = (size <= 0).any(1)
+    outside = (boxes < -OUTSIDE * sides) | (boxes > (1 + OUTSIDE) * sides)
+    _, first, same = np.unique(
+        np.column_stack([owner, boxes, crowd]), axis=0, return_index=True, return_inverse=True
+    )
+    other = classes[first[same]]
+    yield from told("empty box", empty, lambda _: "has no area")
+    yield from told(
+        "tiny box",
+        (size < TINY).any(1) & ~empty,
+        lambda row: f"is {size[row, 0]:.1f} x {size[row, 1]:.1f} pixels",
+    )
+    yield from told(
+        "box outside",
+        np.asarray(outside.any(1)),
+        lambda row: f"of an image of {sides[row, 0]:.0f} x {sides[row, 1]:.0f}",
+    )
+    yield from told(
+        "box of two classes",
+        np.not_equal(other, classes),
+        lambda row: f"is {names[other[row]]}, too",
+    )
 
 
 def _between_splits(read: dict[str, Dataset]) -> Iterator[Problem]:

@@ -69,25 +69,63 @@ class Matching:
         of |= {f"AR{most}": recall[..., index] for index, most in enumerate((1, 10, 100))}
         return {name: _mean(values) for name, values in of.items()}
 
+    @classmethod
+    def joined(cls, parts: Sequence["Matching"], classes: Sequence[Sequence[int]]) -> "Matching":
+        """One of all classes, of those of some classes each."""
+        order = np.argsort(np.concatenate(classes))
+        matches = [one for part in parts for one in part.classes]
+        return cls(
+            parts[0].recalls,
+            np.concatenate([part.precision for part in parts], 2)[:, :, order],
+            np.concatenate([part.recall for part in parts], 1)[:, order],
+            [matches[place] for place in order],
+        )
 
-def match(dataset: Dataset, detections: Sequence[Detections]) -> Matching:
+
+def shares(detections: Sequence[Detections], classes: int, parts: int) -> list[list[int]]:
+    """The classes dealt out, those with the most detections first; no part is empty.
+
+    Classes are matched independently of each other, so that others can have them meanwhile.
+    """
+    counts = np.zeros(classes, np.int64)
+    for boxes in detections:
+        counts += np.bincount(boxes[:, 5].astype(np.int64), minlength=classes)
+    order = np.argsort(-counts, kind="stable").tolist()
+    return [order[first::parts] for first in range(min(parts, classes))]
+
+
+def match(
+    dataset: Dataset, detections: Sequence[Detections], classes: Sequence[int] | None = None
+) -> Matching:
     """Match detections with the labels of a data set.
 
     Args:
         dataset: The labelled images.
         detections: For every sample, in its order, [n, 6].
+        classes: Which to look at, in the order of what is returned; none: all.
     """
-    samples, classes = dataset.samples, range(len(dataset.names))
-    # Classes serve as categories, so that the arrays are indexed by class.
-    found = coco_results(samples, detections, classes)
+    samples, every = dataset.samples, range(len(dataset.names))
+    # The places of classes serve as categories, so that the arrays are indexed by them.
+    place = {label: index for index, label in enumerate(every if classes is None else classes)}
+    found = _chosen(coco_results(samples, detections, every), place)
     # ids start at 1: a match with id 0 is taken for none
     for number, annotation in enumerate(found, 1):
         width, height = annotation["bbox"][2:]
         annotation |= {"id": number, "area": width * height, "iscrowd": 0}
     evaluate = _by_faster_coco_eval if FAST else _by_pycocotools
+    labelled = _chosen(_labelled(samples), place)
     return evaluate(
-        _description(samples, classes, _labelled(samples)), _description(samples, classes, found)
+        _description(samples, len(place), labelled), _description(samples, len(place), found)
     )
+
+
+def _chosen(rows: list[dict[str, Any]], place: dict[int, int]) -> list[dict[str, Any]]:
+    """The annotations of some classes, which get their places as categories."""
+    return [
+        row | {"category_id": place[row["category_id"]]}
+        for row in rows
+        if row["category_id"] in place
+    ]
 
 
 def coco_results(
@@ -118,11 +156,11 @@ def _labelled(samples: Sequence[Sample]) -> list[dict[str, Any]]:
 
 
 def _description(
-    samples: Sequence[Sample], classes: Sequence[int], annotations: list[dict[str, Any]]
+    samples: Sequence[Sample], classes: int, annotations: list[dict[str, Any]]
 ) -> dict[str, Any]:
     return {
         "images": [{"id": sample.image_id} for sample in samples],
-        "categories": [{"id": label} for label in classes],
+        "categories": [{"id": label} for label in range(classes)],
         "annotations": annotations,
     }
 

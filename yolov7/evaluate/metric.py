@@ -108,7 +108,10 @@ class Evaluation:
 
 
 def measure(
-    dataset: Dataset, detections: Sequence[Detections], speed: dict[str, float] | None = None
+    dataset: Dataset,
+    detections: Sequence[Detections],
+    speed: dict[str, float] | None = None,
+    matching: Matching | None = None,
 ) -> Evaluation:
     """Compare detections with the labels of a data set.
 
@@ -116,6 +119,7 @@ def measure(
         dataset: The labelled images.
         detections: For every sample, in its order, [n, 6]: x1, y1, x2, y2 in pixels, score, class.
         speed: Passed on.
+        matching: Of these detections, where it is made already.
 
     Raises:
         ValueError: Not one array of detections for every sample.
@@ -123,7 +127,7 @@ def measure(
     samples, names = dataset.samples, dataset.names
     if len(detections) != len(samples):
         raise ValueError(f"{len(detections)} arrays of detections for {len(samples)} images")
-    matching = match(dataset, detections)
+    matching = matching or match(dataset, detections)
     curves, shown = _curves(matching, names)
     best = int(curves.f1.mean(0).argmax()) if shown else 0
     stats = matching.stats()
