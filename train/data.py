@@ -40,7 +40,7 @@ def open_data(options: Train, given: tuple[Dataset, Dataset] | None) -> tuple[Da
     Raises:
         UserError: a split is missing, there is no box to train on, or the classes differ.
     """
-    train, val = given or _read(options)
+    train, val = given or read_splits(options)
     train = part_of(train, options.fraction, options.seed)
     if options.single_class:
         train, val = as_one_class(train), as_one_class(val)
@@ -56,7 +56,12 @@ def open_data(options: Train, given: tuple[Dataset, Dataset] | None) -> tuple[Da
     return train, val
 
 
-def _read(options: Train) -> tuple[Dataset, Dataset]:
+def read_splits(options: Train) -> tuple[Dataset, Dataset]:
+    """The splits that the options name, as they are read.
+
+    Raises:
+        UserError: one is missing or empty, or they share images.
+    """
     if not options.data:
         raise UserError("nothing to train on: give --data, such as a data.yaml or a COCO json")
     try:

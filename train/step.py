@@ -30,6 +30,10 @@ from yolov7.train.schedule import Schedule
 MAX_SKIPPED = 20  # steps in a row without finite gradients
 
 
+class DivergedError(UserError):
+    """The numbers of a run are finite no more."""
+
+
 @dataclass
 class Progress:
     """How far a run is.
@@ -127,7 +131,7 @@ class Step:
             progress.skipped_in_a_row += 1
             self.ranks.say(f"batch {progress.step}: {name} is not finite: this step is skipped")
             if progress.skipped_in_a_row >= MAX_SKIPPED:
-                raise UserError(
+                raise DivergedError(
                     f"{MAX_SKIPPED} steps in a row without finite gradients, {name} first: lower "
                     "the learning rate (--set lr0 0.001), or use --precision fp32 or --clip 10"
                 )

@@ -21,12 +21,13 @@ from yolov7.cli.parse import VERBS_ELSEWHERE, parse
 from yolov7.errors import UserError
 from yolov7.text import printable
 
-# Verb -> what it does. Each lives in the module of its name here: a dataclass named like it and
-# a function `run(options) -> exit code`. A verb's module is imported when it is asked for.
+# Verb -> what it does. Each lives in the module of its name here (`-` is `_`): a dataclass named
+# like it and a function `run(options) -> exit code`, imported when the verb is asked for.
 VERBS = {
     "predict": "Detect objects in images, videos, cameras and streams.",
     "track": "Follow objects through videos, cameras and streams.",
     "train": "Train a model, from scratch or from weights, or go on with a run.",
+    "tune-hyperparameters": "Search the hyper-parameters that train best on a data set.",
     "val": "Measure a model's accuracy on a data set.",
     "check": "Find everything that is wrong with a data set.",
     "export": "Write a model for other runtimes: ONNX, torch.export, AOTInductor.",
@@ -85,8 +86,8 @@ def _main(words: list[str], ours: bool) -> int:
         print(f"error: {_no_verb(verb)}", file=sys.stderr)
         return 2
     with _ended_by_sigint() if ours else nullcontext():
-        module = import_module(f"yolov7.cli.{verb}")
-        options = parse(getattr(module, verb.capitalize()), verb, VERBS[verb], rest)
+        module = import_module(f"yolov7.cli.{verb.replace('-', '_')}")
+        options = parse(getattr(module, verb.title().replace("-", "")), verb, VERBS[verb], rest)
     with _ended_by_sigterm(), _streams(options):
         return _run(module, options)
 
@@ -208,5 +209,6 @@ def _wait_in_sleep() -> None:
 
 
 def _usage() -> str:
-    rows = "\n".join(f"  {verb:<9}{text}" for verb, text in VERBS.items())
+    width = 2 + max(map(len, VERBS))
+    rows = "\n".join(f"  {verb:<{width}}{text}" for verb, text in VERBS.items())
     return f"usage: yolov7 VERB [options]   (yolov7 VERB --help lists them)\n\n{rows}"
