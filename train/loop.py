@@ -18,7 +18,7 @@ from yolov7.engine.choose import fit
 from yolov7.engine.cpu import keep_freed_memory, keep_to_quota
 from yolov7.errors import UserError
 from yolov7.evaluate import Settings
-from yolov7.model import YOLOv7
+from yolov7.model import YOLOv7, channels_last
 from yolov7.runs import new_run
 from yolov7.schema import from_json
 from yolov7.train.autoanchor import fit_model_anchors
@@ -165,7 +165,7 @@ class Run:
             ranks.say(fit_model_anchors(model, self.train_set, self.size, options.seed, ranks))
         dtype = training_dtype(options.precision, device)
         ranks.say(slow_precision(dtype, device))
-        model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # stub lacks it
+        model = channels_last(model, device)
         loss = head_loss(
             model, plain=options.plain_loss, label_smoothing=self.hyper.label_smoothing
         )

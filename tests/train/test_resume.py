@@ -222,7 +222,7 @@ def test_a_disk_that_fills_between_epochs_costs_no_row(
     whole = train(replace(options, name="whole"))
     with monkeypatch.context() as patch:
         patch.setattr(CsvWriter, "on_epoch", full)
-        with pytest.raises(UserError, match=r"No space left on device: 'results.csv'"):
+        with pytest.raises(UserError, match=r"results.csv: No space left on device"):
             run(options)
     folder = Path(options.project) / "run"
     assert load_state(folder)["progress"]["epoch"] == 1

@@ -20,7 +20,8 @@ def run(options: Train) -> int:
     try:
         result = train(options)
     except OSError as error:  # a full disk, a folder that went away
-        raise UserError(str(error)) from None
+        where = f"{error.filename}: " if error.filename else ""
+        raise UserError(f"{where}{error.strerror or error}") from None
     if main:
         report(result)
         write_json(options.json, asdict(result) | {"folder": str(result.folder)})
