@@ -155,15 +155,20 @@ class Elan(nn.Module):
             Conv(chain if i else entry, chain, 3, 1, activation) for i in range(2 * pairs)
         )
         taps = 2 * pairs if all_taps else pairs
-        self.transition = Conv(2 * entry + taps * chain, out, 1, 1, activation)
+        self.concat_channels = 2 * entry + taps * chain
+        self.transition = Conv(self.concat_channels, out, 1, 1, activation)
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.transition(self.aggregate(x))
+
+    def aggregate(self, x: Tensor) -> Tensor:
+        """The concat that the transition reads."""
         taps = [self.entry1(x), y := self.entry2(x)]
         for i, conv in enumerate(self.chain):
             y = conv(y)
             if self.all_taps or i % 2:
                 taps.append(y)
-        return self.transition(torch.cat(taps[::-1], 1))
+        return torch.cat(taps[::-1], 1)
 
 
 class ParallelElan(nn.Module):
@@ -172,12 +177,21 @@ class ParallelElan(nn.Module):
     def __init__(self, elan: Callable[[], Elan], branches: int) -> None:
         super().__init__()
         self.branches = nn.ModuleList(elan() for _ in range(branches))
-        self.out_channels = int(self.branches[0].out_channels)  # type: ignore[arg-type]  # Elan's
+        first = self.branches[0]
+        assert isinstance(first, Elan)
+        self.out_channels, self.concat_channels = first.out_channels, first.concat_channels
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The sum of the branches, and the last branch alone (for an auxiliary head)."""
         outputs = [branch(x) for branch in self.branches]
         return sum(outputs[1:], outputs[0]), outputs[-1]
+
+    def apart(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The output of the only branch, and the concat that it is made of."""
+        (branch,) = self.branches
+        assert isinstance(branch, Elan)
+        concat = branch.aggregate(x)
+        return branch.transition(concat), concat
 
 
 class MaxPool(nn.Module):
@@ -221,19 +235,27 @@ class DownC(nn.Module):
         return torch.cat([self.strided(self.reduce(x)), self.pooled(F.max_pool2d(x, 2, 2))], 1)
 
 
-def spatial_pyramid(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Max-pools of 5, 9 and 13 pixels, stride 1, same size: 9 and 13 are 5 again."""
+def spatial_pyramid(x: Tensor, *, chained: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """Max-pools of 5, 9 and 13 pixels, stride 1, same size.
+
+    Chained, each reads the one before, and they reach 5, 13 and 25 pixels. Else 9 is 5 of 5, and 13
+    is 5 of 9.
+    """
+    second, third = (9, 13) if chained else (5, 5)
     pool5 = F.max_pool2d(x, 5, 1, 2)
-    pool9 = F.max_pool2d(pool5, 5, 1, 2)
-    return pool5, pool9, F.max_pool2d(pool9, 5, 1, 2)
+    pool9 = F.max_pool2d(pool5, second, 1, second // 2)
+    return pool5, pool9, F.max_pool2d(pool9, third, 1, third // 2)
 
 
 class SPPCSPC(nn.Module):
-    """Spatial pyramid pooling in a cross-stage partial block."""
+    """Spatial pyramid pooling in a cross-stage partial block; `chained`: see `spatial_pyramid`."""
 
-    def __init__(self, inputs: int, out: int, activation: Activation) -> None:
+    def __init__(
+        self, inputs: int, out: int, activation: Activation, *, chained: bool = False
+    ) -> None:
         super().__init__()
         self.out_channels = out
+        self.chained = chained
         self.cv1 = Conv(inputs, out, 1, 1, activation)
         self.cv2 = Conv(inputs, out, 1, 1, activation)  # the bypass
         self.cv3 = Conv(out, out, 3, 1, activation)
@@ -244,7 +266,7 @@ class SPPCSPC(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.cv4(self.cv3(self.cv1(x)))
-        y = self.cv6(self.cv5(torch.cat([y, *spatial_pyramid(y)], 1)))
+        y = self.cv6(self.cv5(torch.cat([y, *spatial_pyramid(y, chained=self.chained)], 1)))
         return self.cv7(torch.cat([y, self.cv2(x)], 1))
 
 

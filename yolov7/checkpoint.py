@@ -1,10 +1,13 @@
 """Weights in and out: the authors' pickles, state dicts under their names, our safetensors.
 
 The authors' tensors are matched to ours by position: both list their layers in registration order.
+The permissive weights of the base model (MultimediaTechLab/YOLO, LibreYOLO) have other names for
+the same layers, and another graph, which they load into.
 """
 
 import json
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from importlib.resources import as_file, files
@@ -23,10 +26,14 @@ from yolov7.model import Form, YOLOv7
 from yolov7.schema import from_json
 from yolov7.text import one_line
 from yolov7.unpickle import Record, StoredTensor, TorchFile, module_tensors
-from yolov7.variants import LARGEST_IMGSZ, VARIANTS, Variant, named
+from yolov7.variants import LARGEST_IMGSZ, V7_MIT, VARIANTS, Variant, named
 
 DEMO_WEIGHTS = "blood-cells-tiny.safetensors"  # embedded; used when no weights are named
 DEMO = "blood-cells"  # their name
+MIT_GRAPH = (
+    "weights of MultimediaTechLab/YOLO or LibreYOLO (MIT): they run in their own graph, which "
+    "is not the paper's; --variant yolov7 takes the paper's (compare the two with yolov7 val)"
+)
 _FORMAT = "yolov7-triton/2"
 _KEY = "yolov7"  # of our metadata among the file's
 _LONGEST = 1 << 24  # characters of our metadata; a thousand classes take a thousandth of it
@@ -229,6 +236,7 @@ class _Official:
     tensors: dict[str, StoredTensor]
     activations: frozenset[str] = frozenset()  # class names of the pickled activations
     names: list[str] = field(default_factory=list)
+    mit: bool = False  # of MultimediaTechLab/YOLO or LibreYOLO: the graph is theirs
 
 
 def _load_torch(path: Path, variant: str | None) -> YOLOv7:
@@ -266,7 +274,35 @@ def _official(root: Any) -> _Official:
         )
     state = module.get("state_dict", module)
     tensors = {k: t for k, t in state.items() if isinstance(t, StoredTensor)}
+    if _is_mit(tensors):
+        return _Official(
+            {_authors_name(name): tensor for name, tensor in tensors.items()}, mit=True
+        )
     return _Official(tensors)
+
+
+# The parts of a layer as MultimediaTechLab/YOLO calls them, and as the authors do.
+_MIT_PARTS = (
+    (r"\.pre_conv\.0\.", ".cv1."), (r"\.pre_conv\.1\.", ".cv3."), (r"\.pre_conv\.2\.", ".cv4."),
+    (r"\.post_conv\.0\.", ".cv5."), (r"\.post_conv\.1\.", ".cv6."),
+    (r"\.short_conv\.", ".cv2."), (r"\.merge_conv\.", ".cv7."),
+    (r"\.conv1\.conv\.", ".rbr_dense.0."), (r"\.conv1\.bn\.", ".rbr_dense.1."),
+    (r"\.conv2\.conv\.", ".rbr_1x1.0."), (r"\.conv2\.bn\.", ".rbr_1x1.1."),
+    (r"\.heads\.(\d+)\.head_conv\.", r".m.\1."),
+    (r"\.heads\.(\d+)\.implicit_([am])", r".i\2.\1"),
+)  # fmt: skip
+
+
+def _is_mit(tensors: Mapping[str, StoredTensor]) -> bool:
+    return any(re.search(r"\.heads\.\d+\.head_conv\.", name) for name in tensors)
+
+
+def _authors_name(name: str) -> str:
+    """What the authors call a tensor that is named as MultimediaTechLab/YOLO names it."""
+    layer = re.sub(r"^(model\.)*(layers\.)?", "model.", name)
+    for theirs, ours in _MIT_PARTS:
+        layer = re.sub(theirs, ours, layer)
+    return layer
 
 
 # The order of the parts of an authors' layer.
@@ -295,7 +331,12 @@ def _build(official: _Official, variant: str | None) -> YOLOv7:
     num_classes = outputs[0] // 3 - 5 if outputs else 0
     if num_classes < 1 or outputs[0] % 3:
         raise UserError("its last layer is not the detection head of a YOLOv7")
-    model = _recognise(weights, num_classes, variant, official.activations)
+    if official.mit and variant is None:
+        warnings.warn(MIT_GRAPH, stacklevel=2)
+        candidates = [V7_MIT]
+    else:
+        candidates = [VARIANTS[variant]] if variant else list(VARIANTS.values())
+    model = _recognise(weights, num_classes, candidates, variant, official.activations)
     state = model.state_dict()
     names = [n for n in state if n != "head.anchors"]
     loaded = {n: t.load() for n, t in zip(names, weights, strict=True)}
@@ -308,12 +349,12 @@ def _build(official: _Official, variant: str | None) -> YOLOv7:
 def _recognise(
     weights: Sequence[StoredTensor],
     num_classes: int,
+    candidates: Sequence[Variant],
     variant: str | None,
     activations: frozenset[str],
 ) -> YOLOv7:
-    """The empty model whose tensors have exactly these shapes."""
+    """The empty model whose tensors have exactly these shapes; `variant` is what was asked for."""
     shapes = [t.shape for t in weights]
-    candidates = [VARIANTS[variant]] if variant else list(VARIANTS.values())
     forms: tuple[Form, ...] = ("training", "deploy")
     for spec in candidates:
         if shapes[0][0] != spec.stem[0][0]:

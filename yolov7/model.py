@@ -41,15 +41,27 @@ def _downsample(kind: Downsample, inputs: int, out: int, activation: Activation)
 
 
 class BackboneStage(nn.Module):
-    """Downsampling (where there is one), then the ELAN."""
+    """Downsampling (where there is one), then the ELAN.
 
-    def __init__(self, down: nn.Module | None, elan: ParallelElan) -> None:
+    Args:
+        down: the downsampling.
+        elan: what follows.
+        early: the neck reads the ELAN's concat, not its output.
+    """
+
+    def __init__(self, down: nn.Module | None, elan: ParallelElan, *, early: bool) -> None:
         super().__init__()
         self.down = down
         self.elan = elan
+        self.early = early
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.elan(x if self.down is None else self.down(x))[0]
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The stage's map, and what the neck reads of the stage."""
+        x = x if self.down is None else self.down(x)
+        if not self.early:
+            y = self.elan(x)[0]
+            return y, y
+        return self.elan.apart(x)
 
 
 class TopDown(nn.Module):
@@ -120,20 +132,25 @@ class YOLOv7(nn.Module):
             width = channels
 
         self.backbone = nn.ModuleList()
-        features = []  # channels of the backbone's maps
-        for stage in v.backbone:
+        features = []  # channels of what the neck reads of the backbone
+        finest = len(v.backbone) - len(v.levels)
+        for index, stage in enumerate(v.backbone):
             down = None
             if stage.down is not None:
                 down = _downsample(v.backbone_down, width, stage.down, act)
                 width = int(down.out_channels)  # type: ignore[arg-type]  # every block has it
             block = elan(width, stage.entry, stage.chain, stage.out, v.backbone_taps)
-            self.backbone.append(BackboneStage(down, block))
+            early = v.early_lateral and index == finest
+            self.backbone.append(BackboneStage(down, block, early=early))
             width = block.out_channels
-            features.append(width)
+            features.append(block.concat_channels if early else width)
 
         *finer, top = v.levels
-        spp = SPPCSPC if v.spp == "sppcspc" else TinySPP
-        self.spp = spp(width, top.width, act)
+        self.spp = (
+            TinySPP(width, top.width, act)
+            if v.spp == "tiny"
+            else SPPCSPC(width, top.width, act, chained=v.spp == "sppcspc-chained")
+        )
 
         self.top_down = nn.ModuleList()  # coarsest first
         width = top.width
@@ -193,8 +210,8 @@ class YOLOv7(nn.Module):
         x = self.stem(x)
         maps = []
         for stage in self.backbone:
-            x = stage(x)
-            maps.append(x)
+            x, lateral = stage(x)
+            maps.append(lateral)
         x = self.spp(x)
         lead, auxiliary = [x], [x]
         for block, fine in zip(self.top_down, maps[-2::-1], strict=False):

@@ -60,8 +60,9 @@ class Variant:
     backbone_down: Downsample = "conv"
     neck_down: Downsample = "conv"
     reorg: bool = False  # the stem reads space-to-depth of the image
-    spp: Literal["sppcspc", "tiny"] = "sppcspc"
+    spp: Literal["sppcspc", "sppcspc-chained", "tiny"] = "sppcspc"
     head: Literal["conv", "repconv"] = "conv"
+    early_lateral: bool = False  # the finest reads its stage's concat, before the transition
     auxiliary: float | None = None  # width of the auxiliary heads over the lead's
     activation: Literal["silu", "leaky_relu"] = "silu"
     depth: float = 1.0  # scales of this spec over the preset of its name, see `scaled`
@@ -86,6 +87,8 @@ class Variant:
             raise ValueError("pairs, parallel, imgsz, anchors, channels, strides: give 1 or more")
         if self.auxiliary is not None and not self.auxiliary > 0:
             raise ValueError(f"auxiliary is {self.auxiliary}: give more than 0, or None")
+        if self.early_lateral and self.parallel > 1:
+            raise ValueError("early_lateral needs one concat in a stage: parallel is more than 1")
         stride, strides = math.prod(s for _, s in self.stem) * (2 if self.reorg else 1), []
         for stage in self.backbone:
             stride *= 1 if stage.down is None else 2
@@ -249,6 +252,10 @@ W6 = Variant(
 E6 = replace(scaled(W6, depth=1.5, width=1.25, downsample="downc"), name="yolov7-e6", auxiliary=1.0)
 D6 = replace(scaled(W6, depth=2.0, width=1.5, downsample="downc"), name="yolov7-d6", auxiliary=1.0)
 E6E = replace(E6, name="yolov7-e6e", parallel=2)
+
+# The base model as MultimediaTechLab/YOLO and LibreYOLO (both MIT) draw and train it: the paper's
+# layers with two other edges. Their weights load into either graph without complaint.
+V7_MIT = replace(V7, name="yolov7-mit", spp="sppcspc-chained", early_lateral=True)
 
 # Each preset is the unit of its own scales.
 VARIANTS: dict[str, Variant] = {

@@ -13,7 +13,7 @@ from yolov7.engine.graph.network import GraphNetwork
 from yolov7.letterbox import Image, letterbox_geometry
 from yolov7.model import YOLOv7
 from yolov7.suppression import Suppression
-from yolov7.variants import VARIANTS, scaled
+from yolov7.variants import V7_MIT, VARIANTS, scaled
 
 SIZE = 160  # enough for cells to be found, and fast
 
@@ -63,7 +63,7 @@ def sure(found: list[Tensor], expected: list[Tensor]) -> None:
 
 SMALL = {
     name: scaled(spec, 0.5, 0.125 if spec.imgsz == 1280 else 0.25)
-    for name, spec in VARIANTS.items()
+    for name, spec in {**VARIANTS, V7_MIT.name: V7_MIT}.items()
 }
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 import struct
 import sys
 import time
@@ -22,7 +23,7 @@ from yolov7.checkpoint import DEMO_WEIGHTS, load_model, read_metadata, save_mode
 from yolov7.cli import main
 from yolov7.errors import UserError
 from yolov7.model import YOLOv7
-from yolov7.variants import TINY, V7, VARIANTS, W6, scaled
+from yolov7.variants import TINY, V7, V7_MIT, VARIANTS, W6, scaled
 
 TINY_NAMES = ["cat", "dog"]
 
@@ -116,6 +117,59 @@ def test_authors_pickle(tiny: YOLOv7, authors_package: Any, tmp_path: Path) -> N
     assert loaded.names == TINY_NAMES
     assert loaded.variant.name == "yolov7-tiny"
     assert loaded.form == "training"
+
+
+MIT_NAMES = (
+    (r"head\.lead\.(\d+)\.", r"200.heads.\1.head_conv."),
+    (r"head\.(implicit_[am])\.(\d+)", r"200.heads.\2.\1.implicit"),
+    (r"spp\.cv(\d)\.", r"100.cv\1."),
+    ("cv1", "pre_conv.0"), ("cv2", "short_conv"), ("cv3", "pre_conv.1"), ("cv4", "pre_conv.2"),
+    ("cv5", "post_conv.0"), ("cv6", "post_conv.1"), ("cv7", "merge_conv"),
+    (r"lead_convs\.(\d+)\.", r"19\1."),
+    (r"dense\.0", "conv1.conv"), (r"dense\.1", "conv1.bn"),
+    (r"pointwise\.0", "conv2.conv"), (r"pointwise\.1", "conv2.bn"),
+)  # fmt: skip
+
+
+def mit_state(model: YOLOv7) -> dict[str, Tensor]:
+    """The state dict of `model`, a base model, as MultimediaTechLab/YOLO names such."""
+    state: dict[str, Tensor] = {}
+    others: dict[str, int] = {}  # a plain convolution -> its layer
+    for name, tensor in model.state_dict().items():
+        theirs = name
+        for ours, new in MIT_NAMES:
+            theirs = re.sub(ours, new, theirs)
+        if theirs == name and name != "head.anchors":
+            block, kind, part = name.rsplit(".", 2)
+            before = 101 if name.startswith(("top", "bottom")) else 0  # behind the spp
+            theirs = f"{before + others.setdefault(block, len(others))}.{kind}.{part}"
+        if name != "head.anchors":
+            state[f"layers.{theirs}"] = tensor
+    return state
+
+
+def test_permissive_weights_run_in_the_graph_of_their_own(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = YOLOv7(V7_MIT, 2, "training").half()
+    state = mit_state(model)
+    assert {"layers.200.heads.2.implicit_m.implicit", "layers.0.conv.weight"} < state.keys()
+    torch.save(state, tmp_path / "v7.pt")
+    with pytest.warns(UserWarning, match=r"they run in their own graph.*--variant yolov7 takes"):
+        loaded = load_model(tmp_path / "v7.pt")
+    assert_same(loaded, model)
+    assert loaded.variant == V7_MIT
+    bare = {name.removeprefix("layers."): tensor for name, tensor in state.items()}
+    torch.save({"model": bare}, tmp_path / "libre.pt")
+    forced = load_model(tmp_path / "libre.pt", variant="yolov7")  # without a word
+    assert_same(forced, model)
+    assert forced.variant == V7
+    x = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        own, papers = loaded(x), forced(x)
+        assert torch.equal(own, model.float().eval()(x))
+    assert not torch.equal(own, papers)
+    save_model(loaded, tmp_path / "kept.safetensors")
+    assert load_model(tmp_path / "kept.safetensors").variant == V7_MIT
 
 
 def test_ema_is_preferred_and_activation_tells_tiny_silu(

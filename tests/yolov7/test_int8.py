@@ -22,7 +22,7 @@ from yolov7.engine.choose import Runtime, open_network
 from yolov7.engine.eager import Network
 from yolov7.engine.graph.calibrate import calibrate
 from yolov7.engine.graph.trace import trace
-from yolov7.engine.int8 import Int8Conv, Int8Forward, Scale, largest_of_4, largest_of_25
+from yolov7.engine.int8 import Int8Conv, Int8Forward, Scale, largest_around, largest_of_4
 from yolov7.errors import UserError
 from yolov7.kernels.conv.layer import Activation, activate
 from yolov7.model import YOLOv7
@@ -74,7 +74,10 @@ def test_pools_of_bytes(size: tuple[int, int]) -> None:
     x = random_bytes(2, 8, *size)
     for pooled, expected in (
         (largest_of_4(x), F.max_pool2d(x.float(), 2)),
-        (largest_of_25(x), F.max_pool2d(x.float(), 5, 1, 2)),
+        *(
+            (largest_around(x, side), F.max_pool2d(x.float(), side, 1, side // 2))
+            for side in (5, 9, 13)
+        ),
     ):
         assert torch.equal(pooled.float(), expected)
         assert pooled.is_contiguous(memory_format=torch.channels_last)

@@ -1,11 +1,14 @@
 """The family: tensors, parameters, FLOPs, scaling, fusing."""
 
 import json
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.conftest import reference_folder
@@ -13,7 +16,7 @@ from yolov7.blocks import Conv, DownC, Elan, PoolConv, ReOrg, RepConv
 from yolov7.head import Detect
 from yolov7.layers import conv_layers
 from yolov7.model import YOLOv7, create_model, parameter_count
-from yolov7.variants import VARIANTS, Variant, scaled
+from yolov7.variants import V7_MIT, VARIANTS, Variant, scaled
 
 ARCHITECTURES = sorted((reference_folder() / "architectures").glob("*.json"))
 FUSED_PARAMETERS = {
@@ -273,3 +276,28 @@ def test_a_model_is_one_line() -> None:
     assert repr(model).startswith("YOLOv7('yolov7-tiny', 3 classes, form='training', ")
     assert repr(model).endswith(" M parameters)")
     assert "\n" not in repr(model)
+
+
+def test_the_two_edges_that_differ_in_the_permissive_graph() -> None:
+    """The finest lateral reads its stage's concat; each pool reads the one before it."""
+    model = YOLOv7(scaled(V7_MIT, multiplier=0.125), 2, "deploy").eval()
+    seen: dict[str, Tensor] = {}
+
+    def note(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda _, inputs: seen.update({name: inputs[0]})
+
+    for name, path in {
+        "transition": "backbone.1.elan.branches.0.transition",
+        "lateral": "top_down.1.lateral",
+        "pyramid": "spp.cv5",
+    }.items():
+        model.get_submodule(path).register_forward_pre_hook(note(name))
+    with torch.no_grad():
+        model(torch.rand(1, 3, 256, 256))
+    assert torch.equal(seen["lateral"], seen["transition"])
+    y, *pools = seen["pyramid"].chunk(4, 1)
+    for pool, side in zip(pools, (5, 9, 13), strict=True):
+        y = F.max_pool2d(y, side, 1, side // 2)
+        assert torch.equal(pool, y)
+    with pytest.raises(ValueError, match="early_lateral needs one concat"):
+        replace(V7_MIT, parallel=2)

@@ -130,8 +130,9 @@ def _prepared(op: Op, scales: Mapping[Value, Scale]) -> Callable[..., Tensor]:
         case "maxpool":
             return largest_of_4 if source else partial(F.max_pool2d, kernel_size=2)
         case "spp_pool":
-            plain = partial(F.max_pool2d, kernel_size=5, stride=1, padding=2)
-            return largest_of_25 if source else plain
+            side = op.window
+            plain = partial(F.max_pool2d, kernel_size=side, stride=1, padding=side // 2)
+            return partial(largest_around, side=side) if source else plain
     raise ValueError(f"int8 has nothing for {op.kind} ({op.output.name})")
 
 
@@ -216,8 +217,10 @@ def largest_of_4(x: Tensor) -> Tensor:
     return torch.maximum(rows[..., 0:width:2], rows[..., 1:width:2])
 
 
-def largest_of_25(x: Tensor) -> Tensor:
-    """Max-pool 5x5 of stride 1 of bytes, of the same size."""
+def largest_around(x: Tensor, side: int) -> Tensor:
+    """Max-pool of 5, 9 or 13 pixels, stride 1, of bytes, of the same size: 5 again and again."""
+    if side > 5:
+        x = largest_around(x, side - 4)
     x = F.pad(x, (2, 2, 2, 2))  # with the least there is
     for dim in (2, 3):
         length = x.shape[dim] - 4

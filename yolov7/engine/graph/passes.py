@@ -55,8 +55,10 @@ def fold(ops: Sequence[Op]) -> tuple[list[Task], dict[Value, tuple[Value, ...]]]
                 task.outputs = [op.output]
                 made[op.output] = task
                 continue
-        if op.kind == "spp_pool" and producer is not None and producer.kind == "spp":
+        again = op.kind == "spp_pool" and op.window == 5  # of 5: a window of 9, then of 13
+        if again and producer is not None and producer.windows and producer.windows[-1] < 13:
             producer.outputs.append(op.output)
+            producer.windows.append(producer.windows[-1] + 4)
             made[op.output] = producer
             continue
         folded = x in stands_for
@@ -69,6 +71,7 @@ def fold(ops: Sequence[Op]) -> tuple[list[Task], dict[Value, tuple[Value, ...]]]
             op.activation,
             pool=folded and not _is_image(x, stands_for),
             reorg=folded and _is_image(x, stands_for),
+            windows=[op.window] if op.window else [],
         )
         tasks.append(task)
         made[op.output] = task

@@ -174,7 +174,8 @@ class PlannedNetwork:
                 return [self._prepare_convs(StemLaunch(self._stem(task)))]
             case "spp":
                 (source,), targets = task.reads, [self._map(w) for w in task.writes]
-                return [partial(spp, self._map(source), source.buffer.layout, targets)]
+                x, layout = self._map(source), source.buffer.layout
+                return [partial(spp, x, layout, targets, task.windows)]
             case "copy":
                 return [partial(concat, [self._map(task.reads[0])], self._map(task.writes[0]))]
             case "maxpool" | "upsample" as kind:

@@ -62,6 +62,7 @@ class Task:
     upsample: bool = False
     reorg: bool = False
     residual: Value | None = None
+    windows: list[int] = field(default_factory=list)  # pixels of the pools' sides, of an spp
     reads: list[Slice] = field(default_factory=list)
     writes: list[Slice] = field(default_factory=list)
 

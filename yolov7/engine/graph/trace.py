@@ -40,6 +40,7 @@ class Op:
     inputs: tuple[Value, ...]
     conv: nn.Conv2d | None = None
     activation: Activation = "none"
+    window: int = 0  # pixels of an spp_pool's side
 
 
 class _Lead(nn.Module):
@@ -110,8 +111,10 @@ def _op(node: fx.Node, root: nn.Module, values: dict[fx.Node, Value]) -> Op:
         pool = (node.args[1], node.kwargs["stride"], node.kwargs["padding"])
         if pool == (2, 2, 0):
             return Op("maxpool", Value(node.name, x.channels, x.height // 2, x.width // 2), inputs)
-        if pool == (5, 1, 2):
-            return Op("spp_pool", Value(node.name, x.channels, x.height, x.width), inputs)
+        for window in (5, 9, 13):
+            if pool == (window, 1, window // 2):
+                same = Value(node.name, x.channels, x.height, x.width)
+                return Op("spp_pool", same, inputs, window=window)
     raise ValueError(f"no operation of the engine does {node.format_node()}")
 
 
