@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo quick test lint proof test-triton bench bench-compare baselines clean
+.PHONY: demo quick test lint docs proof test-triton bench bench-compare baselines clean
 
 demo: $(VENV)/.runtime  ## detect blood cells on four sample images
 	$(BIN)/yolov7 predict
@@ -22,6 +22,9 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(VENV)/.dev  ## the documentation as a site, in build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 MINUTES ?= 5
 

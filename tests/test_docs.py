@@ -1,16 +1,27 @@
 """The documents: what they link to is there, what they tell is true, what they show runs."""
 
 import ast
+import inspect
+import os
 import re
 import runpy
+import shlex
+import subprocess
+import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import cv2
 import pytest
 
+import yolov7
 from tests.train.conftest import write_split
+from tests.yolov7.pictures import picture, write_video
+from yolov7.cli import main
 from yolov7.formats import FORMATS
 from yolov7.train import loop
 from yolov7.train.options import Train
@@ -140,6 +151,90 @@ def imported(code: str) -> set[str]:
     names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
     names += [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)]
     return {name.partition(".")[0] for name in names}
+
+
+GUIDES = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("predict", "latency"))]
+SHOWN = {
+    f"{path.stem}-{number}": code
+    for path in GUIDES
+    for number, (language, code) in enumerate(FENCE.findall(path.read_text()))
+    if language == "python" and "train(" not in code
+}
+
+
+@pytest.mark.parametrize("name", SHOWN)
+def test_detecting_runs_as_it_is_shown(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the embedded weights in the place of the published ones."""
+    monkeypatch.chdir(tmp_path)
+    write_video(tmp_path / "clip.avi", 3).rename("clip.mp4")
+    cv2.imwrite("street.jpg", picture(64, 96))
+    file = tmp_path / "shown.py"
+    file.write_text(SHOWN[name].replace('"yolov7.pt"', '"blood-cells"'))
+    runpy.run_path(str(file))
+
+
+COMMAND = re.compile(r"(?:^|python -m |-m )(?:\$ )?yolov7 ([a-z][^\n`]*)", re.MULTILINE)
+COMMANDS = sorted(
+    {
+        re.split(r"\s#|[|>]", command)[0].strip()
+        for path in DOCUMENTS
+        for _, block in FENCE.findall(path.read_text())
+        for command in re.findall(COMMAND, block.replace("\\\n", " "))
+    }
+)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_are_what_the_command_line_takes(
+    command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    verb, *words = shlex.split(command)
+    if words == ["..."]:
+        words = []
+    ran: list[Any] = []
+
+    def run(options: Any) -> int:
+        ran.append(options)
+        return 0
+
+    monkeypatch.setattr(import_module(f"yolov7.cli.{verb.replace('-', '_')}"), "run", run)
+    with suppress(SystemExit):  # of --help
+        main([verb, *(word for word in words if word != "...")])
+    assert ran or words == ["--help"]
+
+
+def test_site_builds(tmp_path: Path) -> None:
+    """Strictly: every page is in the navigation, every link leads to one, every name is found."""
+    pytest.importorskip("mkdocs", reason="mkdocs, the extra docs, is missing")
+    words = ["build", "--quiet", "--site-dir", str(tmp_path / "site")]
+    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    run = subprocess.run(
+        [sys.executable, "-m", "mkdocs", *words],
+        cwd=ROOT, env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    api = (tmp_path / "site/api/index.html").read_text()
+    assert 'id="yolov7.detector.Detector.stream"' in api
+    assert 'id="train.loop.train"' in api
+
+
+def test_public_names_are_in_the_reference_and_say_what_they_take() -> None:
+    """Each parameter of a public function or class is in its docstring."""
+    reference = re.findall(r"^::: (\S+)$", (ROOT / "docs/api.md").read_text(), re.MULTILINE)
+    public = {f"{getattr(yolov7, name).__module__}.{name}" for name in yolov7.__all__}
+    assert public <= set(reference)
+    for name in reference:
+        module, _, attribute = name.rpartition(".")
+        module = module if module.startswith("yolov7") else f"yolov7.{module}"
+        found = getattr(import_module(module), attribute)
+        said = inspect.getdoc(found) or ""
+        assert said, name
+        if inspect.isfunction(found):
+            for parameter in inspect.signature(found).parameters:
+                line = rf"^    \**{parameter}\b.*:"
+                assert re.search(line, said, re.MULTILINE), f"{name}: {parameter}"
 
 
 @pytest.mark.parametrize("name", recipes("train.md"))

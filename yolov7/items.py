@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from yolov7.buckets import STORES, list_bucket, read_bucket
 from yolov7.errors import UserError
 from yolov7.fetch import LARGEST, REFUSALS, fetch, open_url, unreachable
 from yolov7.images import IMAGE_SUFFIXES, decode_image, read_image, to_bgr
@@ -105,6 +106,8 @@ def _from_name(source: str | int) -> Iterator[Item | str]:
         raise UserError("the source is empty: name a file, a folder, a camera or a stream")
     if isinstance(source, int) or (source.isdecimal() and not os.path.exists(source)):
         yield Item(f"camera {source}", "live", target=int(source))
+    elif source.partition("://")[0] in STORES:
+        yield from _from_bucket(source)
     elif "://" in source:
         yield _from_url(source)
     else:
@@ -215,6 +218,18 @@ def _from_list(path: Path) -> Iterator[Item | str]:
             yield from _from_name(line)
 
 
+def _from_bucket(address: str) -> Iterator[Item]:
+    try:
+        for found in list_bucket(address):
+            yield Item(without_secrets(found), "image", partial(_read_bucket_image, found))
+    except UserError as error:
+        yield _failing(without_secrets(address), error)
+
+
+def _read_bucket_image(address: str) -> Image:
+    return decode_image(read_bucket(address), without_secrets(address))
+
+
 def _from_url(address: str) -> Item | str:
     name = without_secrets(address)
     try:
@@ -225,7 +240,7 @@ def _from_url(address: str) -> Item | str:
     if parts.scheme in STREAM_SCHEMES:
         return Item(name, "live", target=address)
     if parts.scheme not in ("http", "https"):
-        known = ", ".join(sorted(STREAM_SCHEMES | {"http", "https"}))
+        known = ", ".join(sorted(STREAM_SCHEMES | STORES.keys() - {"memory"} | {"http", "https"}))
         return _failing(name, UserError(f"{name}: give one of {known}"))
     if suffix in VIDEO_SUFFIXES:
         return Item(name, "video", target=address)

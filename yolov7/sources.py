@@ -78,8 +78,9 @@ class Source:
     Cameras and streams come last, all at the same time.
 
     Args:
-        source: Path, folder, glob, URL, video, camera number, stream address, array ([H, W],
-            [H, W, 1 | 3 | 4] or a batch of these; BGR; 8 or 16 bit), tensor ([C, H, W] or a batch;
+        source: Path, folder, glob, URL (https; s3, gs, az, hf: images, folders, globs), video,
+            camera number, stream address, array ([H, W], [H, W, 1 | 3 | 4] or a batch of these;
+            BGR; 8 or 16 bit), tensor ([C, H, W] or a batch;
             RGB; uint8, or floating in 0..1), PIL image (as its pixels lie, without regard to EXIF),
             bytes of an image file or a file object with them, a .txt with a source a line, a list
             of these, or what is iterated over: a generator, a DataLoader. That gives its sources

@@ -3,9 +3,12 @@
 import gc
 import io
 import os
+import re
+import sys
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -13,6 +16,7 @@ import pytest
 import torch
 
 from tests.yolov7.pictures import picture, png, write_video
+from yolov7 import buckets
 from yolov7.errors import UserError
 from yolov7.letterbox import Image
 from yolov7.sources import Frame, Source
@@ -194,3 +198,58 @@ def test_a_wrong_member_is_reported_and_the_next_follows() -> None:
     assert wrong.startswith("a source cannot be a dict: give a path, URL,")
     assert camera == "camera 0: give cameras and streams in a list"
     assert absent.startswith("absent.png: no such file")
+
+
+@pytest.fixture
+def bucket() -> Iterator[Any]:
+    """A store that lies in memory."""
+    fsspec = pytest.importorskip("fsspec")
+    store = fsspec.filesystem("memory")
+    yield store
+    store.rm("/shop", recursive=True)
+
+
+def test_object_stores(bucket: Any) -> None:
+    images = {name: picture(8, 4 + index) for index, name in enumerate("abc")}
+    for name, image in images.items():
+        bucket.pipe(f"/shop/photos/{name}.png", png(image))
+    bucket.pipe("/shop/photos/notes.md", b"#")
+    bucket.pipe("/shop/empty/notes.md", b"#")
+    for source in ("memory://shop/photos", "memory://shop/photos/", "memory://shop/*/*.png"):
+        frames = list(Source(source))
+        assert [frame.path for frame in frames] == [
+            f"memory:///shop/photos/{name}.png" for name in "abc"
+        ]
+        for frame, image in zip(frames, images.values(), strict=True):
+            np.testing.assert_array_equal(frame.image, image)
+    np.testing.assert_array_equal(read("memory://shop/photos/b.png"), images["b"])
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("memory://shop/none.png", "memory://shop/none.png: cannot be read: FileNotFoundError"),
+        ("memory://shop/empty", "memory://shop/empty: no images there"),
+        ("memory://shop/*.webp", r"memory://shop/\*.webp: no images there"),
+        ("memory://shop/text.png", "memory://shop/text.png: truncated, or not an image"),
+        ("s3://key:secret@bucket/a.png", "s3:// needs a package: pip install s3fs"),
+    ],
+)
+def test_object_stores_that_fail(
+    address: str, message: str, bucket: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    bucket.pipe("/shop/empty/notes.md", b"#")
+    bucket.pipe("/shop/text.png", b"hello")
+    errors: list[UserError] = []
+    (frame,) = Source([address, picture()], on_error=errors.append)
+    assert frame.path == "array 0"
+    assert re.match(message, str(errors[0]))
+    assert "secret" not in str(errors[0])
+
+
+def test_an_image_in_a_store_may_be_too_large(bucket: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(buckets, "LARGEST", 100)
+    bucket.pipe("/shop/a.png", b"x" * 101)
+    with pytest.raises(UserError, match=r"a\.png: over the limit"):
+        read("memory://shop/a.png")

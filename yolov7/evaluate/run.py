@@ -75,7 +75,16 @@ class Predictions:
 
 
 def evaluate(network: Forward, dataset: Dataset, settings: Settings) -> Evaluation:
-    """Run a network over a data set and compare what it finds with the labels; see `predict`."""
+    """Run a network over a data set and compare what it finds with the labels.
+
+    Args:
+        network: From `yolov7.engine.choose.open_network`, or another.
+        dataset: The images and their labels.
+        settings: How images are prepared and detections chosen.
+
+    Raises:
+        UserError: As of `predict`.
+    """
     predictions = predict(network, dataset, settings)
     return measure(predictions.dataset, predictions.detections, predictions.speed)
 
