@@ -89,7 +89,8 @@ class Train:
     optimizer: OptimizerName = "sgd"
     """sgd: Nesterov momentum; adam and adamw want a lower rate, such as --set lr0 0.001"""
     accumulate: int | None = None
-    """batches whose gradients are summed for a step (default: as many as make 64 images)"""
+    """batches whose gradients are summed for a step (default: as many as make 64 images, or 16 in a
+    run of up to 10,000 batches)"""
     linear_lr: bool = False
     """a linear schedule instead of a cosine"""
     plain_loss: bool = False

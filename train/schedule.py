@@ -5,12 +5,14 @@ from dataclasses import dataclass, replace
 
 from yolov7.train.config import HyperParameters
 
-NOMINAL_BATCH = 64
+# The authors step once in 64 images. A run of 200 images and 30 epochs would have 100 steps, where
+# its batches of 16 are 400. So shorter runs step once in 16 images.
+NOMINAL_BATCH, SHORT_BATCH = 64, 16
 # The authors' warm-up lasts 3 epochs, at least 1000 batches. A run of 200 images and 100 epochs is
 # 1300 batches, and would spend three quarters of them with a learning rate that is still rising and
 # a hundred times that for the biases. So shorter runs warm up for a tenth.
 AUTHORS_EPOCHS, AUTHORS_BATCHES = 3, 1000
-LONG = 10_000  # batches of a run that warms up as the authors do
+LONG = 10_000  # batches of a run that does both as the authors do
 SHARE = 0.1  # of a shorter run
 
 
@@ -41,7 +43,8 @@ class Schedule:
         batches: batches per epoch.
         batch: images per batch, on all ranks together.
         linear: fall linearly from lr0 to lr0 x lrf instead of along a cosine.
-        every: batches per step after the warm-up; None: as many as make 64 images.
+        every: batches per step after the warm-up; None: as many as make 64 images, 16 in a run of
+            up to 10,000 batches.
     """
 
     hyper: HyperParameters
@@ -57,8 +60,12 @@ class Schedule:
         if self.hyper.warmup_epochs is not None:
             return round(self.hyper.warmup_epochs * self.batches)
         authors = max(AUTHORS_EPOCHS * self.batches, AUTHORS_BATCHES)
-        total = self.epochs * self.batches
-        return authors if total > LONG else min(authors, round(SHARE * total))
+        return min(authors, round(SHARE * self.epochs * self.batches)) if self.short else authors
+
+    @property
+    def short(self) -> bool:
+        """Whether warm-up and accumulation are those of a short run."""
+        return self.epochs * self.batches <= LONG
 
     @property
     def accumulate(self) -> int:
@@ -67,7 +74,9 @@ class Schedule:
 
     @property
     def _every(self) -> float:
-        return NOMINAL_BATCH / self.batch if self.every is None else self.every
+        if self.every is not None:
+            return self.every
+        return (SHORT_BATCH if self.short else NOMINAL_BATCH) / self.batch
 
     @property
     def weight_decay(self) -> float:
@@ -77,8 +86,8 @@ class Schedule:
     def __str__(self) -> str:
         """What a person wants to know of it, in a line."""
         step = "batch" if self.accumulate == 1 else f"{self.accumulate} batches"
-        short = self.hyper.warmup_epochs is None and self.epochs * self.batches <= LONG
-        why = f" (a run of up to {LONG} warms up for a tenth at most)" if short else ""
+        by_rule = self.short and self.hyper.warmup_epochs is None
+        why = f" (as in all runs of up to {LONG})" if by_rule else ""
         return (
             f"{self.epochs} epochs of {self.batches} batches of {self.batch} images, a step every "
             f"{step}; warm-up {self.warmup} batches{why}"

@@ -74,8 +74,8 @@ def test_length_of_the_warm_up(
 
 def test_a_schedule_says_what_it_is() -> None:
     assert str(Schedule(P5, 100, 13, 16)) == (
-        "100 epochs of 13 batches of 16 images, a step every 4 batches; warm-up 130 batches (a run "
-        "of up to 10000 warms up for a tenth at most)"
+        "100 epochs of 13 batches of 16 images, a step every batch; warm-up 130 batches (as in all "
+        "runs of up to 10000)"
     )
     assert str(Schedule(P5, 300, 1000, 64)) == (
         "300 epochs of 1000 batches of 64 images, a step every batch; warm-up 3000 batches"
@@ -91,6 +91,13 @@ def test_accumulation_and_decay_follow_the_nominal_batch(
     schedule = Schedule(P5, 300, 1000, batch)
     assert schedule.accumulate == accumulate
     assert schedule.weight_decay == pytest.approx(decay)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "batch", "accumulate"), [(100, 16, 1), (101, 16, 4), (100, 4, 4), (100, 32, 1)]
+)
+def test_short_runs_step_more_often(epochs: int, batch: int, accumulate: int) -> None:
+    assert Schedule(P5, epochs, 100, batch).accumulate == accumulate
 
 
 def test_a_small_data_set_has_a_step_an_epoch() -> None:

@@ -394,7 +394,7 @@ def test_wrong_suppression_is_not_kept(
     [
         (Settings(kind="aoti", nms=NMS), "aoti has no nms inside: export onnx"),
         (Settings(kind="torch-export", letterbox=True), "no letterbox inside: export onnx"),
-        (Settings(kind="tflite"), "format tflite: choose from onnx, torch-export, aoti"),
+        (Settings(kind="tflite"), "format tflite: choose from onnx, openvino, torch-export, aoti"),
         (Settings(nms=NMS, layout="classes-first"), "leave the layout out"),
         (Settings(letterbox=True, batch="dynamic"), "leave the batch out"),
         (Settings(batch=0), "batch is 0"),
@@ -498,3 +498,40 @@ def test_openvino_finds_the_same(suppressing: Exported) -> None:
     x = batch_of(SAMPLES[:2], (320, 320))
     result = ExportedNetwork(suppressing.path, engine="openvino")(x)
     torch.testing.assert_close(result, ExportedNetwork(suppressing.path)(x), rtol=1e-2, atol=0.1)
+
+
+def test_openvinos_own_files(demo: YOLOv7, tmp_path: Path) -> None:
+    """With letterbox and suppression inside; a pair that does not belong together is refused."""
+    pytest.importorskip("openvino", reason="OpenVINO is not installed")
+    settings = Settings(kind="openvino", imgsz=320, nms=NMS, letterbox=True)
+    exported = export(demo, tmp_path / "a.xml", settings)
+    assert exported.check.detections
+    assert {path.name for path in tmp_path.iterdir()} == {"a.xml", "a.bin"}
+    assert "MiB in its .bin" in exported.note
+    detector = Detector(exported.path)
+    assert detector.network.engine == "openvino"
+    for found, wanted in zip(detector(SAMPLES), Detector(demo, imgsz=320)(SAMPLES), strict=True):
+        assert len(found.boxes) == pytest.approx(len(wanted.boxes), abs=2)  # letterboxed unrounded
+    plain = export(demo, tmp_path / "b.xml", Settings(kind="openvino", imgsz=320))
+    assert ExportedNetwork(plain.path).metadata.layout == "grid"
+    tensors = bytearray((tmp_path / "b.bin").read_bytes())
+    tensors[1000] ^= 1
+    (tmp_path / "b.bin").write_bytes(tensors)
+    with pytest.raises(UserError, match=r"b\.xml: its \.bin is another file's"):
+        ExportedNetwork(plain.path)
+    (tmp_path / "a.bin").unlink()
+    with pytest.raises(UserError, match=r"a\.xml: truncated, or not an OpenVINO model"):
+        ExportedNetwork(exported.path)
+    (tmp_path / "c.xml").write_text("<net/>")
+    with pytest.raises(UserError, match=r"c\.xml: truncated, or not an OpenVINO model"):
+        ExportedNetwork(tmp_path / "c.xml")
+
+
+def test_what_openvino_gets_wrong_leaves_nothing(
+    sketch: YOLOv7, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("openvino", reason="OpenVINO is not installed")
+    monkeypatch.setattr(write, "_reference", lambda *_: lambda x: torch.ones(len(x), 1, 9))
+    with pytest.raises((UserError, RuntimeError)):
+        export(sketch, tmp_path / "a.xml", Settings(kind="openvino", imgsz=64))
+    assert not list(tmp_path.iterdir())

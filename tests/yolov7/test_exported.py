@@ -268,7 +268,7 @@ def test_nothing_of_a_pt2_is_executed_without_trust(tmp_path: Path) -> None:
 
 
 def test_every_format_has_what_a_format_has(tmp_path: Path) -> None:
-    assert list(FORMATS) == ["onnx", "torch-export", "aoti"]
+    assert list(FORMATS) == ["onnx", "openvino", "torch-export", "aoti"]
     unknown = tmp_path / "m.pt2"
     with zipfile.ZipFile(unknown, "w") as archive:
         text = {**PROGRAM.to_text(), "kind": '"tflite"'}

@@ -30,7 +30,7 @@ VERBS = {
     "tune-hyperparameters": "Search the hyper-parameters that train best on a data set.",
     "val": "Measure a model's accuracy on a data set.",
     "check": "Find everything that is wrong with a data set.",
-    "export": "Write a model for other runtimes: ONNX, torch.export, AOTInductor.",
+    "export": "Write a model for other runtimes: ONNX, OpenVINO, torch.export, AOTInductor.",
     "bench": "Time a model on this machine, from the frame to the boxes.",
     "info": "Show what a model is made of.",
     "convert": "Write weights in this project's safetensors format.",

@@ -28,7 +28,7 @@ class Export:
     variant: str | None = None
     """variant of a bare state dict, where its tensors do not tell (default: recognised)"""
     output: Path | None = None
-    """file to write (default: the weights' name with .onnx or .pt2, in this folder)"""
+    """file to write (default: the weights' name with .onnx, .xml or .pt2, in this folder)"""
     format: Annotated[FormatName, tyro.conf.arg(help=_ABOUT)] = "onnx"
     imgsz: int | tuple[int, int] | None = None
     """side, or height and width, in pixels, rounded up to the model's stride (default: the

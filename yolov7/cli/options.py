@@ -13,7 +13,7 @@ class ModelOptions:
     """The model, and how it runs."""
 
     weights: str | None = None
-    """.safetensors, the authors' .pt, an exported .onnx or .pt2, a published name such as
+    """.safetensors, the authors' .pt, an exported .onnx, .xml or .pt2, a published name such as
     yolov7.pt, or blood-cells, the embedded demo (default, but for predict --source)"""
     variant: str | None = None
     """variant of a bare state dict, where its tensors do not tell (default: recognised)"""
@@ -26,7 +26,7 @@ class ModelOptions:
     graph) and fp8 (graph): of weights from yolov7 convert --precision int8 or fp8"""
     engine: Engine = "auto"
     """eager: PyTorch, fused; compile: torch.compile, slower to start; graph: our kernels (CUDA);
-    openvino: for .onnx files, which ONNX Runtime runs else"""
+    openvino: for .onnx files, which ONNX Runtime runs else, and .xml files"""
     names: tuple[str, ...] = ()
     """class names of an .onnx file that yolov7 export did not write, or a data.yaml with them"""
     layout: Layout | None = None

@@ -39,8 +39,8 @@ class Runtime:
     """Which weights run, where and how.
 
     Attributes:
-        weights: A file (.safetensors, the authors' .pt, an exported .onnx or .pt2), the name of a
-            published one, or a model, which is copied; None: the embedded demo weights.
+        weights: A file (.safetensors, the authors' .pt, an exported .onnx, .xml or .pt2), the name
+            of a published one, or a model, which is copied; None: the embedded demo weights.
         variant: Of a bare state dict, where its tensors do not tell.
         device: "auto", "cpu", "cuda", "cuda:N", "N" or "mps".
         precision: "auto" (fp16 on CUDA, else fp32), "fp32", "fp16", "bf16", or of weights that

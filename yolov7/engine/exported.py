@@ -23,7 +23,7 @@ class ExportedNetwork:
         path: Of the file.
         device: "auto", "cpu", "cuda", "cuda:N"; a .pt2 runs where it was exported for, on CUDA
             on the first GPU, and OpenVINO on a CPU.
-        engine: "auto", or "openvino" for an .onnx file.
+        engine: "auto", or "openvino" for an .onnx or .xml file.
         names: Class names of an ONNX file that is not ours.
         layout: Its output's layout, "grid" or "classes-first".
         trust: Load a file of a format that may execute anything, as both kinds of .pt2 do.

@@ -28,16 +28,16 @@ class Settings:
     """What to export.
 
     Attributes:
-        kind: Key of `yolov7.formats.FORMATS`: "onnx", "torch-export" (a .pt2 that any PyTorch of
-            this version runs) or "aoti" (a .pt2 compiled for this machine's processor, or for
-            CUDA).
+        kind: Key of `yolov7.formats.FORMATS`: "onnx", "openvino" (an .xml and a .bin beside it),
+            "torch-export" (a .pt2 that any PyTorch of this version runs) or "aoti" (a .pt2 compiled
+            for this machine's processor, or for CUDA).
         imgsz: Side, or (height, width), in pixels, rounded up to the model's stride; None: the
             model's.
         batch: Images per call, or "dynamic".
         precision: Of weights and convolutions; inputs and outputs are fp32.
         layout: See `Metadata`; not with `nms`, whose layout is its own.
-        nms: Suppress inside the graph, with this conf, iou and max_det (onnx).
-        letterbox: Take one image of any size as it comes from a camera (onnx).
+        nms: Suppress inside the graph, with this conf, iou and max_det (onnx, openvino).
+        letterbox: Take one image of any size as it comes from a camera (likewise).
         device: For .pt2: "cpu" or "cuda".
     """
 
@@ -89,8 +89,14 @@ def export(model: YOLOv7, path: Path, settings: Settings) -> Exported:
         raise UserError(f"{path}: the name of a {made.NAME} file must end in {made.SUFFIX}")
     with atomic(path) as temporary:
         temporary.touch()  # what cannot be written fails before the work
-        note = made.write(_program(model, metadata), temporary, metadata)
-        result = check(temporary, path, metadata, _reference(model, metadata))
+        try:
+            note = made.write(_program(model, metadata), temporary, metadata)
+            result = check(temporary, path, metadata, _reference(model, metadata))
+            if made.PART:
+                temporary.with_suffix(made.PART).replace(path.with_suffix(made.PART))
+        finally:
+            if made.PART:
+                temporary.with_suffix(made.PART).unlink(missing_ok=True)
     seconds = time.perf_counter() - start
     return Exported(path, metadata, path.stat().st_size, note, result, seconds)
 

@@ -10,11 +10,14 @@ from yolov7.errors import UserError
 from yolov7.formats.aoti import Aoti
 from yolov7.formats.base import Format, Program, Session
 from yolov7.formats.onnx import Onnx
+from yolov7.formats.openvino import OpenVinoIr
 from yolov7.formats.torch_export import TorchExport
 
 __all__ = ["FORMATS", "Format", "Program", "Session", "format_of", "is_exported"]
 
-FORMATS: dict[str, Format] = {made.NAME: made for made in (Onnx(), TorchExport(), Aoti())}
+FORMATS: dict[str, Format] = {
+    made.NAME: made for made in (Onnx(), OpenVinoIr(), TorchExport(), Aoti())
+}
 
 
 def is_exported(path: str | Path) -> bool:

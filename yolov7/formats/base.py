@@ -59,6 +59,7 @@ class Format(ABC):
     Attributes:
         NAME: For `--format` and in the metadata.
         SUFFIX: Of the file's name.
+        PART: Suffix of a second file that lies beside it; "" where there is none.
         ABOUT: In a few words, for `--help`.
         INSIDE: Of "nms" and "letterbox", what can be part of the file.
         DEVICES: What a file is made for; none: it runs anywhere.
@@ -69,6 +70,7 @@ class Format(ABC):
 
     NAME: ClassVar[str]
     SUFFIX: ClassVar[str]
+    PART: ClassVar[str] = ""
     ABOUT: ClassVar[str]
     INSIDE: ClassVar[frozenset[str]] = frozenset()
     DEVICES: ClassVar[tuple[str, ...]] = ()

@@ -1,9 +1,9 @@
 """ONNX: a graph of standard operators, for ONNX Runtime, OpenVINO, TensorRT, browsers and more."""
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -102,9 +102,20 @@ class OnnxRuntime:
 
 
 class OpenVino:
-    """OpenVINO on a CPU, reading an ONNX file."""
+    """OpenVINO on a CPU.
 
-    def __init__(self, file: Path, device: str | torch.device) -> None:
+    Args:
+        file: An ONNX file, or one of OpenVINO's own.
+        device: "auto" or "cpu".
+        change: What is done to the graph before it is compiled.
+    """
+
+    def __init__(
+        self,
+        file: Path,
+        device: str | torch.device,
+        change: Callable[[Any], None] | None = None,
+    ) -> None:
         if device != "auto" and resolve_device(device).type != "cpu":
             raise UserError(f"device {device}: OpenVINO runs on a CPU: leave it out")
         try:
@@ -113,13 +124,17 @@ class OpenVino:
             raise UserError("engine openvino is not installed: pip install openvino") from None
         self.engine, self.device = "openvino", torch.device("cpu")
         core = openvino.Core()
+        kind = "an OpenVINO model" if file.suffix == ".xml" else "an ONNX file"
         try:
             model = core.read_model(str(file))
+            if change is not None:
+                change(model)
             (port, *_) = model.inputs
             # by default it computes in bf16 where the processor can
             self._model = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
         except (RuntimeError, ValueError) as error:
-            raise unreadable(str(file), "an ONNX file", error) from None
+            raise unreadable(str(file), kind, error) from None
+        self._source = model
         self.shape: Sequence[int | None] | None = [
             d.get_length() if d.is_static else None for d in port.partial_shape
         ]
@@ -127,6 +142,11 @@ class OpenVino:
         self.text: Mapping[str, str] = {key: str(value.value) for key, value in rt_info.items()}
         self._type = port.element_type.to_dtype()
         self._mine = threading.local()  # a request serves one call at a time
+
+    def told(self, path: Sequence[str]) -> str:
+        """What the file says under some keys; "" where it says nothing."""
+        known = self._source.has_rt_info(list(path))
+        return str(self._source.get_rt_info(list(path)).value) if known else ""
 
     def __call__(self, x: Tensor) -> list[Tensor]:
         """The outputs, as on the CPU."""
