@@ -93,13 +93,17 @@ class Detect(nn.Module):
             batch, _, height, width, _ = y.shape
             y = y.to(torch.promote_types(y.dtype, torch.float32))  # bf16 would be pixels off
             s = y.sigmoid()
-            rows = torch.arange(height, device=y.device, dtype=y.dtype).view(1, 1, -1, 1)
-            columns = torch.arange(width, device=y.device, dtype=y.dtype).view(1, 1, 1, -1)
-            size = (2 * s[..., 2:4]) ** 2 * anchors.to(y.dtype).view(1, -1, 1, 1, 2)
-            x_centre = (2 * s[..., 0] - 0.5 + columns) * stride
-            y_centre = (2 * s[..., 1] - 0.5 + rows) * stride
-            boxes = torch.stack([x_centre, y_centre, size[..., 0], size[..., 1]], -1)
-            decoded.append(torch.cat([boxes, s[..., 4:]], -1).reshape(batch, -1, self.num_outputs))
+            sides = [torch.arange(n, device=y.device, dtype=y.dtype) for n in (width, height)]
+            # Of one shape, [1, anchors, ny, nx, 2]: constants of an exported graph, where OpenCV
+            # before 4.7 knows no other.
+            whole = (1, len(anchors), height, width, 2)
+            cells = torch.stack(torch.meshgrid(*sides, indexing="xy"), -1).expand(whole)
+            sizes = anchors.to(y.dtype).view(1, -1, 1, 1, 2).expand(whole)
+            centre = (2 * s[..., :2] - 0.5 + cells) * stride
+            twice = 2 * s[..., 2:4]
+            size = twice * twice * sizes
+            rows = torch.cat([centre, size, s[..., 4:]], -1)
+            decoded.append(rows.reshape(batch, -1, self.num_outputs))
         return torch.cat(decoded, 1)
 
     @torch.no_grad()

@@ -115,7 +115,7 @@ def test_unknown_formats_are_wrong_usage(capsys: pytest.CaptureFixture[str]) -> 
     with pytest.raises(SystemExit) as end:
         main(["export", "--format", "tflite"])
     assert end.value.code == 2
-    assert "'onnx', 'torch-export', 'aoti'" in " ".join(capsys.readouterr().err.split())
+    assert "'onnx', 'openvino', 'torch-export', 'aoti'" in " ".join(capsys.readouterr().err.split())
 
 
 def test_names_come_from_a_data_yaml() -> None:

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import cv2
 import onnx
 import onnxruntime
 import pytest
@@ -535,3 +536,45 @@ def test_what_openvino_gets_wrong_leaves_nothing(
     with pytest.raises((UserError, RuntimeError)):
         export(sketch, tmp_path / "a.xml", Settings(kind="openvino", imgsz=64))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("opset", [14, 17, 21])
+def test_operators_of_other_versions(opset: int, sketch: YOLOv7, tmp_path: Path) -> None:
+    exported = export(sketch, tmp_path / "a.onnx", Settings(imgsz=64, opset=opset))
+    file = onnx.load(exported.path)
+    assert [entry.version for entry in file.opset_import] == [opset]
+    assert file.ir_version == 8 or opset > 18
+    assert exported.note == f"opset {opset}"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (Settings(opset=13), "opset 13: give 14 to 24$"),
+        (Settings(opset=17, nms=NMS), "opset 17: give 18 to 24 with a letterbox or NMS inside"),
+        (Settings(kind="torch-export", opset=18), "torch-export has no opset: leave it out"),
+    ],
+)
+def test_versions_that_there_are_not(
+    settings: Settings, message: str, sketch: YOLOv7, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=message):
+        export(sketch, tmp_path / "a.onnx", settings)
+
+
+def test_opencv_reads_the_plain_graph(demo: YOLOv7, tmp_path: Path) -> None:
+    """The constants of the decoding have the shapes of what they meet, as OpenCV 4.6 wants it."""
+    path = export(demo, tmp_path / "a.onnx", Settings(imgsz=(96, 128))).path
+    x = batch_of(SAMPLES[:1], (96, 128))
+    network = cv2.dnn.readNetFromONNX(str(path))
+    network.setInput(x.numpy())
+    (expected,) = OnnxRuntime(path, "cpu")(x)
+    found = torch.from_numpy(network.forward())
+    assert rms(found - expected) < 1e-6 * rms(expected)
+    file = onnx.load(path)
+    constants = {c.name: list(c.dims) for c in file.graph.initializer}
+    added = [n.input[1] for n in file.graph.node if n.op_type == "Add"]
+    assert [constants[name] for name in added] == [
+        [1, 3, 96 // stride, 128 // stride, 2] for stride in (8, 16, 32)
+    ]
+    assert not {node.op_type for node in file.graph.node} & {"Gather", "Unsqueeze", "Expand", "Pow"}

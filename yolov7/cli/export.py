@@ -50,6 +50,8 @@ class Export:
     """with --nms onnx: overlap with a surer box of its class above which one is dropped, 0 to 1"""
     max_det: int = 300
     """with --nms onnx: boxes per image at most"""
+    opset: int | None = None
+    """version of ONNX's operators, 14 to 24, with something inside from 18 (default: 18)"""
     device: Literal["cpu", "cuda"] = "cpu"
     """where a .pt2 is to run"""
 
@@ -69,6 +71,7 @@ def run(options: Export) -> int:
         else None,
         letterbox=options.with_letterbox,
         device=options.device,
+        opset=options.opset,
     )
     output = options.output or Path(stem + FORMATS[options.format].SUFFIX)
     with working(f"exporting {output}"):

@@ -39,6 +39,7 @@ class Settings:
         nms: Suppress inside the graph, with this conf, iou and max_det (onnx, openvino).
         letterbox: Take one image of any size as it comes from a camera (likewise).
         device: For .pt2: "cpu" or "cuda".
+        opset: Version of ONNX's operators, 14 to 24, from 18 with `nms` or `letterbox`; None: 18.
     """
 
     kind: str = "onnx"
@@ -49,6 +50,7 @@ class Settings:
     nms: Suppression | None = None
     letterbox: bool = False
     device: Literal["cpu", "cuda"] = "cpu"
+    opset: int | None = None
 
 
 class Deploy(nn.Module):
@@ -85,6 +87,9 @@ def export(model: YOLOv7, path: Path, settings: Settings) -> Exported:
     require_format(settings.kind)
     metadata = _metadata(model, settings)
     made = FORMATS[settings.kind]
+    if settings.opset is not None:
+        plain = settings.nms is None and not settings.letterbox
+        made = made.at_opset(settings.opset, plain=plain)
     if path.suffix != made.SUFFIX:
         raise UserError(f"{path}: the name of a {made.NAME} file must end in {made.SUFFIX}")
     with atomic(path) as temporary:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from yolov7.errors import UserError
 from yolov7.formats.metadata import Metadata
 
 if TYPE_CHECKING:
@@ -81,6 +82,14 @@ class Format(ABC):
     @abstractmethod
     def write(self, program: "ExportedProgram", path: Path, metadata: Metadata) -> str:
         """Write the file, metadata included; what else there is to know of it, or ""."""
+
+    def at_opset(self, opset: int, *, plain: bool) -> "Format":  # noqa: ARG002  # for ONNX
+        """The format at another version of its operators; `plain`: with nothing inside.
+
+        Raises:
+            UserError: It has no such versions, or not this one.
+        """
+        raise UserError(f"{self.NAME} has no opset: leave it out, or export onnx")
 
     @abstractmethod
     def open(self, path: Path, device: str | torch.device, engine: str) -> Session:

@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
 
+OPSET = 18  # of 2022: every runtime of today has it
+OPSETS, PLAIN_OPSETS = range(18, 25), range(14, 25)  # that can be written
+
+
 class Onnx(Format):
     """A graph of standard operators."""
 
@@ -30,12 +34,22 @@ class Onnx(Format):
     ENGINES = ("openvino",)
     PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
+    def __init__(self, opset: int = OPSET) -> None:
+        self._opset = opset
+
+    def at_opset(self, opset: int, *, plain: bool) -> "Onnx":
+        """The format with operators of that version; older ones have no letterbox and no NMS."""
+        if opset not in (known := PLAIN_OPSETS if plain else OPSETS):
+            inside = "" if plain else " with a letterbox or NMS inside"
+            raise UserError(f"opset {opset}: give {known[0]} to {known[-1]}{inside}")
+        return Onnx(opset)
+
     def write(self, program: "ExportedProgram", path: Path, metadata: Metadata) -> str:
         """Write the network's graph, with the letterbox before it and suppression after it."""
-        from yolov7.formats.onnx_graph import OPSET, build_onnx
+        from yolov7.formats.onnx_graph import build_onnx
 
-        path.write_bytes(build_onnx(program, metadata).SerializeToString())
-        return f"opset {OPSET}"
+        path.write_bytes(build_onnx(program, metadata, self._opset).SerializeToString())
+        return f"opset {self._opset}"
 
     def open(self, path: Path, device: str | torch.device, engine: str) -> Session:
         """Run it in ONNX Runtime, or in OpenVINO where the engine says so."""

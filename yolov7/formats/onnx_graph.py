@@ -12,15 +12,17 @@ from contextlib import contextmanager
 from string import Template
 
 import onnx.compose
+import onnx.version_converter
 import torch
 from onnx import GraphProto, ModelProto, ValueInfoProto, helper, parser
 from torch.export import ExportedProgram
 
 from yolov7.formats.metadata import Metadata
+from yolov7.formats.onnx import OPSET
 from yolov7.kernels.nms.reference import CLASS_OFFSET
 from yolov7.letterbox import GREY
 
-OPSET = 18  # of 2022: every runtime of today has it
+OLD_IR = 8  # of files, as old as the operators
 DECODED = "decoded"  # the network's output, where something comes after it
 THRESHOLD = "suppress/score_threshold"  # the constant below which nothing is a detection
 
@@ -161,26 +163,30 @@ restore (float[1, N, C] $IN, float ratio_float, float[2] pad_xy, float[2] source
 }
 
 
-def build_onnx(program: ExportedProgram, metadata: Metadata) -> ModelProto:
+def build_onnx(program: ExportedProgram, metadata: Metadata, opset: int) -> ModelProto:
     """The whole graph, with its metadata.
 
     Args:
         program: The network: images [B, 3, h, w] to predictions in the metadata's layout, or in
             "grid" where suppression follows.
         metadata: What to build around it, and to write into it.
+        opset: Version of the operators.
     """
     alone = metadata.nms is None and not metadata.letterbox
     with _quiet():
         exported = torch.onnx.export(
             program,
             dynamo=True,
-            opset_version=OPSET,
+            opset_version=max(opset, OPSET),
             input_names=["images"],
             output_names=["predictions" if alone else DECODED],
             verbose=False,
         )
     assert exported is not None
     model = exported.model_proto
+    if opset < OPSET:  # which PyTorch does not write
+        model = onnx.version_converter.convert_version(model, opset)
+        model.ir_version = OLD_IR
     _strip(model)
     model.graph.name = metadata.variant
     if metadata.letterbox:

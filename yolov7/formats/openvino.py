@@ -14,7 +14,7 @@ import torch
 from yolov7.errors import UserError
 from yolov7.formats.base import Format, Session
 from yolov7.formats.metadata import Metadata
-from yolov7.formats.onnx import OpenVino
+from yolov7.formats.onnx import OPSET, OpenVino
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -39,7 +39,7 @@ class OpenVinoIr(Format):
 
         from yolov7.formats.onnx_graph import build_onnx
 
-        model = openvino.Core().read_model(build_onnx(program, metadata).SerializeToString())
+        model = openvino.Core().read_model(build_onnx(program, metadata, OPSET).SerializeToString())
         openvino.save_model(model, path, compress_to_fp16=False)
         model.set_rt_info(_digest(path), list(DIGEST))
         openvino.save_model(model, path, compress_to_fp16=False)
