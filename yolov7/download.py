@@ -134,8 +134,8 @@ def _download(url: str, path: Path, check: Callable[[Path], object]) -> str:
     part.path.replace(path)
     part.discard()
     print(
-        f"note: {path.name} is trusted at this first download, as its authors publish no digest; "
-        f"from now on it must have the SHA-256 {digest}",
+        f"note: {path.name} is its authors', under GPL-3.0; it is trusted at this first download, "
+        f"as they publish no digest; from now on it must have the SHA-256 {digest}",
         file=sys.stderr,
     )
     return digest

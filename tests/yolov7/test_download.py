@@ -145,7 +145,9 @@ def test_downloads_once_and_says_that_it_trusts(
     path = fetch()
     digest = hashlib.sha256(CONTENT).hexdigest()
     said = capsys.readouterr().err
-    assert said.startswith("note: yolov7.pt is trusted at this first download")
+    assert said.startswith(
+        "note: yolov7.pt is its authors', under GPL-3.0; it is trusted at this first"
+    )
     assert said.endswith(f"SHA-256 {digest}\n")
     assert path.read_bytes() == CONTENT
     assert fetch() == path
