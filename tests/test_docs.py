@@ -22,7 +22,10 @@ import yolov7
 from tests.train.conftest import write_split
 from tests.yolov7.pictures import picture, write_video
 from yolov7.cli import main
+from yolov7.export import Settings, Suppression, write
+from yolov7.export.report import input_port, output_ports
 from yolov7.formats import FORMATS
+from yolov7.model import create_model
 from yolov7.train import loop
 from yolov7.train.options import Train
 from yolov7.train.report import Result
@@ -203,6 +206,26 @@ def test_commands_are_what_the_command_line_takes(
     with suppress(SystemExit):  # of --help
         main([verb, *(word for word in words if word != "...")])
     assert ran or words == ["--help"]
+
+
+def test_servers_configuration_is_what_the_server_reads() -> None:
+    """By the server's own schema, and with the ports of what the command beside it exports."""
+    schema = pytest.importorskip(
+        "tritonclient.grpc.model_config_pb2", reason="tritonclient is not installed"
+    )
+    text_format = import_module("google.protobuf.text_format")
+    blocks = FENCE.findall((ROOT / "docs/deploy.md").read_text())
+    (text,) = [code for language, code in blocks if language == "pbtxt"]
+    config = text_format.Parse(text, schema.ModelConfig())
+    model = create_model("yolov7")
+    nms = Suppression(conf=0.25, iou=0.45, max_det=300)
+    metadata = write._metadata(model, Settings(batch="dynamic", nms=nms))
+    types = {"float32": schema.TYPE_FP32, "int32": schema.TYPE_INT32}
+    ports = [input_port(metadata), *output_ports(metadata)]
+    for stated, port in zip([*config.input, *config.output], ports, strict=True):
+        dims = stated.reshape.shape if stated.HasField("reshape") else stated.dims
+        assert (stated.name, stated.data_type) == (port.name, types[port.type])
+        assert ["batch", *dims] == list(port.shape)
 
 
 def test_site_builds(tmp_path: Path) -> None:
