@@ -23,10 +23,10 @@ def list_bucket(address: str) -> list[str]:
     store, path = _open(address)
     name = without_secrets(address)
     try:
-        if any(letter in path for letter in "*?["):
-            found = store.glob(path)
-        elif store.isdir(path):
+        if store.isdir(path):
             found = store.ls(path, detail=False)
+        elif any(letter in path for letter in "*?[") and not store.isfile(path):
+            found = store.glob(path)
         else:
             return [address]
     except Exception as error:  # each package has its own

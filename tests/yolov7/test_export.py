@@ -539,8 +539,12 @@ def test_what_openvino_gets_wrong_leaves_nothing(
 
 
 @pytest.mark.parametrize("opset", [14, 17, 21])
-def test_operators_of_other_versions(opset: int, sketch: YOLOv7, tmp_path: Path) -> None:
-    exported = export(sketch, tmp_path / "a.onnx", Settings(imgsz=64, opset=opset))
+@pytest.mark.parametrize("layout", ["grid", "classes-first"])
+def test_operators_of_other_versions(
+    opset: int, layout: Any, sketch: YOLOv7, tmp_path: Path
+) -> None:
+    settings = Settings(imgsz=64, opset=opset, layout=layout, batch="dynamic")
+    exported = export(sketch, tmp_path / "a.onnx", settings)
     file = onnx.load(exported.path)
     assert [entry.version for entry in file.opset_import] == [opset]
     assert file.ir_version == 8 or opset > 18

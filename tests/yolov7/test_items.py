@@ -223,6 +223,8 @@ def test_object_stores(bucket: Any) -> None:
         for frame, image in zip(frames, images.values(), strict=True):
             np.testing.assert_array_equal(frame.image, image)
     np.testing.assert_array_equal(read("memory://shop/photos/b.png"), images["b"])
+    bucket.pipe("/shop/what[1].png", png(images["c"]))  # no pattern
+    np.testing.assert_array_equal(read("memory://shop/what[1].png"), images["c"])
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,9 @@ class Settings:
     opset: int | None = None
 
 
+PARTS = slice(0, 4), slice(4, 5), slice(5, None)  # of a prediction: box, objectness, classes
+
+
 class Deploy(nn.Module):
     """What goes into the file: a fused model between fp32 images and the layout of the output."""
 
@@ -66,7 +69,8 @@ class Deploy(nn.Module):
         predictions: Tensor = self.model(images.to(self.dtype))
         if self.layout != "classes-first":
             return predictions
-        boxes, objectness, classes = torch.split(predictions, [4, 1, predictions.shape[2] - 5], 2)
+        # Slices: a split has no form in older opsets.
+        boxes, objectness, classes = (predictions[..., part] for part in PARTS)
         scores = objectness if classes.shape[2] == 1 else objectness * classes
         return torch.cat((boxes, scores), 2).transpose(1, 2)
 

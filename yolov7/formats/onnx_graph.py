@@ -17,6 +17,7 @@ import torch
 from onnx import GraphProto, ModelProto, ValueInfoProto, helper, parser
 from torch.export import ExportedProgram
 
+from yolov7.errors import UserError
 from yolov7.formats.metadata import Metadata
 from yolov7.formats.onnx import OPSET
 from yolov7.kernels.nms.reference import CLASS_OFFSET
@@ -185,7 +186,11 @@ def build_onnx(program: ExportedProgram, metadata: Metadata, opset: int) -> Mode
     assert exported is not None
     model = exported.model_proto
     if opset < OPSET:  # which PyTorch does not write
-        model = onnx.version_converter.convert_version(model, opset)
+        try:
+            model = onnx.version_converter.convert_version(model, opset)
+        except RuntimeError as error:
+            why = str(error).rpartition(": ")[2]
+            raise UserError(f"opset {opset}: not for this graph ({why}): leave it out") from None
         model.ir_version = OLD_IR
     _strip(model)
     model.graph.name = metadata.variant
