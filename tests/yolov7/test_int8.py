@@ -1,6 +1,7 @@
 """int8 on a CPU: its convolutions, pools and scales, whole networks, and what is refused."""
 
 import copy
+import json
 import os
 import platform
 import subprocess
@@ -87,7 +88,7 @@ def test_maps_that_are_joined_share_a_scale() -> None:
     model = small_model("yolov7")
     ops, outputs = trace(model, model.stride, model.stride)
     ranges = {op.output.name: 1.0 + i for i, op in enumerate(ops)}
-    scales = int8._scales(ops, ranges)
+    scales = int8.scales_of(ops, (), ranges)
     assert scales.keys() == {ops[0].inputs[0], *(op.output for op in ops)}
     for op in ops:
         if op.kind in int8.SHARING:
@@ -158,6 +159,18 @@ def test_predict_finds_the_same_cells(tmp_path: Path, capsys: pytest.CaptureFixt
     assert 0.9 * len(plain.boxes) <= len(found.boxes) <= 1.1 * len(plain.boxes)
     distances = torch.cdist(found.boxes.xyxy, plain.boxes.xyxy).amin(1)
     assert distances.median() < 2  # pixels
+    table = tmp_path / "table.json"
+    assert main(["info", str(weights), "--precision", "int8", "--json", str(table)]) == 0
+    told = json.loads(table.read_text())
+    rows, totals = told["rows"], told["totals"]
+    assert totals["int8"] == sum(row["reads"] == "int8" for row in rows) >= len(rows) - 2
+    assert 0.9 < totals["int8_flops"] / totals["flops"] <= 1
+    assert [row["writes"] for row in rows[-3:]] == ["fp32"] * 3  # what the head reads
+    kept = [row for row in rows if row["step"] and row["largest"]]
+    assert all(row["largest"] <= 255 * row["step"] for row in kept)
+    assert f"{totals['int8']} of {len(rows)} convolutions read int8" in capsys.readouterr().out
+    assert main(["info", str(ASSETS / DEMO_WEIGHTS), "--precision", "int8"]) == 1
+    assert "no int8 ranges in these weights: yolov7 convert" in capsys.readouterr().err
 
 
 def test_what_int8_needs_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,8 @@ from rich.table import Table
 from yolov7.checkpoint import load_model
 from yolov7.engine.choose import fit
 from yolov7.engine.graph.plan import make_plan
+from yolov7.engine.graph.trace import trace
+from yolov7.engine.int8 import scales_of
 from yolov7.errors import UserError, at_least_one
 from yolov7.kernels.runtime import H200
 from yolov7.layers import conv_layers
@@ -39,6 +41,8 @@ class Info:
     """show the inference engine's plan instead: steps, buffers, traffic, expected time"""
     batch: int = 1
     """images of the plan"""
+    precision: Literal["int8"] | None = None
+    """show instead which maps of calibrated weights are kept in eight bits, and with what steps"""
     json: Path | None = None
     """write the rows and totals to this file"""
 
@@ -47,7 +51,12 @@ def run(options: Info) -> int:
     """Print the table; write the JSON that was asked for."""
     model = _model(options)
     size, _ = fit(options.imgsz, model)
-    result = _show_plan(model, options.batch, size) if options.plan else _show_layers(model, size)
+    if options.precision is not None:
+        result = _show_precision(model, options.precision, size)
+    elif options.plan:
+        result = _show_plan(model, options.batch, size)
+    else:
+        result = _show_layers(model, size)
     write_json(options.json, result)
     return 0
 
@@ -163,5 +172,55 @@ def _show_plan(model: YOLOv7, batch: int, size: int) -> dict[str, Any]:
         f"operations run alone), {totals['flops'] / 1e9:.1f} GFLOPs, "
         f"{totals['peak_bytes'] / 2**20:.1f} MiB of buffers, "
         f"{totals['seconds'] * 1e6:.0f} us at the ceilings of an {H200.name}"
+    )
+    return {"rows": rows, "totals": totals}
+
+
+def _show_precision(model: YOLOv7, precision: str, size: int) -> dict[str, Any]:
+    if model.form != "fused":
+        raise UserError(f"--precision shows the fused form, not --form {model.form}")
+    if precision not in model.ranges:
+        raise UserError(
+            f"no {precision} ranges in these weights: yolov7 convert --precision {precision} "
+            "--calibrate FOLDER finds them"
+        )
+    ops, outputs = trace(model, size, size)
+    ranges = model.ranges[precision]
+    scales = scales_of(ops, outputs, ranges)
+    rows: list[dict[str, Any]] = [
+        {
+            "layer": op.output.name,
+            "shape": [op.output.channels, op.output.height, op.output.width],
+            "reads": precision if op.inputs[0] in scales else "fp32",
+            "writes": precision if op.output in scales else "fp32",
+            "largest": ranges.get(op.output.name),
+            "step": scales[op.output].unit if op.output in scales else None,
+            "flops": 2 * op.conv.weight[0].numel() * op.output.elements,
+        }
+        for op in ops
+        if op.conv is not None
+    ]
+    table = _table(
+        f"{model.variant.name}, {precision}, {size} x {size}",
+        ("convolution", "map", "reads", "writes", "largest", "step", "GFLOPs"),
+    )
+    for row in rows:
+        numbers = (
+            f"{row[name]:.4g}" if row[name] is not None else "" for name in ("largest", "step")
+        )
+        shape = " x ".join(map(str, row["shape"]))
+        gflops = f"{row['flops'] / 1e9:.3f}"
+        table.add_row(row["layer"], shape, row["reads"], row["writes"], *numbers, gflops)
+    totals = {
+        "convolutions": len(rows),
+        precision: sum(row["reads"] == precision for row in rows),
+        "flops": sum(row["flops"] for row in rows),
+        f"{precision}_flops": sum(row["flops"] for row in rows if row["reads"] == precision),
+    }
+    console = _console()
+    console.print(table)
+    console.print(
+        f"{totals[precision]} of {len(rows)} convolutions read {precision}, "
+        f"{totals[f'{precision}_flops'] / totals['flops']:.1%} of the work; the head is fp32"
     )
     return {"rows": rows, "totals": totals}

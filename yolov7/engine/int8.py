@@ -58,11 +58,7 @@ class Int8Forward:
 
     def __init__(self, model: YOLOv7) -> None:
         ops, self._outputs = trace(model, model.stride, model.stride)  # of no particular size
-        ranges = model.ranges["int8"]
-        if ranges.keys().isdisjoint(op.output.name for op in ops):
-            raise UserError("the weights' int8 ranges are those of another network: calibrate anew")
-        precise = {value.name for value in self._outputs}
-        scales = _scales(ops, {k: v for k, v in ranges.items() if k not in precise})
+        scales = scales_of(ops, self._outputs, model.ranges["int8"])
         self._steps = [(op, _prepared(op, scales)) for op in ops]
         last = {value: i for i, op in enumerate(ops) for value in op.inputs}
         self._done = [[v for v in set(op.inputs) if last[v] == i] for i, op in enumerate(ops)]
@@ -82,8 +78,23 @@ class Int8Forward:
         return self._head.raw([values[value] for value in self._outputs])
 
 
-def _scales(ops: Sequence[Op], ranges: Mapping[str, float]) -> dict[Value, Scale]:
-    """The scale of every map that is kept in bytes: all that share one have ranges."""
+def scales_of(
+    ops: Sequence[Op], outputs: Sequence[Value], ranges: Mapping[str, float]
+) -> dict[Value, Scale]:
+    """The scale of every map that is kept in bytes: all that share one have ranges.
+
+    Args:
+        ops: Of the network up to its head.
+        outputs: What the head reads, which stays in fp32.
+        ranges: Largest magnitude of each map, by name.
+
+    Raises:
+        UserError: No range is of a map of this network.
+    """
+    if ranges.keys().isdisjoint(op.output.name for op in ops):
+        raise UserError("the weights' ranges are those of another network: calibrate anew")
+    precise = {value.name for value in outputs}
+    ranges = {name: largest for name, largest in ranges.items() if name not in precise}
     (image,) = ops[0].inputs
     written = {value for task in fold(ops)[0] for value in task.outputs}  # which have ranges
     sharing = {image: [image]}  # a map -> those that have its scale
