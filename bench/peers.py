@@ -2,6 +2,8 @@
 
 The peers run the ONNX file that `yolov7 export` writes, with as many threads as PyTorch has. One
 that is not installed is left out, and said. Batch 1, dense decoded boxes, no suppression anywhere.
+int8 is calibrated on the one image: ours by `yolov7.engine.graph.calibrate`, that of the peers by
+ONNX Runtime's static quantisation.
 
 `--neighbour 0` (its niceness) also times each beside a process that never rests, as on a machine
 that others use. Set `GOMP_SPINCOUNT=1000` for it, as the `yolov7` commands do.
@@ -22,6 +24,7 @@ from rich.console import Console
 from torch import Tensor
 
 from bench.comparison import Missing, close
+from bench.eight_bits import calibrated, quantised
 from bench.results import OURS, Row, comparison_table, left_out
 from yolov7.benchmark.clock import Clock, Pace, Run, Work, race
 from yolov7.engine.choose import Runtime, open_network
@@ -29,6 +32,8 @@ from yolov7.errors import UserError
 from yolov7.export import Settings, export
 from yolov7.layers import conv_layers
 from yolov7.model import YOLOv7, create_model
+
+TOLERANCE = {"bf16": 2e-2, "int8": 0.2}  # int8 of random weights; what AP loses is measured
 
 
 def ours(model: YOLOv7, x: Tensor, precision: str, engine: str) -> Run | Missing:
@@ -80,6 +85,7 @@ def contenders(model: YOLOv7, size: int, *, compiled: bool) -> dict[str, Run | M
     """Forwards of one random image; ours in eager fp32 is what the others are held against."""
     x = torch.rand(1, 3, size, size, generator=torch.Generator().manual_seed(0))
     found = {OURS: ours(model, x, "fp32", "eager"), "ours, bf16": ours(model, x, "bf16", "eager")}
+    found["ours, int8"] = ours(calibrated(model, x), x, "int8", "eager")
     if compiled:
         found["ours, compile"] = ours(model, x, "fp32", "compile")
         found["ours, compile, bf16"] = ours(model, x, "bf16", "compile")
@@ -90,6 +96,10 @@ def contenders(model: YOLOv7, size: int, *, compiled: bool) -> dict[str, Run | M
         found["onnxruntime"] = onnxruntime(path, x)
         for precision in ("fp32", "bf16"):
             found[f"openvino, {precision}"] = openvino(path, x, precision)
+        if find_spec("onnxruntime"):
+            path = quantised(path, x)
+            found["onnxruntime, int8"] = onnxruntime(path, x)
+            found["openvino, int8"] = openvino(path, x, "fp32")
     return found
 
 
@@ -97,6 +107,7 @@ def fresh(model: YOLOv7) -> YOLOv7:
     """A copy, since a network takes its model over."""
     copy = YOLOv7(model.variant, model.head.num_classes, "deploy")
     copy.load_state_dict(model.state_dict())
+    copy.ranges = model.ranges
     return copy.eval()
 
 
@@ -129,7 +140,8 @@ def compare(
     runs = {name: run for name, run in found.items() if not isinstance(run, Missing)}
     expected = runs[OURS]()
     for name, run in runs.items():  # validated before they are timed
-        close(2e-2 if name.endswith("bf16") else 1e-4)(run(), expected)
+        precision = name.rpartition(", ")[2]
+        close(TOLERANCE.get(precision, 1e-4))(run(), expected)
     flops = sum(layer.flops for layer in conv_layers(fresh(model).fuse(), size, size))
     case = f"{model.variant.name}, {size} px"
     clock, work = Clock(torch.device("cpu")), Work(flops, items=1)
