@@ -139,7 +139,7 @@ def test_run_that_is_stopped_stops_its_parts(tmp_path: Path) -> None:
     parts = list(map(int, children.read_text().split()))
     process.terminate()
     assert process.wait(10) == 1
-    await_that(lambda: all(map(ended, parts)), 5)
+    await_that(lambda: all(map(ended, parts)), 30)
 
 
 def test_layers_are_checked_once(run: gpu.Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -93,7 +93,7 @@ def test_urls_that_fail(server: Callable[..., str]) -> None:
         (f"{url}/page.png", "such as SVG or a web page"),
         ("http://127.0.0.1:9/a.png", "refused: check the address and the connection"),
         ("http://a b/a.png", "a b/a.png: URL can't contain control characters.*check the address"),
-        ("ftp://example.org/a.png", "give one of http"),
+        ("ftp://example.org/a.png", "give one of az, gs, hf, http"),
     ]:
         with pytest.raises(UserError, match=match):
             list(Source(address))

@@ -168,7 +168,7 @@ def test_compile_freezes_and_keeps_its_cache(
     network = open_network(Runtime(weights=demo, device="cpu", engine="compile"))
     assert asked == {"dynamic": False}
     assert os.environ[COMPILED] == str(Path("cache/inductor"))
-    torch.testing.assert_close(network(images), demo(images))
+    assert relative(network(images), demo(images)) < 1e-5  # sums in another order
     assert frozen == [True]
     assert not torch._inductor.config.freezing
 
