@@ -13,10 +13,11 @@ import torch
 
 from yolov7.engine.graph.workload import workload
 from yolov7.kernels import aot, tune
+from yolov7.kernels.aot import compiled_kernel
 from yolov7.kernels.conv import ConvCall, ConvConfig, ConvLaunch, Launch, StemLaunch, Workspace
 from yolov7.kernels.conv.cases import Record, layer_of, meta_call, stem_call
 from yolov7.kernels.conv.config import Entry, tuned_entries, write_entries
-from yolov7.kernels.runtime import H200, recording
+from yolov7.kernels.runtime import H200, CompileSpec, recording
 
 CHAIN = Record(128, 128, 3, 1, 80, 80)
 HEAD = Record(256, 255, 1, 1, 80, 80, "none")
@@ -195,7 +196,17 @@ def test_configs_are_compiled_side_by_side(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     configs = [replace(CONFIG, num_warps=warps) for warps in (1, 2, 4)]
     configs += [configs[0], replace(CONFIG, block_m=17)]
-    assert tune.compile_configs(launch_of(SMALL), configs, (9, 0), threads=2) == 3
+    errors: list[Exception] = []
+
+    def noted(spec: CompileSpec, capability: tuple[int, int]) -> object:
+        try:
+            return compiled_kernel(spec, capability)
+        except Exception as error:
+            errors.append(error)
+            raise
+
+    monkeypatch.setattr(tune, "compiled_kernel", noted)
+    assert tune.compile_configs(launch_of(SMALL), configs, (9, 0), threads=2) == 3, errors
     assert len(list(tmp_path.rglob("conv_gather_kernel.cubin"))) == 3
 
 
