@@ -8,6 +8,7 @@ every trial; a table of all. Only the best trial's weights are kept.
 
 import contextlib
 import csv
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -115,8 +116,15 @@ def search(options: Train, trials: int, ranges: Ranges | None = None) -> Found:
         raise UserError("searching needs Optuna: pip install 'yolov7-triton[search]'")
     if options.export is not None:
         raise UserError("--export: train with what is found, and export that")
-    study, folder, options, ranges = _open(options, ranges)
-    data = read_splits(options)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        raise UserError("a search is one process: start another beside it with --resume FOLDER")
+    check_numbers(options)
+    if options.resume is None:
+        data = read_splits(options)
+        study, folder, options, ranges = _begin(options, ranges)
+    else:
+        study, folder, options, ranges = _go_on(options)
+        data = read_splits(options)
     print(f"searching {', '.join(ranges)} in {folder}", flush=True)
     while len(_done(study)) < trials:
         trial = _next(study, options.seed)
@@ -140,49 +148,53 @@ def search(options: Train, trials: int, ranges: Ranges | None = None) -> Found:
     return _found(study, folder)
 
 
-def _open(given: Train, ranges: Ranges | None) -> tuple["Study", Path, Train, Ranges]:
-    """A new search, or one that goes on: its study, its folder, and what a trial is."""
+def _study(folder: Path, *, new: bool) -> "Study":
+    """The study whose journal lies in a folder."""
     import optuna
     from optuna.storages import JournalStorage
     from optuna.storages.journal import JournalFileBackend
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    check_numbers(given)
-    folder = Path(given.resume or "")
-    if given.resume is not None and not (folder / JOURNAL).is_file():
-        raise UserError(f"{folder}: no search: there is no {JOURNAL}")
-    if given.resume is None:
-        model = build_model(given, classes=1)
-        ranges = ranges or _usual_ranges(hyper_parameters(given, model.variant))
-        _check(ranges)
-        folder = new_run(Path(given.project), given.name)
-    try:
-        study = optuna.create_study(
-            storage=JournalStorage(JournalFileBackend(str(folder / JOURNAL))),
-            study_name="search",
-            direction="maximize",
-            pruner=optuna.pruners.MedianPruner(n_startup_trials=BY_CHANCE, n_warmup_steps=5),
-            load_if_exists=given.resume is not None,
-        )
-        if given.resume is not None:
-            saved = from_json(Train, study.user_attrs["options"])
-            ranges = {name: (low, high) for name, (low, high) in study.user_attrs["ranges"].items()}
-            _check(ranges)
-            return study, folder, _resumed(given, saved), ranges
-    except UserError:
-        raise
-    except Exception as error:  # whatever Optuna makes of a journal that anyone may have written
-        raise UserError(
-            f"{folder / JOURNAL}: no journal of a search: {first_line(error)}"
-        ) from None
-    assert ranges is not None
-    options = replace(given, json=None, name=None)
+    return optuna.create_study(
+        storage=JournalStorage(JournalFileBackend(str(folder / JOURNAL))),
+        study_name="search",
+        direction="maximize",
+        pruner=optuna.pruners.MedianPruner(n_startup_trials=BY_CHANCE, n_warmup_steps=5),
+        load_if_exists=not new,
+    )
+
+
+def _begin(options: Train, ranges: Ranges | None) -> tuple["Study", Path, Train, Ranges]:
+    """A new search: its study, its folder, and what a trial is."""
+    hyper = hyper_parameters(options, build_model(options, classes=1).variant)
+    ranges = ranges or _usual_ranges(hyper)
+    _check(ranges)
+    folder = new_run(Path(options.project), options.name)
+    study = _study(folder, new=True)
+    options = replace(options, json=None, name=None)
     study.set_user_attr("options", asdict(options))
     study.set_user_attr("ranges", {name: list(ends) for name, ends in ranges.items()})
-    usual = _flat(hyper_parameters(given, model.variant))
-    first = {name: min(max(usual[name], low), high) for name, (low, high) in ranges.items()}
-    study.enqueue_trial(first)
+    usual = _flat(hyper)
+    study.enqueue_trial(
+        {name: min(max(usual[name], low), high) for name, (low, high) in ranges.items()}
+    )
     return study, folder, options, ranges
+
+
+def _go_on(given: Train) -> tuple["Study", Path, Train, Ranges]:
+    """A search that goes on."""
+    folder = Path(given.resume or "")
+    if not (folder / JOURNAL).is_file():
+        raise UserError(f"{folder}: no search: there is no {JOURNAL}")
+    try:
+        study = _study(folder, new=False)
+        saved = from_json(Train, study.user_attrs["options"])
+        ranges = {name: (low, high) for name, (low, high) in study.user_attrs["ranges"].items()}
+        _check(ranges)
+    except Exception as error:  # whatever Optuna makes of what anyone may have written
+        why = first_line(error)
+        raise UserError(f"{folder / JOURNAL}: no journal of a search: {why}") from None
+    return study, folder, _resumed(given, saved), ranges
 
 
 def _resumed(given: Train, saved: Train) -> Train:

@@ -139,12 +139,19 @@ def test_an_error_ends_the_search_which_goes_on_later(
         ({}, {"lr0": (0.0, float("inf"))}, "give the lower end first"),
         ({"resume": "none/here"}, None, "none/here: no search: there is no journal.log"),
         ({"epochs": 0}, None, "--epochs 0: give 1 or more"),
+        ({"data": "none.yaml"}, None, "none.yaml"),
     ],
 )
 def test_wrong_input(changes: Any, ranges: Any, message: str, options: Train) -> None:
     with pytest.raises(UserError, match=message):
         search(replace(options, **changes), 1, ranges)
     assert not Path(options.project).exists()
+
+
+def test_a_search_is_one_process(options: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    with pytest.raises(UserError, match="a search is one process: start another beside it"):
+        search(options, 1, RANGES)
 
 
 @pytest.mark.parametrize("text", ["", "{}\n", "no json\n", '{"op_code": 99}\n'])
