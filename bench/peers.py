@@ -3,8 +3,8 @@
 The peers run the ONNX file that `yolov7 export` writes, with as many threads as PyTorch has. One
 that is not installed is left out, and said. Batch 1, dense decoded boxes, no suppression anywhere.
 int8 is calibrated on the one image: ours by `yolov7.engine.graph.calibrate`, that of the peers by
-ONNX Runtime's static quantisation. The peers' threads spin for a while when their turn is over, which
-slows whoever is next where cores are few: time one alone before you trust a difference.
+ONNX Runtime's static quantisation. The peers' threads spin for a while when their turn is over,
+which slows whoever is next where cores are few: time one alone before you trust a difference.
 
 `--neighbour 0` (its niceness) also times each beside a process that never rests, as on a machine
 that others use. Set `GOMP_SPINCOUNT=1000` for it, as the `yolov7` commands do.

@@ -249,6 +249,14 @@ def test_a_byte_order_mark_is_no_part_of_a_label(tmp_path: Path) -> None:
     assert classes(with_labels(tmp_path, f"\ufeff{BOX}\n"))[0] == [0]
 
 
+@pytest.mark.parametrize("entry", ["a\\0b", "va\\ud800l"])
+def test_an_entry_that_can_be_no_path_is_one_line(tmp_path: Path, entry: str) -> None:
+    path = tmp_path / "data.yaml"
+    path.write_text(f'train: "{entry}"\nval: images/val\nnames: [a]\n')
+    with pytest.raises(UserError, match=r"data\.yaml: split train: .* is no path$"):
+        load_data(path, "train")
+
+
 def test_rows_that_come_twice_are_left_out_and_counted(tmp_path: Path) -> None:
     dataset = with_labels(tmp_path, f"{BOX}\n{BOX.replace(' ', '  ')}\n{BOX}\n")
     assert classes(dataset)[0] == [0]

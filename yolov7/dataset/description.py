@@ -95,7 +95,11 @@ class Description:
         places: dict[str, Path] = {}
         for entry in self.splits[split]:
             place = _find(self.root, entry)
-            places.setdefault(os.path.realpath(place), place)
+            try:
+                real = os.path.realpath(place)
+            except ValueError:  # NUL, or half of a letter
+                raise UserError(f"{self.path}: split {split}: {entry} is no path") from None
+            places.setdefault(real, place)
         return list(places.values())
 
     def class_names(self) -> list[str]:
