@@ -27,6 +27,7 @@ from yolov7.train.sampler import Key
 from yolov7.train.scene import Scene
 
 Augment = Callable[[Scene, Generator], Scene]
+ALL_NAMED = "yolov7 check names all, and decodes the images"
 STRETCH = (0.5, 1.5)  # of a batch, in multi-scale training
 
 
@@ -94,8 +95,9 @@ def what_is_wrong(train: Dataset, val: Dataset, *, strict: bool) -> list[str]:
         what = "left out" if found[0] in out else "note" if kind in NOTES else "fault"
         lines.append(f"{what}: {counted(len(found), kind)}, such as {found[0]}")
     if strict and report.faults:
-        raise UserError(f"--strict: {'; '.join(line for line in lines if line[:4] != 'note')}")
-    return [*lines, "yolov7 check names all, and decodes the images"] if lines else []
+        wrong = "; ".join(line for line in lines if not line.startswith("note"))
+        raise UserError(f"--strict: {wrong}; {ALL_NAMED}")
+    return [*lines, ALL_NAMED] if lines else []
 
 
 def match_classes(train: Dataset, val: Dataset, names: list[str]) -> tuple[Dataset, Dataset]:

@@ -1,5 +1,6 @@
 """What a training run can be told; the command line is made of it."""
 
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -172,6 +173,33 @@ def hyper_parameters(options: Train, variant: Variant) -> HyperParameters:
     return hyper.with_values(dict.fromkeys(GEOMETRY, 0.0)) if options.rect else hyper
 
 
+def given_anew(
+    given: Train, saved: Mapping[str, Any], allowed: Collection[str], what: str, instead: str
+) -> dict[str, Any]:
+    """The options that are given beside --resume and differ from what was saved, by name.
+
+    Args:
+        given: all that are given.
+        saved: those that were saved.
+        allowed: which may differ.
+        what: began with what was saved.
+        instead: to begin, with other options.
+
+    Raises:
+        UserError: another one differs.
+    """
+    usual = asdict(Train())
+    told = {k: v for k, v in vars(given).items() if k in usual and v != usual[k]}
+    anew = {k: v for k, v in told.items() if v != saved.get(k) and k not in ("resume", "json")}
+    for name in anew:
+        if name not in allowed:
+            raise UserError(
+                f"--resume goes on as the {what} began, with --{name.replace('_', '-')} "
+                f"{saved.get(name)}: leave it out, or begin {instead}"
+            )
+    return anew
+
+
 def resumed_options(given: Train, state: dict[str, Any]) -> tuple[Train, str]:
     """The options of the run that is resumed, with those given anew, and what to say of these.
 
@@ -181,17 +209,9 @@ def resumed_options(given: Train, state: dict[str, Any]) -> tuple[Train, str]:
     usual = asdict(Train())
     saved = {k: v for k, v in state["options"].items() if k in usual}
     saved["freeze"] = tuple(saved["freeze"])
-    anew = {k: v for k, v in vars(given).items() if v != usual[k] and v != saved.get(k)}
-    folder = anew.pop("resume")
-    report = anew.pop("json", None)
-    for name in anew:
-        if name not in ANEW:
-            raise UserError(
-                f"--resume goes on as the run began, with --{name.replace('_', '-')} "
-                f"{saved.get(name)}: leave it out, or begin a new run with --weights "
-                f"{folder}/weights/last.safetensors"
-            )
-    options = Train(**saved | anew | {"resume": folder, "json": report})
+    instead = f"a new run with --weights {given.resume}/weights/last.safetensors"
+    anew = given_anew(given, saved, ANEW, "run", instead)
+    options = Train(**saved | anew | {"resume": given.resume, "json": given.json})
     check_numbers(options)
     done = state["progress"]["epoch"]
     changes = [f"--{k.replace('_', '-')} {v} instead of {saved.get(k)}" for k, v in anew.items()]

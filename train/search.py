@@ -25,7 +25,7 @@ from yolov7.train.config import SHARES, HyperParameters
 from yolov7.train.data import read_splits
 from yolov7.train.loop import train
 from yolov7.train.model import build_model
-from yolov7.train.options import Train, check_numbers, hyper_parameters
+from yolov7.train.options import Train, check_numbers, given_anew, hyper_parameters
 from yolov7.train.report import Callback
 from yolov7.train.state import LAST, PREVIOUS
 from yolov7.train.step import DivergedError
@@ -194,20 +194,8 @@ def _go_on(given: Train) -> tuple["Study", Path, Train, Ranges]:
     except Exception as error:  # whatever Optuna makes of what anyone may have written
         why = first_line(error)
         raise UserError(f"{folder / JOURNAL}: no journal of a search: {why}") from None
-    return study, folder, _resumed(given, saved), ranges
-
-
-def _resumed(given: Train, saved: Train) -> Train:
-    """The options of a search, with those given anew."""
-    usual = asdict(Train())
-    anew = {k: v for k, v in vars(given).items() if v != usual[k] and k not in ("resume", "json")}
-    for name in anew:
-        if name not in ANEW and anew[name] != getattr(saved, name):
-            raise UserError(
-                f"--resume goes on as the search began, with --{name.replace('_', '-')} "
-                f"{getattr(saved, name)}: leave it out, or begin a new one"
-            )
-    return replace(saved, **anew)
+    anew = given_anew(given, asdict(saved), ANEW, "search", "a new one")
+    return study, folder, replace(saved, **anew), ranges
 
 
 def _usual_ranges(hyper: HyperParameters) -> dict[str, tuple[float, float]]:

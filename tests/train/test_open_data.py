@@ -55,3 +55,4 @@ def test_what_is_wrong_in_the_data_is_said_or_ends_the_run(
     with pytest.raises(UserError, match=r"--strict: .*1 duplicate label.*1 box outside") as error:
         train(replace(changed, strict=True))
     assert "without labels" not in str(error.value)
+    assert str(error.value).endswith("yolov7 check names all, and decodes the images")

@@ -29,8 +29,8 @@ def run(options: TuneHyperparameters) -> int:
     """Search, print the table and how to train with what was found."""
     check_writable(options.json)
     every = {k: v for k, v in vars(options).items() if k not in ("trials", "search")}
-    if options.project == TuneHyperparameters.project and options.resume:
-        every["project"] = Train.project
+    if options.resume is not None:
+        every["project"] = Train.project  # none is made
     found = search(Train(**every), options.trials, options.search or None)
     report(found)
     write_json(options.json, asdict(found) | {"folder": str(found.folder)})

@@ -118,12 +118,13 @@ def require_format(kind: str) -> None:
     """
     if kind not in FORMATS:
         raise UserError(f"format {kind}: choose from {', '.join(FORMATS)}")
-    for name in FORMATS[kind].PACKAGES:
+    made = FORMATS[kind]
+    for name in made.PACKAGES:
         try:
             import_module(name)
         except ImportError:
             raise UserError(
-                f"{name} is not installed: pip install 'yolov7-triton[export]'"
+                f"{name} is not installed: pip install 'yolov7-triton[{made.EXTRA}]'"
             ) from None
 
 

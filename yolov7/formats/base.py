@@ -66,6 +66,7 @@ class Format(ABC):
         DEVICES: What a file is made for; none: it runs anywhere.
         ENGINES: What can run it, for `--engine`, beside "auto".
         PACKAGES: That must be installed to write one.
+        EXTRA: Of this package, which brings them.
         TRUST: Why loading one needs the user's trust; "" where it does not.
     """
 
@@ -77,6 +78,7 @@ class Format(ABC):
     DEVICES: ClassVar[tuple[str, ...]] = ()
     ENGINES: ClassVar[tuple[str, ...]] = ()
     PACKAGES: ClassVar[tuple[str, ...]] = ()
+    EXTRA: ClassVar[str] = "export"
     TRUST: ClassVar[str] = ""
 
     @abstractmethod

@@ -121,14 +121,14 @@ class OpenVino:
     Args:
         file: An ONNX file, or one of OpenVINO's own.
         device: "auto" or "cpu".
-        change: What is done to the graph before it is compiled.
+        before: Called with the graph before it is compiled, to look at it or to change it.
     """
 
     def __init__(
         self,
         file: Path,
         device: str | torch.device,
-        change: Callable[[Any], None] | None = None,
+        before: Callable[[Any], None] | None = None,
     ) -> None:
         if device != "auto" and resolve_device(device).type != "cpu":
             raise UserError(f"device {device}: OpenVINO runs on a CPU: leave it out")
@@ -141,14 +141,15 @@ class OpenVino:
         kind = "an OpenVINO model" if file.suffix == ".xml" else "an ONNX file"
         try:
             model = core.read_model(str(file))
-            if change is not None:
-                change(model)
+            if before is not None:
+                before(model)
             (port, *_) = model.inputs
             # by default it computes in bf16 where the processor can
             self._model = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        except UserError:
+            raise
         except (RuntimeError, ValueError) as error:
             raise unreadable(str(file), kind, error) from None
-        self._source = model
         self.shape: Sequence[int | None] | None = [
             d.get_length() if d.is_static else None for d in port.partial_shape
         ]
@@ -156,11 +157,6 @@ class OpenVino:
         self.text: Mapping[str, str] = {key: str(value.value) for key, value in rt_info.items()}
         self._type = port.element_type.to_dtype()
         self._mine = threading.local()  # a request serves one call at a time
-
-    def told(self, path: Sequence[str]) -> str:
-        """What the file says under some keys; "" where it says nothing."""
-        known = self._source.has_rt_info(list(path))
-        return str(self._source.get_rt_info(list(path)).value) if known else ""
 
     def __call__(self, x: Tensor) -> list[Tensor]:
         """The outputs, as on the CPU."""

@@ -32,6 +32,7 @@ class OpenVinoIr(Format):
     INSIDE = frozenset({"nms", "letterbox"})
     ENGINES = ("openvino",)
     PACKAGES = ("onnx", "onnxscript", "openvino")
+    EXTRA = "openvino"
 
     def write(self, program: "ExportedProgram", path: Path, metadata: Metadata) -> str:
         """Write the ONNX graph as OpenVINO reads it."""
@@ -47,14 +48,14 @@ class OpenVinoIr(Format):
 
     def open(self, path: Path, device: str | torch.device, engine: str) -> Session:  # noqa: ARG002
         """Run it in OpenVINO."""
-        session = OpenVino(path, device)
-        try:
-            belongs = session.told(DIGEST) == _digest(path)
-        except OSError:  # read, but gone by now
-            belongs = False
-        if not belongs:
-            raise UserError(f"{path}: its {self.PART} is another file's: export it again")
-        return session
+
+        def check(model: Any) -> None:
+            keys = list(DIGEST)
+            told = model.get_rt_info(keys).value if model.has_rt_info(keys) else ""
+            if told != _digest(path):
+                raise UserError(f"{path}: its {self.PART} is another file's: export it again")
+
+        return OpenVino(path, device, check)
 
     def reveal(self, path: Path, threshold: float) -> Session:
         """Run it with another threshold and the network's output as one more."""
