@@ -253,7 +253,7 @@ def test_a_byte_order_mark_is_no_part_of_a_label(tmp_path: Path) -> None:
 def test_an_entry_that_can_be_no_path_is_one_line(tmp_path: Path, entry: str) -> None:
     path = tmp_path / "data.yaml"
     path.write_text(f'train: "{entry}"\nval: images/val\nnames: [a]\n')
-    with pytest.raises(UserError, match=r"data\.yaml: split train: .* is no path$"):
+    with pytest.raises(UserError, match=r"data\.yaml: split train: .* is no path: correct it$"):
         load_data(path, "train")
 
 

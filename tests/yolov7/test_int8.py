@@ -171,6 +171,8 @@ def test_predict_finds_the_same_cells(tmp_path: Path, capsys: pytest.CaptureFixt
     assert f"{totals['int8']} of {len(rows)} convolutions read int8" in capsys.readouterr().out
     assert main(["info", str(ASSETS / DEMO_WEIGHTS), "--precision", "int8"]) == 1
     assert "no int8 ranges in these weights: yolov7 convert" in capsys.readouterr().err
+    assert main(["info", str(weights), "--precision", "int8", "--plan"]) == 1
+    assert "two tables: ask for one" in capsys.readouterr().err
 
 
 def test_what_int8_needs_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -51,6 +51,8 @@ def run(options: Info) -> int:
     """Print the table; write the JSON that was asked for."""
     model = _model(options)
     size, _ = fit(options.imgsz, model)
+    if options.plan and options.precision is not None:
+        raise UserError("--plan and --precision are two tables: ask for one")
     if options.precision is not None:
         result = _show_precision(model, options.precision, size)
     elif options.plan:

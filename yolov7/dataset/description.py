@@ -98,7 +98,9 @@ class Description:
             try:
                 real = os.path.realpath(place)
             except ValueError:  # NUL, or half of a letter
-                raise UserError(f"{self.path}: split {split}: {entry} is no path") from None
+                raise UserError(
+                    f"{self.path}: split {split}: {entry} is no path: correct it"
+                ) from None
             places.setdefault(real, place)
         return list(places.values())
 
