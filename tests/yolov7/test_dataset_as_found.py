@@ -257,6 +257,13 @@ def test_an_entry_that_can_be_no_path_is_one_line(tmp_path: Path, entry: str) ->
         load_data(path, "train")
 
 
+def test_the_whole_file_system_is_no_folder_of_images(tmp_path: Path) -> None:
+    path = tmp_path / "data.yaml"
+    path.write_text(json.dumps({"train": tmp_path.anchor, "val": "images/val", "names": ["a"]}))
+    with pytest.raises(UserError, match=r" is the whole file system: name a folder of images$"):
+        load_data(path, "train")
+
+
 def test_rows_that_come_twice_are_left_out_and_counted(tmp_path: Path) -> None:
     dataset = with_labels(tmp_path, f"{BOX}\n{BOX.replace(' ', '  ')}\n{BOX}\n")
     assert classes(dataset)[0] == [0]

@@ -39,6 +39,8 @@ def list_images(entry: Path, root: Path) -> list[Path]:
         UserError: There is nothing, or something that may not be read.
     """
     if os.path.isdir(entry):
+        if (whole := entry.resolve()) == whole.parent:
+            raise UserError(f"{entry} is the whole file system: name a folder of images")
         try:
             return sorted(_walk(entry, set()))
         except OSError as error:
