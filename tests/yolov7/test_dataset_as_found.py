@@ -1,5 +1,6 @@
 """Data sets as people have them: other tools' layouts, other systems' habits, small faults."""
 
+import json
 import os
 import subprocess
 import sys
