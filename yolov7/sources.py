@@ -10,6 +10,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from itertools import count, groupby, repeat
+from pathlib import Path
 from threading import Condition
 from time import monotonic
 from typing import Literal
@@ -252,6 +253,19 @@ class Source:
         if self.on_error is None:
             raise error
         self.on_error(error)
+
+
+def some_images(folder: Path, most: int) -> Iterator[Frame]:
+    """Images of a folder, evenly from the whole, the same ones each time.
+
+    Raises:
+        UserError: There is no image, or one cannot be read.
+    """
+    files = [Path(item.name) for item in Source(folder).items if item.kind == "image"]
+    if not files:
+        raise UserError(f"{folder}: has videos only: give a folder with images")
+    count = min(most, len(files))
+    yield from Source([files[i * len(files) // count] for i in range(count)])
 
 
 def _attempt(load: Callable[[], Image | Tensor]) -> Image | Tensor | UserError:

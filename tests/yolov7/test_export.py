@@ -369,6 +369,7 @@ def test_what_differs_is_not_kept(
 
     def other(model: YOLOv7, metadata: Metadata) -> write.Deploy:
         network = original(model, metadata)
+        assert isinstance(network.model, YOLOv7)
         with torch.no_grad():
             network.model.head.lead[0].bias.add_(0.01)  # type: ignore[operator]  # a Conv2d's
         return network

@@ -3,7 +3,6 @@
 import copy
 import sys
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Literal
 
@@ -19,7 +18,7 @@ from yolov7.kernels.runtime import PRECISIONS
 from yolov7.letterbox import letterbox, letterbox_geometry
 from yolov7.model import YOLOv7, parameter_count
 from yolov7.progress import working
-from yolov7.sources import Source
+from yolov7.sources import some_images
 
 ENOUGH = 8  # images of a calibration
 
@@ -83,13 +82,8 @@ def _batches(folder: Path, most: int, side: int, model: YOLOv7) -> list[Tensor]:
 
     Those that the model makes no numbers of are left out.
     """
-    files = [Path(item.name) for item in Source(folder).items if item.kind == "image"]
-    if not files:
-        raise UserError(f"{folder}: has videos only: give a folder with images")
-    count = min(most, len(files))
-    chosen = [files[i * len(files) // count] for i in range(count)]
     batches = []
-    for frame in islice(Source(chosen), count):
+    for frame in some_images(folder, most):
         where = letterbox_geometry(frame.shape, side)
         x = to_input([letterbox(frame.image, where)], torch.device("cpu"), torch.float32)
         with torch.no_grad():

@@ -37,8 +37,12 @@ class Export:
     """images per call"""
     nms: Literal["none", "onnx"] = "none"
     """onnx: suppress inside the graph, with standard operators"""
-    precision: Literal["fp32", "fp16"] = "fp32"
-    """of weights and convolutions; inputs and outputs are fp32"""
+    precision: Literal["fp32", "fp16", "int8"] = "fp32"
+    """of weights and convolutions; inputs and outputs are fp32. int8 (onnx, openvino): of weights
+    that yolov7 convert has calibrated"""
+    images: Path | None = None
+    """folder with images to compare the file on, 32 of them, such as those of the calibration
+    (default: three photographs)"""
     layout: Literal["grid", "classes-first"] = "grid"
     """grid: [B, N, 5 + classes] as the authors have it; classes-first: [B, 4 + classes, N], scores
     multiplied by the objectness"""
@@ -72,6 +76,7 @@ def run(options: Export) -> int:
         letterbox=options.with_letterbox,
         device=options.device,
         opset=options.opset,
+        images=options.images,
     )
     output = options.output or Path(stem + FORMATS[options.format].SUFFIX)
     with working(f"exporting {output}"):

@@ -5,21 +5,29 @@ from dataclasses import dataclass
 from importlib.resources import as_file, files
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from yolov7.boxes import box_iou, frame_table, in_frames
+from yolov7.dataset.sample import Dataset, Labels, Sample
 from yolov7.engine.frames import to_input
 from yolov7.errors import UserError
+from yolov7.evaluate.coco import Detections, match
+from yolov7.evaluate.run import EVERYTHING
 from yolov7.formats import FORMATS, Session
 from yolov7.formats.metadata import Metadata
 from yolov7.images import read_image
 from yolov7.kernels.nms import batched_nms
 from yolov7.letterbox import GREY, Geometry, Image, letterbox, letterbox_geometry
+from yolov7.sources import some_images
 
 # Relative RMS of boxes, and of scores, against PyTorch in fp32.
-TOLERANCE = {"fp32": 1e-4, "fp16": 1e-2}
+TOLERANCE = {"fp32": 1e-4, "fp16": 1e-2, "int8": 0.25}
+SURE = 0.25  # score of PyTorch's detections that one in int8 is to find
+AGREEMENT = 0.8  # AP of the file's detections, with these for labels, at least
+MOST_IMAGES = 32
 SAME_IOU = 0.99  # of two boxes that are taken for one
 SAME_PX = 0.01  # the same for boxes without area: distance of their corners in pixels
 CANDIDATES = 100  # best predictions per image that suppression is tried on, at least
@@ -34,17 +42,22 @@ class Check:
         boxes: Relative RMS of the differences of the predicted boxes.
         scores: The same of objectness and classes.
         detections: Detections that agree, in class and place; None without NMS inside.
+        ap: Of an int8 file, AP of its detections with PyTorch's for labels; None of another, or
+            where PyTorch detects nothing.
     """
 
     images: int
     boxes: float
     scores: float
     detections: int | None
+    ap: float | None = None
 
 
 @torch.inference_mode()
-def check(file: Path, target: Path, metadata: Metadata, network: nn.Module) -> Check:
-    """Run a file on the sample images.
+def check(
+    file: Path, target: Path, metadata: Metadata, network: nn.Module, images: list[Image]
+) -> Check:
+    """Run a file on images.
 
     Args:
         file: What was exported.
@@ -52,11 +65,11 @@ def check(file: Path, target: Path, metadata: Metadata, network: nn.Module) -> C
         metadata: Of the file.
         network: Images [B, 3, h, w] to predictions in the file's layout, or in "grid" where the
             file suppresses; in fp32, on the file's device.
+        images: Of any sizes.
 
     Raises:
         UserError: The results differ by more than the precision allows.
     """
-    images = _sample_images()
     geometries = [letterbox_geometry(image.shape[:2], metadata.imgsz) for image in images]
     expected = torch.cat([network(x) for x in _prepared(images, metadata)]).cpu()[: len(images)]
     threshold = _threshold(expected, metadata)
@@ -86,11 +99,25 @@ def check(file: Path, target: Path, metadata: Metadata, network: nn.Module) -> C
     if metadata.nms is not None:
         wanted = _suppressed(predictions, metadata, threshold, geometries)
         detections = _matched(results[0], results[1], wanted, target)
-    return Check(len(images), errors[0], errors[1], detections)
+    ap = None
+    if metadata.precision == "int8":
+        ap = _agreement(predictions, expected, metadata)
+        if ap is not None and not ap >= AGREEMENT:
+            raise UserError(
+                f"{target}: not kept: its detections have an AP of {ap:.3f} against those of fp32 "
+                f"({AGREEMENT} or more is kept): calibrate with images like those to come"
+            )
+    return Check(len(images), errors[0], errors[1], detections, ap)
 
 
-def _sample_images() -> list[Image]:
-    """Three photographs of different shapes."""
+def sample_images(folder: Path | None) -> list[Image]:
+    """Images of a folder, evenly from the whole; without one, three photographs of two shapes.
+
+    Raises:
+        UserError: There is no image, or one cannot be read.
+    """
+    if folder is not None:
+        return [frame.image for frame in some_images(folder, MOST_IMAGES)]
     with as_file(files("yolov7.assets") / "images") as folder:
         first, second, third, *_ = [read_image(path) for path in sorted(folder.glob("*.jpg"))]
     return [first, second[:, :333], third[:211]]
@@ -179,6 +206,45 @@ def _suppressed(
         for boxes, geometry in zip(rows, geometries, strict=True):
             boxes[:, :4] = in_frames(boxes[None, :, :4], frame_table([geometry]))[0]
     return rows
+
+
+def _agreement(predictions: Tensor, expected: Tensor, metadata: Metadata) -> float | None:
+    """AP of a file's detections, those of PyTorch being the labels."""
+    found, wanted = (
+        _detections(rows, metadata, conf)
+        for rows, conf in ((predictions, EVERYTHING.conf), (expected, SURE))
+    )
+    samples = [
+        Sample(labels=_as_labels(boxes), path=Path(), height=1, width=1, image_id=index)
+        for index, boxes in enumerate(wanted)
+    ]
+    if not any(map(len, wanted)):
+        return None
+    classes = list(range(len(metadata.names)))
+    dataset = Dataset(samples=samples, names=metadata.names, category_ids=classes)
+    return match(dataset, found).stats()["AP"]
+
+
+def _as_labels(boxes: Detections) -> Labels:
+    widths, heights = (boxes[:, 2:4] - boxes[:, :2]).T
+    return Labels(
+        classes=boxes[:, 5].astype(np.int64),
+        boxes=boxes[:, :4],
+        polygons=tuple([] for _ in boxes),
+        crowd=np.zeros(len(boxes), np.bool_),
+        areas=(widths * heights).astype(np.float64),
+    )
+
+
+def _detections(rows: Tensor, metadata: Metadata, conf: float) -> list[Detections]:
+    """What is found in each image, [n, 6]."""
+    if metadata.layout == "classes-first":
+        rows = rows.transpose(1, 2)
+        rows = torch.cat((rows[..., :4], torch.ones_like(rows[..., :1]), rows[..., 4:]), 2)
+    found = batched_nms(
+        rows.contiguous(), conf=conf, iou=EVERYTHING.iou, max_det=EVERYTHING.max_det
+    )
+    return [boxes[:n].numpy() for boxes, n in zip(found.boxes, found.counts.tolist(), strict=True)]
 
 
 def _matched(boxes: Tensor, counts: Tensor, expected: list[Tensor], target: Path) -> int:

@@ -64,9 +64,11 @@ class Exported:
                 f"  NMS     confidence over {meta.nms.conf}, IoU up to {meta.nms.iou}, "
                 f"at most {meta.nms.max_det} detections per image"
             )
+        like = "" if meta.precision == "int8" else " equal to PyTorch"
+        alike = "" if found.ap is None else f", AP {found.ap:.3f} with fp32's detections as labels"
         lines.append(
-            f"  check   on {found.images} images equal to PyTorch: relative RMS of boxes "
-            f"{found.boxes:.1e}, of scores {found.scores:.1e}{agreed}"
+            f"  check   on {found.images} images{like}: relative RMS of boxes "
+            f"{found.boxes:.1e}, of scores {found.scores:.1e}{agreed}{alike}"
         )
         return "\n".join([*lines, f"run it: {self.command}"])
 

@@ -15,7 +15,8 @@ from yolov7 import __version__
 from yolov7.atomic import atomic
 from yolov7.engine.choose import fit
 from yolov7.errors import UserError
-from yolov7.export.check import check
+from yolov7.export.check import check, sample_images
+from yolov7.export.quantised import Quantised
 from yolov7.export.report import Exported
 from yolov7.formats import FORMATS
 from yolov7.formats.metadata import FORMAT, Metadata, Precision
@@ -34,7 +35,10 @@ class Settings:
         imgsz: Side, or (height, width), in pixels, rounded up to the model's stride; None: the
             model's.
         batch: Images per call, or "dynamic".
-        precision: Of weights and convolutions; inputs and outputs are fp32.
+        precision: Of weights and convolutions; inputs and outputs are fp32. "int8" (onnx, openvino)
+            wants the ranges that `yolov7 convert --precision int8` leaves in weights.
+        images: Folder of images to compare the file on, such as those of the calibration; None:
+            three photographs.
         layout: See `Metadata`; not with `nms`, whose layout is its own.
         nms: Suppress inside the graph, with this conf, iou and max_det (onnx, openvino).
         letterbox: Take one image of any size as it comes from a camera (likewise).
@@ -51,6 +55,7 @@ class Settings:
     letterbox: bool = False
     device: Literal["cpu", "cuda"] = "cpu"
     opset: int | None = None
+    images: Path | None = None
 
 
 PARTS = slice(0, 4), slice(4, 5), slice(5, None)  # of a prediction: box, objectness, classes
@@ -59,7 +64,7 @@ PARTS = slice(0, 4), slice(4, 5), slice(5, None)  # of a prediction: box, object
 class Deploy(nn.Module):
     """What goes into the file: a fused model between fp32 images and the layout of the output."""
 
-    def __init__(self, model: YOLOv7, layout: str) -> None:
+    def __init__(self, model: YOLOv7 | Quantised, layout: str) -> None:
         super().__init__()
         self.model = model
         self.layout = layout
@@ -90,6 +95,7 @@ def export(model: YOLOv7, path: Path, settings: Settings) -> Exported:
     start = time.perf_counter()
     require_format(settings.kind)
     metadata = _metadata(model, settings)
+    images = sample_images(settings.images)
     made = FORMATS[settings.kind]
     if settings.opset is not None:
         plain = settings.nms is None and not settings.letterbox
@@ -100,7 +106,7 @@ def export(model: YOLOv7, path: Path, settings: Settings) -> Exported:
         temporary.touch()  # what cannot be written fails before the work
         try:
             note = made.write(_program(model, metadata), temporary, metadata)
-            result = check(temporary, path, metadata, _reference(model, metadata))
+            result = check(temporary, path, metadata, _reference(model, metadata), images)
             if made.PART:
                 temporary.with_suffix(made.PART).replace(path.with_suffix(made.PART))
         finally:
@@ -135,6 +141,11 @@ def _metadata(model: YOLOv7, settings: Settings) -> Metadata:
         raise UserError("NMS inside has no more than conf, iou and max_det: leave the others out")
     if nms is not None and settings.layout != "grid":
         raise UserError("with NMS inside, the output is detections: leave the layout out")
+    if settings.precision == "int8" and "int8" not in model.ranges:
+        raise UserError(
+            "precision int8: these weights have no ranges for it: "
+            "yolov7 convert --precision int8 --calibrate FOLDER makes weights that do"
+        )
     if settings.letterbox and settings.batch != 1:
         raise UserError("with the letterbox inside, one image goes in: leave the batch out")
     if settings.device == "cuda" and not torch.cuda.is_available():
@@ -166,6 +177,11 @@ def _check_inside(settings: Settings) -> None:
         if wanted and name not in made.INSIDE:
             others = [other.NAME for other in FORMATS.values() if name in other.INSIDE]
             raise UserError(f"{made.NAME} has no {name} inside: export {' or '.join(others)}")
+    if settings.precision not in made.PRECISIONS:
+        others = [
+            other.NAME for other in FORMATS.values() if settings.precision in other.PRECISIONS
+        ]
+        raise UserError(f"{made.NAME} has no {settings.precision}: export {' or '.join(others)}")
     if settings.device not in (made.DEVICES or ("cpu",)):
         raise UserError(f"{made.NAME} files run anywhere: leave device {settings.device} out")
 
@@ -182,7 +198,8 @@ def _program(model: YOLOv7, metadata: Metadata) -> ExportedProgram:
     if metadata.precision == "fp16":
         anchors = model.head.anchors
         model.half().head.anchors = anchors  # boxes are decoded in fp32
-    network = Deploy(model, metadata.layout).to(metadata.device).eval()
+    predictor = Quantised(model) if metadata.precision == "int8" else model
+    network = Deploy(predictor, metadata.layout).to(metadata.device).eval()
     # With an example of one image, torch.export would take the one for a constant.
     batch = 2 if metadata.batch == "dynamic" else metadata.batch
     images = torch.zeros(batch, 3, *metadata.imgsz, device=metadata.device)

@@ -64,6 +64,7 @@ class Format(ABC):
         ABOUT: In a few words, for `--help`.
         INSIDE: Of "nms" and "letterbox", what can be part of the file.
         DEVICES: What a file is made for; none: it runs anywhere.
+        PRECISIONS: Of weights and convolutions, which it can have.
         ENGINES: What can run it, for `--engine`, beside "auto".
         PACKAGES: That must be installed to write one.
         EXTRA: Of this package, which brings them.
@@ -76,6 +77,7 @@ class Format(ABC):
     ABOUT: ClassVar[str]
     INSIDE: ClassVar[frozenset[str]] = frozenset()
     DEVICES: ClassVar[tuple[str, ...]] = ()
+    PRECISIONS: ClassVar[tuple[str, ...]] = ("fp32", "fp16")
     ENGINES: ClassVar[tuple[str, ...]] = ()
     PACKAGES: ClassVar[tuple[str, ...]] = ()
     EXTRA: ClassVar[str] = "export"

@@ -17,7 +17,7 @@ LARGEST_STRIDE = 64  # the family's
 MOST_PIXELS = 1 << 26  # of a batch, 800 MB, which is filled up where there are fewer images
 
 Layout = Literal["grid", "classes-first", "detections"]
-Precision = Literal["fp32", "fp16"]
+Precision = Literal["fp32", "fp16", "int8"]
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ class Onnx(Format):
     SUFFIX = ".onnx"
     ABOUT = "runs anywhere"
     INSIDE = frozenset({"nms", "letterbox"})
+    PRECISIONS = ("fp32", "fp16", "int8")
     ENGINES = ("openvino",)
     PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 

@@ -30,6 +30,7 @@ class OpenVinoIr(Format):
     PART = ".bin"
     ABOUT = "an .xml and a .bin"
     INSIDE = frozenset({"nms", "letterbox"})
+    PRECISIONS = ("fp32", "fp16", "int8")
     ENGINES = ("openvino",)
     PACKAGES = ("onnx", "onnxscript", "openvino")
     EXTRA = "openvino"
