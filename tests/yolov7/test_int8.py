@@ -23,7 +23,14 @@ from yolov7.engine.choose import Runtime, open_network
 from yolov7.engine.eager import Network
 from yolov7.engine.graph.calibrate import calibrate
 from yolov7.engine.graph.trace import trace
-from yolov7.engine.int8 import Int8Conv, Int8Forward, Scale, largest_around, largest_of_4
+from yolov7.engine.int8 import (
+    Int8Conv,
+    Int8Forward,
+    Scale,
+    largest_around,
+    largest_of_4,
+    leaky_bytes,
+)
 from yolov7.errors import UserError
 from yolov7.kernels.conv.layer import Activation, activate
 from yolov7.model import YOLOv7
@@ -68,6 +75,23 @@ def test_a_convolution_is_rounded_once(
     steps = (expected / target.unit + target.zero).round().clamp(0, 255) - y.float()
     assert steps.abs().max() <= 1
     assert (steps != 0).float().mean() < (0.2 if activation == "leaky_relu" else 0.01)
+
+
+@pytest.mark.parametrize("zero", [0, 1, 77, 127, 128, 255])
+@pytest.mark.parametrize("shape", [(1, 256, 1, 1), (1, 1, 16, 16), (2, 64, 2, 1)])
+def test_leaky_relu_of_every_byte(zero: int, shape: tuple[int, ...]) -> None:
+    """To the nearest byte, halves upwards, whatever code of OpenCV's a size takes."""
+    x = (
+        torch.arange(256, dtype=torch.uint8)
+        .view(shape)
+        .contiguous(memory_format=torch.channels_last)
+    )
+    steps = x.long() - zero
+    tenths = torch.div(steps + 5, 10, rounding_mode="floor")  # of steps below zero
+    expected = torch.where(steps < 0, tenths, steps) + zero
+    found = leaky_bytes(x.clone(memory_format=torch.preserve_format), zero)
+    assert torch.equal(found.long(), expected)
+    assert found.is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize("size", [(13, 11), (5, 4), (2, 2)])
