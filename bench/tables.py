@@ -14,6 +14,7 @@ from statistics import geometric_mean
 import torch
 
 from bench import accuracy
+from bench.peers import KEPT
 from bench.plots import save_pictures
 from bench.results import OURS, RESULTS, ROOT, Report, Row, environment, left_out, verdict
 from yolov7.variants import VARIANTS
@@ -54,6 +55,25 @@ def speed(reports: Sequence[Report]) -> list[str]:
         if missing := left_out(report.rows):
             lines += [*(f"- {line}" for line in missing), ""]
     return lines[:-1]
+
+
+def peers(report: Report) -> list[str]:
+    """Lines of the table of runtimes: one for each, a column for each variant."""
+    rows = [row for row in report.rows if not row.missing and "neighbour" not in row.case]
+    cases = list(dict.fromkeys(row.case for row in rows))
+    known = report.environment
+    versions = ", ".join(f"{name} {value}" for name, value in known["versions"].items())
+    lines = [
+        f"**{known['device']}**, {known['threads']} threads, {versions}; commit {known['commit']}, "
+        f"{known['date'][:10]}. Median ms of a forward, each runtime in a process of its own.",
+        "",
+        f"| | {' | '.join(cases)} |",
+        "|---|" + "---|" * len(cases),
+    ]
+    for body in dict.fromkeys(row.body for row in rows):
+        found = [report.find("peers", case, body) for case in cases]
+        lines.append(f"| {body} | {' | '.join(f'{r.p50_ms:.4g}' if r else '' for r in found)} |")
+    return lines
 
 
 def _heading(report: Report) -> Iterator[str]:
@@ -170,9 +190,18 @@ def rewritten(text: str, name: str, lines: Sequence[str]) -> str:
     return before + "\n".join([start, "", *lines, "", end]) + after
 
 
+def document(name: str) -> Path:
+    """Where a table stands."""
+    return DOCUMENTS / ("accuracy.md" if name == "accuracy" else "speed.md")
+
+
 def tables() -> dict[str, list[str]]:
-    """The lines of every table that is written from kept results, by its document."""
-    return {"accuracy": list(accuracy.table(accuracy.kept())), "speed": speed(newest())}
+    """The lines of every table that is written from kept results, by its name."""
+    return {
+        "accuracy": list(accuracy.table(accuracy.kept())),
+        "speed": speed(newest()),
+        "peers": peers(Report.load(KEPT)),
+    }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -183,7 +212,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.keep:
         print("kept:", keep(options.keep))
     for name, lines in tables().items():
-        path = DOCUMENTS / f"{name}.md"
+        path = document(name)
         path.write_text(rewritten(path.read_text(), name, lines))
     return 0
 

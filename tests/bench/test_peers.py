@@ -17,8 +17,9 @@ def test_all_contenders_agree_or_are_said_to_be_missing() -> None:
     assert rows["ours"].p50_ms > 0
     beside = {row.body for row in found if row.case.endswith("32 px, neighbour 19")}
     assert beside == {row.body for row in rows.values() if not row.missing}
-    for body in ("onnxruntime", "openvino, fp32", "openvino, bf16"):
+    assert rows["ours, int8"].p50_ms > 0 or "VNNI" in rows["ours, int8"].missing
+    for body in ("onnxruntime, fp32", "onnxruntime, int8", "openvino, fp32", "openvino, int8"):
         if find_spec(body.partition(",")[0]):
-            assert rows[body].turns == 1
+            assert rows[body].turns >= 1
         else:
             assert "is not installed" in rows[body].missing

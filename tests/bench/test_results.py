@@ -96,9 +96,9 @@ def test_section_of_a_gpu() -> None:
     assert "9 configs of 7 layers" in text
 
 
-@pytest.mark.parametrize("name", ["accuracy", "speed"])
+@pytest.mark.parametrize("name", ["accuracy", "speed", "peers"])
 def test_documents_show_the_kept_results(name: str) -> None:
-    text = (tables.DOCUMENTS / f"{name}.md").read_text()
+    text = tables.document(name).read_text()
     anew = tables.rewritten(text, name, tables.tables()[name])
     assert text == anew, "run `python -m bench.tables`"
 
