@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from yolov7.kernels.runtime import FLOATS, launch, tl, triton, triton_op
@@ -34,22 +33,25 @@ def reparam_reference(
     identity_norm: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """The fold in plain PyTorch; arguments and results as in `reparam`."""
-    weight, bias = _fold(dense, dense_norm)
-    border = [dense.shape[3] // 2] * 4
+    factor, bias = _folded(dense_norm)
+    weight = dense.to(torch.float64, copy=True).mul_(factor[:, None, None, None])
+    centre = weight[:, :, dense.shape[2] // 2, dense.shape[3] // 2]  # [K, C]
     if pointwise is not None and pointwise_norm is not None:
-        weight_1x1, bias_1x1 = _fold(pointwise, pointwise_norm)
-        weight, bias = weight + F.pad(weight_1x1, border), bias + bias_1x1
+        factor, shift = _folded(pointwise_norm)
+        centre += pointwise[:, :, 0, 0].double() * factor[:, None]
+        bias = bias + shift
     if identity_norm is not None:
-        eye = torch.eye(len(weight), device=weight.device)[:, :, None, None]
-        weight_id, bias_id = _fold(eye, identity_norm)
-        weight, bias = weight + F.pad(weight_id, border), bias + bias_id
+        factor, shift = _folded(identity_norm)
+        centre.diagonal().add_(factor)
+        bias = bias + shift
     return weight.to(dense.dtype), bias.to(dense.dtype)
 
 
-def _fold(weight: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
+def _folded(norm: Tensor) -> tuple[Tensor, Tensor]:
+    """What a norm multiplies each channel by, and what it adds."""
     scale, shift, mean, variance = norm
     factor = scale / variance.sqrt()
-    return weight.double() * factor[:, None, None, None], shift - mean * factor
+    return factor, shift - mean * factor
 
 
 @triton.jit

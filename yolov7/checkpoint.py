@@ -179,7 +179,7 @@ def _load_safetensors(path: Path) -> YOLOv7:
     try:
         with safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no dict
-        return _filled(_described(_header(metadata), tensors), tensors)
+        return _filled(_described(_header(metadata), tensors), _copied(tensors))
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     except Exception as error:  # tensors can be of any shape, type and number
@@ -221,6 +221,14 @@ def _filled(model: YOLOv7, tensors: Mapping[str, Tensor]) -> YOLOv7:
     if (name := _not_finite(model.float())) is not None:
         raise UserError(f"tensor {name} holds NaN or infinity")
     return model.eval()
+
+
+def _copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors in fp32, in memory of their own: the file may be overwritten from now on."""
+    return {
+        name: tensor.to(torch.float32 if tensor.is_floating_point() else tensor.dtype, copy=True)
+        for name, tensor in tensors.items()
+    }
 
 
 def _not_finite(model: YOLOv7) -> str | None:

