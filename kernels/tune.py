@@ -3,9 +3,9 @@
 `tune_device` takes the distinct launches of some plans, by turns, the most expensive of each first
 by counted operations and bytes, tries every config of the search space whose tiles fit, and writes
 ``configs/DEVICE/conv.json`` after each launch, so that a run that was cut goes on where it stopped.
-Of a launch the likeliest configs are tried (`search.expected_cycles`), compiled side by side before
-the first runs. Every config is compared with the fp32 reference before it is timed: a config that
-is wrong is reported and never written (see the traps in `yolov7.kernels.conv.gather`), one that
+Of a launch those configs are tried that the cost model (`conv.model`) regrets least, compiled side
+by side before the first runs. Every config is compared with the fp32 reference before it is timed:
+a config that is wrong is reported and never written (see the traps in `yolov7.kernels.conv.gather`), one that
 takes the device down, and so the tuner, is left out when it is run again, and 20 runs of the
 fastest have to agree bit for bit. A launch is captured in a CUDA graph, since from the host it may
 take longer than on the device; times are CUDA events around several replays, the L2 cache flushed
@@ -50,9 +50,9 @@ TOLERANCE = {
     torch.int8: 8e-3,
 }
 """Relative root mean square error that a right config stays below: the output's rounding."""
-CANDIDATES = 12
-"""Configs of a launch that are tried: of YOLOv7's 82 launches at batch 1 and 32 that is 982 trials
-and 542 kernels to compile, where all would be 3515 and 1266."""
+CANDIDATES = 8
+"""Configs of a launch that are tried: of YOLOv7's 82 launches at batch 1 and 32 that is 652 trials
+and 311 kernels to compile, where all would be 2982 and 942."""
 RUNS = 20
 """Of the fastest config, whose results must agree bit for bit."""
 EXACT_TOLERANCE = 1e-4

@@ -11,7 +11,8 @@ and runs it many times (`ConvLaunch.prepare`).
 - `tma`: the Hopper kernel. `gather`: the portable one (sm_80 and up). `parts`: what they share.
 - `stem`: the first layer, from an image of 3 channels.
 - `launcher`: starts kernels; takes a config and preallocated buffers.
-- `config`: what a config says, tuned ones on disk. `search`: the default, and those worth trying.
+- `config`: what a config says, tuned ones on disk. `search`: those worth trying. `model`: what each
+  is expected to take, by which the default is chosen.
 - `launch`: all of it behind one face. `cases`: layers to compile ahead of time.
 """
 

@@ -11,10 +11,10 @@ from torch import Tensor
 from yolov7.kernels.conv.config import ConvConfig, Key, find_config
 from yolov7.kernels.conv.launcher import launch_conv, workspace_elements
 from yolov7.kernels.conv.layer import ConvCall, to_dtype
+from yolov7.kernels.conv.model import corners, ranked, stem_timed, timed
 from yolov7.kernels.conv.search import (
     default_config,
     default_stem_config,
-    expected_cycles,
     fits_tma,
     search_space,
     stem_search_space,
@@ -67,6 +67,9 @@ class Launch(Protocol):
 
     def chosen(self) -> ConvConfig:
         """The tuned config of the nearest launch on this device, or the default one."""
+
+    def expected(self) -> tuple[float, ...]:
+        """Seconds with the chosen config in each corner of `yolov7.kernels.conv.model`."""
 
     def prepare(
         self, config: ConvConfig | None = None, workspace: Workspace | None = None
@@ -123,8 +126,7 @@ class ConvLaunch:
         return replace(self, calls=[call.random(device) for call in self.calls])
 
     def configs(self) -> list[ConvConfig]:
-        likely = sorted(search_space(self.calls), key=partial(expected_cycles, self.calls))
-        return list(dict.fromkeys((default_config(self.calls), *likely)))
+        return [choice.config for choice in ranked(self.calls, search_space(self.calls))]
 
     def takes(self, config: ConvConfig) -> bool:
         return not config.tma or fits_tma(self.calls)
@@ -132,6 +134,10 @@ class ConvLaunch:
     def chosen(self) -> ConvConfig:
         config = find_config(self.key, self.calls[0].x.device)
         return config if config is not None and self.takes(config) else default_config(self.calls)
+
+    def expected(self) -> tuple[float, ...]:
+        at = corners(self.calls[0].x.device)
+        return tuple(map(timed(self.calls, self.chosen()), at))
 
     def prepare(
         self, config: ConvConfig | None = None, workspace: Workspace | None = None
@@ -183,6 +189,9 @@ class StemLaunch:
     def chosen(self) -> ConvConfig:
         config = find_config(self.key, self.call.out.device)
         return config if config and self.takes(config) else default_stem_config(self.call)
+
+    def expected(self) -> tuple[float, ...]:
+        return tuple(map(stem_timed(self.call), corners(self.call.out.device)))
 
     def prepare(
         self,

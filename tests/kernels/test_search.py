@@ -23,7 +23,7 @@ def test_search_space_is_small_and_fits(
 ) -> None:
     with recording(capability):
         configs = list(search_space([meta_call(layer_of(record, 1), dtype)]))
-    assert 6 <= len(configs) <= 160
+    assert (2 if record == SMALL else 6) <= len(configs) <= 80
     assert len({str(config) for config in configs}) == len(configs)
     tma = capability >= (9, 0) and record.stride == 1
     assert {config.tma for config in configs} == {tma}
@@ -50,7 +50,7 @@ def test_default_splits_a_sum_only_where_each_processor_has_less_to_do(batch: in
 
 
 def test_default_gathers_large_tiles_where_they_fill_a_hopper() -> None:
-    for batch, expected in ((1, (64, 64)), (32, (128, 128))):
+    for batch, expected in ((1, (64, 64)), (32, (256, 128))):
         with recording((9, 0)):
             chosen = launch_of(replace(CHAIN, stride=2), batch=batch).chosen()
         assert (chosen.block_m, chosen.block_n) == expected
@@ -68,7 +68,7 @@ def test_likely_configs_come_first() -> None:
 
 
 def test_few_configs_of_each_launch_are_tried() -> None:
-    """YOLOv7 at both batch sizes has 542 kernels to compile: 16 cores make a few a second."""
+    """YOLOv7 at both batch sizes has 311 kernels to compile: 16 cores make a few a second."""
     kernels = set()
     for batch in (1, 32):
         with recording((9, 0)) as specs:
@@ -76,7 +76,7 @@ def test_few_configs_of_each_launch_are_tried() -> None:
                 for config in launch.configs()[: tune.CANDIDATES]:
                     launch.prepare(config)()
         kernels |= {repr(replace(spec, fn=spec.fn.__name__)) for spec in specs}
-    assert len(kernels) <= 600
+    assert len(kernels) <= 350
 
 
 @pytest.mark.parametrize("record", [CHAIN, STEM], ids=["conv", "stem"])

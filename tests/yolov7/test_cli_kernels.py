@@ -4,6 +4,7 @@ import json
 import signal
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -14,7 +15,7 @@ import torch
 from yolov7.cli import main, tune
 from yolov7.kernels import aot
 from yolov7.kernels.aot import load_table
-from yolov7.kernels.architectures import ARCHITECTURES, Architecture
+from yolov7.kernels.architectures import ARCHITECTURES
 from yolov7.kernels.conv import ConvConfig, ConvLaunch, Launch
 from yolov7.kernels.conv.cases import Record, layer_of, meta_call
 from yolov7.kernels.conv.config import Entry
@@ -52,7 +53,7 @@ def test_aot_prints_and_writes_rows(tmp_path: Path, capsys: pytest.CaptureFixtur
 def test_aot_fails_over_a_limit(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(ARCHITECTURES, (9, 0), Architecture(1000, 132))
+    monkeypatch.setitem(ARCHITECTURES, (9, 0), replace(ARCHITECTURES[9, 0], shared_bytes=1000))
     assert main(["aot"]) == 1
     assert "over the limit: conv_tma_kernel one layer" in capsys.readouterr().err
 

@@ -7,6 +7,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
 import tyro
 from rich.console import Console
 from rich.table import Table
@@ -14,14 +15,18 @@ from rich.table import Table
 from yolov7.checkpoint import load_model
 from yolov7.engine.choose import fit
 from yolov7.engine.graph.plan import make_plan
+from yolov7.engine.graph.planned import described, expected_seconds
 from yolov7.engine.graph.trace import trace
 from yolov7.engine.int8 import scales_of
 from yolov7.errors import UserError, at_least_one
-from yolov7.kernels.runtime import H200
+from yolov7.kernels.runtime import H200, recording
 from yolov7.layers import conv_layers
 from yolov7.model import Form, YOLOv7, create_model, parameter_count
 from yolov7.runs import write_json
 from yolov7.variants import VARIANTS
+
+CAPABILITY = 9, 0
+"""Of an H200."""
 
 
 @dataclass(kw_only=True)
@@ -38,7 +43,8 @@ class Info:
     classes: int = 80
     """number of classes of a variant that is named"""
     plan: bool = False
-    """show the inference engine's plan instead: steps, buffers, traffic, expected time"""
+    """show the inference engine's plan instead: steps, buffers, traffic, expected time at the
+    device's ceilings and by the cost model"""
     batch: int = 1
     """images of the plan"""
     precision: Literal["int8"] | None = None
@@ -91,7 +97,7 @@ def _table(title: str, headings: Sequence[str]) -> Table:
 
 def _console() -> Console:
     """As wide as the terminal; in a file or pipe wide enough for the tables."""
-    return Console(width=None if sys.stdout.isatty() else 160, markup=False)
+    return Console(width=None if sys.stdout.isatty() else 180, markup=False)
 
 
 def _show_layers(model: YOLOv7, size: int) -> dict[str, Any]:
@@ -136,6 +142,9 @@ def _show_plan(model: YOLOv7, batch: int, size: int) -> dict[str, Any]:
         raise UserError(f"--plan lowers the fused form, not --form {model.form}")
     at_least_one("batch", batch)
     plan = make_plan(model, batch, size, size)
+    launches = described(model.to("meta"), batch, size, size, torch.float16)
+    with recording(CAPABILITY):
+        modelled = expected_seconds(plan, launches)
     rows: list[dict[str, Any]] = [
         {
             "step": i,
@@ -146,14 +155,17 @@ def _show_plan(model: YOLOv7, batch: int, size: int) -> dict[str, Any]:
             "weight_bytes": plan.step_weight_bytes(step),
             "flops": plan.step_flops(step),
             "seconds": plan.step_seconds(step),
+            "modelled_seconds": [min(modelled[i]), max(modelled[i])],
             "buffers": [w.describe() for task in step.tasks for w in task.writes],
         }
         for i, step in enumerate(plan.steps)
     ]
-    totals = plan.totals()
+    totals: dict[str, Any] = plan.totals()
+    whole = [sum(corner) for corner in zip(*modelled, strict=True)]
+    totals["modelled_seconds"] = [min(whole), max(whole)]
     table = _table(
         f"{model.variant.name}, batch {batch}, {size} x {size}, fp16, expected on an {H200.name}",
-        ("step", "kernel", "shape", "map MB", "weight MB", "GFLOPs", "us", "writes"),
+        ("step", "kernel", "shape", "map MB", "weight MB", "GFLOPs", "roof us", "us", "writes"),
     )
     for row in rows:
         table.add_row(
@@ -164,6 +176,7 @@ def _show_plan(model: YOLOv7, batch: int, size: int) -> dict[str, Any]:
             f"{row['weight_bytes'] / 1e6:.2f}",
             f"{row['flops'] / 1e9:.3f}",
             f"{row['seconds'] * 1e6:.2f}",
+            _interval(row["modelled_seconds"]),
             " ".join(row["buffers"]),
         )
     console = _console()
@@ -173,9 +186,15 @@ def _show_plan(model: YOLOv7, batch: int, size: int) -> dict[str, Any]:
         f"{totals['bytes'] / 1e6:.0f} MB of maps moved ({totals['unfused_bytes'] / 1e6:.0f} MB by "
         f"operations run alone), {totals['flops'] / 1e9:.1f} GFLOPs, "
         f"{totals['peak_bytes'] / 2**20:.1f} MiB of buffers, "
-        f"{totals['seconds'] * 1e6:.0f} us at the ceilings of an {H200.name}"
+        f"{totals['seconds'] * 1e6:.0f} us at the ceilings of an {H200.name}; "
+        f"{_interval(totals['modelled_seconds'])} us by the cost model, which no GPU has calibrated"
     )
     return {"rows": rows, "totals": totals}
+
+
+def _interval(seconds: Sequence[float]) -> str:
+    """Of microseconds."""
+    return " to ".join(f"{1e6 * s:.{1 if s < 1e-4 else 0}f}" for s in seconds)
 
 
 def _show_precision(model: YOLOv7, precision: str, size: int) -> dict[str, Any]:

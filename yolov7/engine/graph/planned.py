@@ -30,6 +30,7 @@ from yolov7.kernels.conv import (
     quantise_weight,
     space_to_depth_weight,
 )
+from yolov7.kernels.conv.model import copy_timed, corners
 from yolov7.kernels.decode import decode
 from yolov7.kernels.pool import max_pool, spp, upsample
 from yolov7.model import YOLOv7
@@ -277,6 +278,25 @@ def described(
     if dtype in LARGEST:
         network = planned(name for step in network.plan.steps for name, _ in _written(step))
     return network.convolutions
+
+
+def expected_seconds(plan: Plan, launches: Iterable[Launch]) -> list[tuple[float, ...]]:
+    """What each step of a plan takes by the cost model, in each corner of it.
+
+    Args:
+        plan: of the launches.
+        launches: the convolutions among its steps, in order, as `described` gives them.
+    """
+    convolutions = iter(launches)
+    at = corners(torch.device("meta"))
+    seconds = []
+    for step in plan.steps:
+        if step.kind in ("conv", "stem"):
+            seconds.append(next(convolutions).expected())
+        else:
+            moved = plan.step_bytes(step) + plan.step_weight_bytes(step)
+            seconds.append(tuple(map(copy_timed(moved), at)))
+    return seconds
 
 
 def with_index(device: torch.device) -> torch.device:
