@@ -4,7 +4,7 @@ Each part runs in processes of its own with a share of the time, writes as it go
 it has when it is stopped; a run on the same folder goes on where the last one ended:
 
 - tests: every layer of the family in every type with every config, and the tests of the kernels;
-- tune: configs, the most expensive layers first;
+- tune: configs, the most expensive layers first, then the cost model beside them (`bench.fit`);
 - bench: every step of the plan, engine, kernels, beside their baselines;
 - train: the training step and its kernels.
 
@@ -179,6 +179,10 @@ def run_tuning(run: Run, until: float) -> None:
             return run.process(f"tuning {precision}", command, until)
 
         go_on(attempt, lambda: [file.read_bytes() for file in sorted(CONFIGS.rglob("*.json"))])
+    for file in CONFIGS.glob("*/conv.json"):
+        target = run.folder / f"model-{file.parent.name}.json"
+        command = ["bench.fit", str(file), "--json", str(target)]
+        run.process("cost model", command, time.monotonic() + TUNER_SECONDS)
 
 
 def run_benchmarks(run: Run, until: float) -> None:

@@ -1,15 +1,14 @@
 """Find the fastest configs on the GPU at hand and write them where `find_config` looks.
 
 `tune_device` takes the distinct launches of some plans, by turns, the most expensive of each first
-by counted operations and bytes, tries every config of the search space whose tiles fit, and writes
-``configs/DEVICE/conv.json`` after each launch, so that a run that was cut goes on where it stopped.
-Of a launch those configs are tried that the cost model (`conv.model`) regrets least, compiled side
-by side before the first runs. Every config is compared with the fp32 reference before it is timed:
-a config that is wrong is reported and never written (see the traps in `yolov7.kernels.conv.gather`), one that
-takes the device down, and so the tuner, is left out when it is run again, and 20 runs of the
-fastest have to agree bit for bit. A launch is captured in a CUDA graph, since from the host it may
-take longer than on the device; times are CUDA events around several replays, the L2 cache flushed
-between them, the median taken.
+by counted operations and bytes, and writes ``configs/DEVICE/conv.json`` after each, so that a run
+that was cut goes on where it stopped. Of a launch those configs are tried that the cost model
+(`conv.model`) regrets least, compiled side by side before the first runs. Each is compared with the
+fp32 reference before it is timed: one that is wrong is reported and never written (see the traps in
+`yolov7.kernels.conv.gather`), one that takes the device down, and so the tuner, is left out when it
+is run again, and 20 runs of the fastest have to agree bit for bit. A launch is timed as a network
+meets it: in a CUDA graph, since from the host it may take longer than on the device, between others
+of its kind, whose start it overlaps, with its maps in the L2 cache and its weights in memory.
 """
 
 import itertools
@@ -31,7 +30,7 @@ from torch import Tensor
 
 from yolov7.kernels import runtime
 from yolov7.kernels.aot import compiled_kernel
-from yolov7.kernels.conv import ConvConfig, Launch
+from yolov7.kernels.conv import ConvConfig, ConvLaunch, Launch
 from yolov7.kernels.conv.config import (
     Entry,
     read_entries,
@@ -53,6 +52,8 @@ TOLERANCE = {
 CANDIDATES = 8
 """Configs of a launch that are tried: of YOLOv7's 82 launches at batch 1 and 32 that is 652 trials
 and 311 kernels to compile, where all would be 2982 and 942."""
+CHAIN = 8
+"""Launches that are timed together: the weights of most of YOLOv7's then pass the L2 cache."""
 RUNS = 20
 """Of the fastest config, whose results must agree bit for bit."""
 EXACT_TOLERANCE = 1e-4
@@ -144,21 +145,33 @@ def compile_configs(
     return sum(job.exception() is None for job in jobs)
 
 
-def time_config(run: Callable[[], None], flush: Tensor, repeats: int = 20) -> float:
-    """Median seconds of a launch from a cold cache; it has run, since no capture can compile."""
+def chain(launch: Launch, config: ConvConfig) -> list[Callable[[], None]]:
+    """The launch again and again over the same maps, each time with other weights."""
+    links = [launch]
+    if isinstance(launch, ConvLaunch):  # the first layer's weights are a few kilobytes
+        calls = launch.calls
+        links += [
+            ConvLaunch([replace(call, weight=call.weight.clone()) for call in calls])
+            for _ in range(CHAIN - 1)
+        ]
+    return [link.prepare(config) for link in links]
+
+
+def time_chain(runs: Sequence[Callable[[], None]], repeats: int = 20) -> float:
+    """Median seconds of a launch in a chain; the first has run, since no capture can compile."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        run()
+        for run in runs:
+            run()
     pairs = []
     for _ in range(repeats + 3):
-        flush.zero_()
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         graph.replay()
         end.record()
         pairs.append((start, end))
     torch.cuda.synchronize()
-    return statistics.median(s.elapsed_time(e) for s, e in pairs[3:]) / 1000
+    return statistics.median(s.elapsed_time(e) for s, e in pairs[3:]) / 1000 / len(runs)
 
 
 class Trials:
@@ -207,7 +220,7 @@ def _trial(launch: Launch, config: ConvConfig) -> list[Any]:
 def tune_launch(
     launch: Launch,
     configs: Iterable[ConvConfig],
-    timer: Callable[[Callable[[], None]], float],
+    timer: Callable[[Sequence[Callable[[], None]]], float],
     *,
     attempt: Callable[[ConvConfig], AbstractContextManager[object]] = nullcontext,
     deadline: float = float("inf"),
@@ -218,7 +231,7 @@ def tune_launch(
     Args:
         launch: with random content.
         configs: what to try, likely ones first.
-        timer: seconds of a launch.
+        timer: seconds of a launch in a chain of them.
         attempt: entered while a config is tried.
         deadline: `time.monotonic` after which no further config is tried.
         report: told about every config that is wrong.
@@ -235,7 +248,7 @@ def tune_launch(
         tried += 1
         with attempt(config):
             wrong = check_config(launch, expected, config)
-            seconds = timer(launch.prepare(config)) if wrong is None else float("inf")
+            seconds = timer(chain(launch, config)) if wrong is None else float("inf")
         if wrong is not None:
             report(f"  rejected {config}: {wrong}")
         else:
@@ -285,7 +298,6 @@ def tune_device(
     assert folder is not None
     path = user_configs() / folder / "conv.json"
     entries, trials = read_entries(path), Trials(path.with_name("trials.json"))
-    flush = torch.empty(256 * 2**20, dtype=torch.uint8, device=device)
     for described in launches_to_tune(*plans):
         if time.monotonic() > deadline:
             return
@@ -295,9 +307,8 @@ def tune_device(
         if known is not None and known.tried >= len(configs):
             continue
         compile_configs(described, configs, runtime.capability(device), os.cpu_count() or 1)
-        timer = partial(time_config, flush=flush)
         attempt = partial(trials.note, launch)
-        best = tune_launch(launch, configs, timer, attempt=attempt, deadline=deadline)
+        best = tune_launch(launch, configs, time_chain, attempt=attempt, deadline=deadline)
         if best is not None:
             entries[best.key] = best
             write_entries(path, entries, runtime.capability(device), folder)

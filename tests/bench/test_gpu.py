@@ -196,7 +196,7 @@ def test_tuner_goes_on_behind_what_took_it_down(
 
     monkeypatch.setattr(gpu.Run, "process", process)
     gpu.run_tuning(run, time.monotonic() + 60)
-    assert names == ["tuning fp16"] * 3 + ["tuning fp8"]
+    assert names == ["tuning fp16"] * 3 + ["tuning fp8", "cost model"]
 
 
 def test_suites_go_on_behind_what_took_the_device_down(

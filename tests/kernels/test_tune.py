@@ -328,9 +328,21 @@ def test_timer_replays_a_captured_launch_between_events(monkeypatch: pytest.Monk
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: Mock(replay=lambda: said.append("replay")))
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    flush = Mock(zero_=lambda: said.append("flush"))
-    assert tune.time_config(lambda: said.append("run"), flush, repeats=2) == 2e-3
-    assert said == ["capture", "run", "end", *5 * ["flush", "event", "replay", "event"]]
+    runs = 4 * [lambda: said.append("run")]
+    assert tune.time_chain(runs, repeats=2) == 2e-3 / 4
+    assert said == ["capture", *4 * ["run"], "end", *5 * ["event", "replay", "event"]]
+
+
+def test_a_chain_shares_maps_and_no_weights() -> None:
+    launch = launch_of(SMALL).random(CPU)
+    (expected,) = launch.reference()
+    call = launch.calls[0]
+    for run in tune.chain(launch, CONFIG):
+        call.out.zero_()
+        run()
+        torch.testing.assert_close(call.out.float(), expected, rtol=1e-2, atol=1e-2)
+        call.weight.zero_()  # the others have their own
+    assert len(tune.chain(launch_of(STEM).random(CPU), CONFIG)) == 1
 
 
 def test_time_box_tries_nothing_more() -> None:
