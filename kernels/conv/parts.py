@@ -151,7 +151,7 @@ def finish(
     # Constexprs
     ACTIVATION: tl.constexpr,
 ):
-    """``act(acc * scale + bias) + residual``, zero in the border."""
+    """``act(acc * scale + bias) + residual``, whatever it is in the border."""
     mask_n = offs_n < shape.n_out
     acc = acc.to(tl.float32)
     if scale_ptr is not None:
@@ -162,46 +162,86 @@ def finish(
     elif ACTIVATION == "fast_silu":
         acc = fast_silu(acc)
     elif ACTIVATION == "leaky_relu":
-        acc = tl.where(acc > 0, acc, 0.1 * acc)
+        acc = tl.maximum(acc, 0.1 * acc)
     if residual_ptr is not None:
         residual_ptrs = residual_ptr + offs_m.to(tl.int64)[:, None] * shape.residual_stride
         residual_ptrs += offs_n[None, :]
         mask = (offs_m < shape.rows)[:, None] & mask_n[None, :]
         residual = tl.load(residual_ptrs, mask=mask, other=0.0).to(tl.float32)
         acc += residual * scales.residual
-    x = offs_m % shape.pitch
-    y = offs_m // shape.pitch % shape.row_pitch
-    inside = (x < shape.w) & (y < shape.h)
-    return tl.where(inside[:, None], acc, 0.0)
+    return acc
 
 
 @triton.jit
-def cast_output(acc, scales, DTYPE: tl.constexpr):
-    """The accumulator in the output's type; 8 bits are in units of their scale and saturate.
+def to_output(
+    acc,  # [BLOCK_M, BLOCK_N] fp32
+    offs_m,  # [BLOCK_M]
+    shape,  # Geometry
+    scales,  # Scales
+    DTYPE: tl.constexpr,
+):
+    """The accumulator in the output's type, zero in the border.
 
-    int8 is the last byte of the number plus 1.5 x 2^23, whose last place is 1: the addition rounds
-    to even at a full rate, which the conversion of a quarter of it does not.
+    8 bits are in units of their scale and saturate. int8 is the last byte of the number plus
+    1.5 x 2^23, whose last place is 1: the addition rounds to even at a full rate, which the
+    conversion of a quarter of it does not.
     """
     if DTYPE.is_fp8():
         acc = tl.clamp(acc / scales.out, -448.0, 448.0)
     elif DTYPE.is_int8():
         acc = tl.clamp(acc / scales.out, -127.0, 127.0) + 12582912.0
         acc = acc.to(tl.int32, bitcast=True)
-    return acc.to(DTYPE)
+    x = offs_m % shape.pitch
+    y = offs_m // shape.pitch % shape.row_pitch
+    inside = ((x < shape.w) & (y < shape.h))[:, None]
+    return _zero_unless(inside, acc.to(DTYPE), DTYPE)
+
+
+@triton.jit
+def _zero_unless(
+    inside,  # [BLOCK_M, 1]
+    values,  # [BLOCK_M, BLOCK_N]
+    DTYPE: tl.constexpr,  # of the values
+):
+    """The values, zero where they are not inside.
+
+    What lies in the border is no number of the map and may be infinite, so it is not multiplied by
+    zero. A selection takes an instruction an element and undoes the packing of two or four into a
+    register; an "and" of whole registers does not (of int8 it is no gain). Counted on sm_90, of a
+    1x1 layer with SiLU in fp16: 7.0 instructions an element instead of the selection's 8.5, 11.25
+    instead of 14.5 where tiles overlap; with LeakyReLU 5.75 instead of 7.25.
+    """
+    if DTYPE.primitive_bitwidth == 32 or DTYPE.is_int8() or INTERPRETED:
+        values = tl.where(inside, values, 0.0).to(DTYPE)
+    elif DTYPE.primitive_bitwidth == 16:
+        kept = tl.broadcast_to(tl.where(inside, -1, 0).to(tl.int16), values.shape)
+        values = _both(values.to(tl.int16, bitcast=True), kept, 2).to(DTYPE, bitcast=True)
+    else:
+        kept = tl.broadcast_to(tl.where(inside, -1, 0).to(tl.int8), values.shape)
+        values = _both(values.to(tl.int8, bitcast=True), kept, 4).to(DTYPE, bitcast=True)
+    return values
+
+
+@triton.jit
+def _both(a, b, PACK: tl.constexpr):
+    """``a & b``, so many elements at once."""
+    return tl.inline_asm_elementwise(
+        "and.b32 $0, $1, $2;", "=r,r,r", [a, b], dtype=a.dtype, is_pure=True, pack=PACK
+    )
 
 
 @triton.jit
 def store_rows(
     out_ptr,  # [target rows, n_out]
-    acc,  # [BLOCK_M, BLOCK_N] fp32, zero in the border
+    acc,  # [BLOCK_M, BLOCK_N] fp32
     offs_m,  # [BLOCK_M]
     offs_n,  # [BLOCK_N]
     shape,  # Geometry
-    scales,
+    scales,  # Scales
     UPSAMPLE: tl.constexpr,
 ):
     """Store a tile by pointers, once, or to the 2x2 pixels that upsampling makes of each."""
-    values = cast_output(acc, scales, out_ptr.dtype.element_ty)
+    values = to_output(acc, offs_m, shape, scales, out_ptr.dtype.element_ty)
     mask = (offs_m < shape.rows)[:, None] & (offs_n < shape.n_out)[None, :]
     if UPSAMPLE:
         line = offs_m // shape.pitch

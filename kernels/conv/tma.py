@@ -15,7 +15,6 @@ two bounds gives 151 us per image: 94 in 3x3 layers, bound by arithmetic (64x80x
 
 from yolov7.kernels.conv.parts import (
     begin,
-    cast_output,
     finish,
     layer_tiles,
     multiply,
@@ -25,6 +24,7 @@ from yolov7.kernels.conv.parts import (
     store_partial,
     store_rows,
     tap_shift,
+    to_output,
 )
 from yolov7.kernels.runtime import tl, triton
 
@@ -109,7 +109,7 @@ def _tma_layer(
             if UPSAMPLE:
                 store_rows(out, acc, offs_m, offs_n, shape, scales, True)
             else:
-                out.store([row, column], cast_output(acc, scales, out.dtype))
+                out.store([row, column], to_output(acc, offs_m, shape, scales, out.dtype))
 
 
 @triton.jit

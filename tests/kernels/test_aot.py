@@ -15,6 +15,7 @@ from yolov7.kernels.aot import Row, compile_all, compile_spec, load_table, passe
 from yolov7.kernels.architectures import ARCHITECTURES
 from yolov7.kernels.conv import ConvCall, ConvConfig, ConvLaunch, StemLaunch
 from yolov7.kernels.conv.cases import SAMPLES, Record, layer_of, meta_call, stem_call
+from yolov7.kernels.conv.layer import Activation
 from yolov7.kernels.runtime import FLOATS, PRECISIONS, recording, unfit
 
 BASELINES = Path(__file__).parents[2] / "bench" / "baselines"
@@ -96,6 +97,30 @@ def test_pooled_branch_beside_the_strided_one(target: str) -> None:
         assert passed_limits(both) == []
         assert (both.mma, both.mma_count) == (mma, sum(row.mma_count for row in alone))
         assert both.shared_bytes == max(row.shared_bytes for row in alone)
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize(
+    ("activation", "flatten", "most"),
+    [("silu", False, 7.0), ("silu", True, 11.5), ("leaky_relu", False, 6.0)],
+)
+def test_epilogue_is_short(activation: Activation, flatten: bool, most: float) -> None:
+    """Instructions of a thread for each element that it finishes, product and store included."""
+    record = Record(256, 256, 1, 1, 80, 80, activation)
+    call = meta_call(layer_of(record, 1), torch.float16)
+    config = ConvConfig(
+        tma=True,
+        block_m=128,
+        block_n=128,
+        block_k=64,
+        num_warps=8,
+        num_stages=4,
+        flatten=flatten,
+        launch_pdl=True,
+    )
+    wide, narrow = (compile_conv("sm_90", call, config=config, block_n=n) for n in (128, 64))
+    elements = 128 * (128 - 64) / (32 * config.num_warps)
+    assert (wide.instructions - narrow.instructions) / elements <= most
 
 
 @pytest.mark.aot

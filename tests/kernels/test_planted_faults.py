@@ -46,8 +46,10 @@ def test_wrong_border(
     path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kernel_device: torch.device
 ) -> None:
     config, module = PATHS[path]
-    old, new = "return tl.where(inside[:, None], acc, 0.0)", "return acc"
-    monkeypatch.setattr(module, "finish", planted(parts, old, new, tmp_path).finish)
+    old, new = "return _zero_unless(inside, acc.to(DTYPE), DTYPE)", "return acc.to(DTYPE)"
+    broken = planted(parts, old, new, tmp_path)
+    name = "store_rows" if path == "gather" else "to_output"
+    monkeypatch.setattr(module, name, getattr(broken, name))
     with pytest.raises(AssertionError, match="border"):
         check(config, kernel_device)
 
