@@ -48,8 +48,10 @@ bench-compare: $(VENV)/.dev  ## is this tree faster or slower than BASE, a git r
 	$(BIN)/python -m bench.compare $(BASE)
 
 baselines: $(VENV)/.dev  ## rewrite the tables that compiled kernels are compared with
-	for batch in 1 32; do $(BIN)/yolov7 aot --variant yolov7 --batch $$batch \
-	  --json bench/baselines/aot-sm_90-yolov7-batch$$batch.json || exit 1; done
+	for file in sm_90:1 sm_90:32 sm_80:1 sm_89:1 sm_100:1 sm_120:1; do \
+	  target=$${file%:*}; batch=$${file#*:}; \
+	  $(BIN)/yolov7 aot --target $$target --variant yolov7 --batch $$batch \
+	  --json bench/baselines/aot-$$target-yolov7-batch$$batch.json || exit 1; done
 
 $(VENV)/.runtime: pyproject.toml constraints.txt
 	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)

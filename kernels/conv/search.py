@@ -97,16 +97,14 @@ def _gather_options(
     calls: Sequence[ConvCall], block_m: int, block_n: int
 ) -> Iterator[dict[str, Any]]:
     """What else a config of the portable path says."""
-    pooled = any(c.layer.pool for c in calls)
+    heavy = calls[0].exact or any(c.layer.pool or c.layer.upsample for c in calls)
     deepest = 2 if calls[0].exact else 4 if _roomy(calls) else 3
     for stages in range(deepest, max(1, deepest - 2), -1):
         yield {
             "num_warps": _gather_warps(calls, block_m, block_n),
             "num_stages": stages,
-            # Left alone, ptxas aims lower and spills a register or two of small and pooled tiles.
-            "maxnreg": (
-                255 if pooled or calls[0].exact else 168 if block_m * block_n <= 64 * 64 else 0
-            ),
+            # Left alone, ptxas aims lower and spills a register or two.
+            "maxnreg": 255 if heavy else 168 if block_m * block_n <= 64 * 64 else 0,
             "launch_pdl": capability(calls[0].x.device) >= (9, 0),
         }
 
@@ -127,9 +125,8 @@ def _tma_options(
         yield {
             "num_warps": 8 if large else 4,
             "num_stages": max(1, min(4, depth)),
-            # Left alone, ptxas spills to make room for a second program, for which there is no
-            # shared memory.
-            "maxnreg": 255 if large and not hopper else 0,
+            # Left alone, ptxas spills to make room for programs that shared memory has none for.
+            "maxnreg": 0 if hopper else 255,
             "flatten": flatten,
             "occupancy": occupancy,
             "launch_pdl": True,
@@ -160,9 +157,10 @@ def _plain_store(call: ConvCall) -> bool:
 
 
 def _gather_warps(calls: Sequence[ConvCall], block_m: int, block_n: int) -> int:
-    """More threads where a tile, or the bytes that are pooled in it, takes many registers."""
-    pooled = any(c.layer.pool and c.x.element_size() == 1 for c in calls)
-    return 8 if block_m * block_n >= 128 * 128 or pooled else 4
+    """More threads where a tile, or what is pooled in it, takes many registers."""
+    wide = block_m * block_n > 64 * 64 and not _roomy(calls)
+    heavy = any(c.layer.pool and (wide or c.x.element_size() == 1) for c in calls)
+    return 8 if heavy or block_m * block_n >= 128 * 128 else 4
 
 
 def _pools_bytes(calls: Sequence[ConvCall]) -> bool:

@@ -1,5 +1,6 @@
 """What the compiler makes of the kernels, for GPUs that are not there."""
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from yolov7.kernels.conv import ConvCall, ConvConfig, ConvLaunch, StemLaunch
 from yolov7.kernels.conv.cases import SAMPLES, Record, layer_of, meta_call, stem_call
 from yolov7.kernels.conv.layer import Activation
 from yolov7.kernels.runtime import FLOATS, PRECISIONS, recording, unfit
+from yolov7.variants import VARIANTS
 
 BASELINES = Path(__file__).parents[2] / "bench" / "baselines"
 MATRIX = {  # int8 has no instruction of its own in Triton for sm_100
@@ -45,6 +47,20 @@ def compile_conv(
         launch = ConvLaunch(calls)
         launch.prepare(replace(config or launch.chosen(), **changes))()
     return compile_spec(specs[0], target, calls[0].layer.describe())
+
+
+@pytest.mark.proof
+@pytest.mark.parametrize(
+    ("target", "precision"),
+    [(t, p) for t in aot.TARGETS for p in PRECISIONS if p in MATRIX.get(t, MATRIX["sm_80"])],
+)
+def test_the_whole_family_compiles_within_the_limits(target: str, precision: str) -> None:
+    """Whatever the cost model chooses, at batch 1 and 32."""
+    passed = set()
+    for variant, batch in itertools.product(VARIANTS, (1, 32)):
+        for row in compile_all(target, workload(variant, batch, precision), only=["conv"]):
+            passed |= {f"{row.shape}, {row.config}: {limit}" for limit in passed_limits(row)}
+    assert sorted(passed) == []
 
 
 @pytest.mark.aot
@@ -183,16 +199,19 @@ def test_matrix_instructions_wait_for_what_was_copied(target: str) -> None:
 
 
 @pytest.mark.aot
-@pytest.mark.parametrize("batch", [1, 32])
-def test_nothing_became_worse(batch: int) -> None:
+@pytest.mark.parametrize(
+    ("target", "batch"),
+    [("sm_90", 1), ("sm_90", 32), ("sm_80", 1), ("sm_89", 1), ("sm_100", 1), ("sm_120", 1)],
+)
+def test_nothing_became_worse(target: str, batch: int) -> None:
     """The regression check that needs no GPU.
 
     `make baselines` rewrites the tables where a change is meant.
     """
-    version, baseline = load_table(BASELINES / f"aot-sm_90-yolov7-batch{batch}.json")
+    version, baseline = load_table(BASELINES / f"aot-{target}-yolov7-batch{batch}.json")
     if version != triton.__version__:
         pytest.skip(f"the table is of Triton {version}, this is {triton.__version__}")
-    rows = list(compile_all("sm_90", workload("yolov7", batch, "fp16")))
+    rows = list(compile_all(target, workload("yolov7", batch, "fp16")))
     assert worse(rows, baseline) == []
 
 
