@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo quick test lint docs proof test-triton bench bench-compare baselines clean
+.PHONY: demo quick test lint docs proof memory test-triton bench bench-compare baselines clean
 
 demo: $(VENV)/.runtime  ## detect blood cells on four sample images
 	$(BIN)/yolov7 predict
@@ -32,6 +32,19 @@ proof: $(VENV)/.dev  ## what takes long: hostile inputs and threads for MINUTES 
 	$(BIN)/python -m tests.proof.fuzz --minutes $(MINUTES)
 	$(BIN)/python -m tests.proof.soak --minutes $(MINUTES)
 	$(BIN)/pytest -n 2 --dist worksteal -m proof tests/kernels
+	$(MAKE) memory
+
+# ttsem wants Python 3.12 and Triton 3.8, and asks for a PyTorch that it does not need.
+PYTHON_MEMORY ?= python3.12
+
+memory: .venv-memory/.done  ## the kernel tests with every access of memory checked, by ttsem
+	.venv-memory/bin/python -m tests.proof.memory
+
+.venv-memory/.done: pyproject.toml constraints.txt
+	$(PYTHON_MEMORY) -m venv .venv-memory
+	.venv-memory/bin/pip install --quiet -c constraints.txt -e '.[dev]'
+	.venv-memory/bin/pip install --quiet --no-deps triton==3.8.0 ttsem==0.1.0
+	touch $@
 
 # The kernel jobs under another Triton: make test-triton TRITON=3.6.0
 test-triton:

@@ -11,7 +11,8 @@ from torch import Tensor
 from yolov7.kernels.conv import Stem, StemCall, StemLaunch, pack_weight, space_to_depth_weight
 from yolov7.kernels.layout import PitchedLayout
 
-TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 2e-2, torch.float32: 2e-3}
+# fp32 is multiplied as TF32 on a GPU, which rounds each factor by up to 2^-11; not interpreted.
+TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 2e-2, torch.float32: 5e-3}
 
 
 def problem(
