@@ -1,4 +1,4 @@
-"""What `make memory` sees: each of these faults, planted in a copy of a kernel, stops its launch."""
+"""What `make memory` sees: each of these faults, planted in a kernel's copy, stops its launch."""
 
 import sys
 from dataclasses import replace
