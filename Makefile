@@ -37,13 +37,14 @@ proof: $(VENV)/.dev  ## what takes long: hostile inputs and threads for MINUTES 
 # ttsem wants Python 3.12 and Triton 3.8, and asks for a PyTorch that it does not need.
 PYTHON_MEMORY ?= python3.12
 
-memory: .venv-memory/.done  ## the kernel tests with every access of memory checked, by ttsem
+memory: .venv-memory/.done  ## the kernels under ttsem (every access) and sentryward (barriers)
 	.venv-memory/bin/python -m tests.proof.memory
+	.venv-memory/bin/python -m tests.proof.barriers
 
 .venv-memory/.done: pyproject.toml constraints.txt
 	$(PYTHON_MEMORY) -m venv .venv-memory
 	.venv-memory/bin/pip install --quiet -c constraints.txt -e '.[dev]'
-	.venv-memory/bin/pip install --quiet --no-deps triton==3.8.0 ttsem==0.1.0
+	.venv-memory/bin/pip install --quiet --no-deps triton==3.8.0 ttsem==0.1.0 sentryward==0.1.1
 	touch $@
 
 # The kernel jobs under another Triton: make test-triton TRITON=3.6.0

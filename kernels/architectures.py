@@ -26,6 +26,7 @@ class Architecture:
 
 
 ARCHITECTURES = {
+    (0, 0): Architecture(65_536, 304, 2.1e9, 1024, (5e12, 10e12), (4e12, 5.3e12)),  # AMD's MI300X
     (8, 0): Architecture(166_912, 108, 1.41e9, 1024, (3.5e12, 5.5e12), (1.3e12, 1.9e12)),  # A100
     # A10, RTX 30xx
     (8, 6): Architecture(101_376, 84, 1.7e9, 256, (1.5e12, 3e12), (0.5e12, 0.9e12)),

@@ -31,6 +31,7 @@ from torch.torch_version import TorchVersion
 from yolov7.kernels.architectures import ARCHITECTURES, UNKNOWN
 
 __all__ = [
+    "AMD",
     "DTYPE_NAMES",
     "FLOATS",
     "H200",
@@ -47,6 +48,7 @@ __all__ = [
     "launch",
     "processors",
     "recording",
+    "rounding",
     "runs_kernels",
     "shared_bytes",
     "tl",
@@ -79,6 +81,9 @@ except ImportError:
 else:
     HAS_TRITON = True
 
+AMD = torch.version.hip is not None
+"""Whether this PyTorch is for AMD's GPUs, where kernels do without NVIDIA's instructions."""
+
 INTERPRET = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0") == "1"
 """Whether this process runs kernels in Triton's interpreter (read when kernels are decorated)."""
 
@@ -93,6 +98,11 @@ PRECISIONS = {
 FLOATS = {name: dtype for name, dtype in PRECISIONS.items() if dtype.itemsize > 1}
 """Those that PyTorch computes in."""
 DTYPE_NAMES = {dtype: name for name, dtype in PRECISIONS.items()}
+
+
+def rounding(factor: Tensor, *, exact: bool) -> str:
+    """``input_precision`` of a product: TF32's of fp32 unless it has to be exact."""
+    return "tf32" if factor.dtype == torch.float32 and not exact else "ieee"
 
 
 @dataclass(frozen=True)
@@ -273,9 +283,14 @@ def is_recording() -> bool:
 
 
 def capability(device: torch.device) -> tuple[int, int]:
-    """Compute capability of ``device``; the interpreter plays the oldest GPU supported, (8, 0)."""
+    """Compute capability of ``device``, (0, 0) of one of AMD's.
+
+    The interpreter plays the oldest of NVIDIA's that is supported, (8, 0).
+    """
     if _recorder is not None:
         return _recorder.capability
+    if AMD and device.type == "cuda":
+        return 0, 0
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 0)
 
 

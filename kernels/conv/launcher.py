@@ -11,7 +11,7 @@ from yolov7.kernels.conv.gather import conv_gather_kernel
 from yolov7.kernels.conv.layer import ConvCall, epilogue_activation
 from yolov7.kernels.conv.parts import Geometry, Scales, conv_reduce_kernel
 from yolov7.kernels.conv.tma import conv_tma_kernel
-from yolov7.kernels.runtime import TensorDescriptor, launch, processors, triton
+from yolov7.kernels.runtime import TensorDescriptor, launch, processors, rounding, triton
 
 MAX_GROUPS = 3
 
@@ -63,7 +63,7 @@ def launch_conv(
         "PDL": config.launch_pdl,
     }
     product = {
-        "PRECISION": "ieee" if layer.exact else "tf32",
+        "PRECISION": rounding(calls[0].x, exact=layer.exact),
         "PROMOTE": long_fp8_sum(calls),
         **shared,
     }

@@ -2,9 +2,10 @@
 
 from typing import NamedTuple
 
-from yolov7.kernels.runtime import INTERPRET, tl, triton
+from yolov7.kernels.runtime import AMD, INTERPRET, tl, triton
 
 INTERPRETED = tl.constexpr(INTERPRET)
+PLAIN = tl.constexpr(INTERPRET or AMD)  # without NVIDIA's assembly
 
 
 class Geometry(NamedTuple):
@@ -126,7 +127,7 @@ def fast_silu(x):
     per cycle: 4096 cycles for a tile of 128 x 256, half a 1x1 layer's time; tanh is one. Its error,
     at most 2^-11 of 1, makes one of |x| 2^-12: half of what rounding x to fp16 makes.
     """
-    if INTERPRETED:
+    if PLAIN:
         return x / (1.0 + tl.exp(-x))
     half = 0.5 * x
     tanh = tl.inline_asm_elementwise(
@@ -211,7 +212,7 @@ def _zero_unless(
     1x1 layer with SiLU in fp16: 7.0 instructions an element instead of the selection's 8.5, 11.25
     instead of 14.5 where tiles overlap; with LeakyReLU 5.75 instead of 7.25.
     """
-    if DTYPE.primitive_bitwidth == 32 or DTYPE.is_int8() or INTERPRETED:
+    if DTYPE.primitive_bitwidth == 32 or DTYPE.is_int8() or PLAIN:
         values = tl.where(inside, values, 0.0).to(DTYPE)
     elif DTYPE.primitive_bitwidth == 16:
         kept = tl.broadcast_to(tl.where(inside, -1, 0).to(tl.int16), values.shape)

@@ -31,7 +31,7 @@ from yolov7.kernels.conv.layer import (
 )
 from yolov7.kernels.conv.parts import Geometry, Scales, begin, finish, multiply, store_rows
 from yolov7.kernels.layout import PitchedLayout
-from yolov7.kernels.runtime import DTYPE_NAMES, FLOATS, launch, tl, triton
+from yolov7.kernels.runtime import DTYPE_NAMES, FLOATS, launch, rounding, tl, triton
 
 
 @dataclass(frozen=True)
@@ -263,7 +263,7 @@ def launch_stem(call: StemCall, config: ConvConfig) -> None:
         "KERNEL": stem.kernel,
         "STRIDE": stem.stride,
         "ACTIVATION": epilogue_activation(stem.activation, out.dtype),
-        "PRECISION": "ieee" if stem.exact else "tf32",
+        "PRECISION": rounding(call.weight, exact=stem.exact),
         "PDL": config.launch_pdl,
         "BLOCK_N": config.block_n,
     }

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from yolov7.kernels.decode.kernels import Level, decode_kernel
 from yolov7.kernels.layout import PitchedLayout
-from yolov7.kernels.runtime import FLOATS, INTERPRET, Config, launch, triton, triton_op
+from yolov7.kernels.runtime import FLOATS, INTERPRET, Config, launch, rounding, triton, triton_op
 
 SEGMENT = 64
 """Rows of a segment of the candidate form."""
@@ -125,7 +125,7 @@ def launch_decode(
         "outputs": rows.shape[2],
         "conf": 0.0 if conf is None else conf,
         "LEVELS": len(features),
-        "PRECISION": "ieee" if exact else "tf32",
+        "PRECISION": rounding(features[0], exact=exact),
         "PROMOTE": INTERPRET and features[0].dtype == torch.bfloat16,
         "BLOCK_M": SEGMENT,
     }

@@ -1,6 +1,9 @@
 """What the compiler makes of the kernels, for GPUs that are not there."""
 
 import itertools
+import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +23,8 @@ from yolov7.kernels.conv.layer import Activation
 from yolov7.kernels.runtime import FLOATS, PRECISIONS, recording, unfit
 from yolov7.variants import VARIANTS
 
-BASELINES = Path(__file__).parents[2] / "bench" / "baselines"
+ROOT = Path(__file__).parents[2]
+BASELINES = ROOT / "bench" / "baselines"
 MATRIX = {  # int8 has no instruction of its own in Triton for sm_100
     "sm_80": {"fp16": "HMMA", "bf16": "HMMA", "fp32": "HMMA", "int8": "IMMA"},
     "sm_89": {"fp16": "HMMA", "bf16": "HMMA", "fp32": "HMMA", "fp8": "QMMA", "int8": "IMMA"},
@@ -213,6 +217,30 @@ def test_nothing_became_worse(target: str, batch: int) -> None:
         pytest.skip(f"the table is of Triton {version}, this is {triton.__version__}")
     rows = list(compile_all(target, workload("yolov7", batch, "fp16")))
     assert worse(rows, baseline) == []
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("target", ["gfx942", "gfx1100"])
+def test_portable_kernels_compile_for_amd(target: str) -> None:
+    """With matrix instructions, within shared memory. No more is proven: none has run there."""
+    command = [sys.executable, "-m", "tests.kernels.amd", target]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert {row["kernel"] for row in rows} >= {
+        "conv_gather_kernel",
+        "conv_reduce_kernel",
+        "conv_stem_kernel",
+        "decode_kernel",
+        "nms_greedy_kernel",
+        "_letterbox_kernel",
+    }
+    for row in rows:
+        multiplies = row["kernel"].startswith(("conv_gather", "conv_stem", "decode"))
+        assert (row["matrix"] > 0) == multiplies, row
+        assert row["shared"] <= ARCHITECTURES[0, 0].shared_bytes, row
+        large = target == "gfx1100" and "6x6" in row["shape"]  # the first layer of the P6 variants
+        assert (row["spilled"] > 0) == large, row
 
 
 @pytest.mark.aot

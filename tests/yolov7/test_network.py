@@ -204,6 +204,8 @@ def test_graph_is_refused_where_triton_computes_wrongly(monkeypatch: pytest.Monk
     assert resolve_engine("graph", hopper) == resolve_engine("auto", hopper) == "graph"
     monkeypatch.setattr("triton.__version__", "3.7.1")
     assert resolve_engine("auto", blackwell) == "graph"
+    monkeypatch.setattr("yolov7.engine.choose.AMD", True)
+    assert (resolve_engine("auto", hopper), resolve_engine("graph", hopper)) == ("eager", "graph")
 
 
 def test_fp8_needs_calibrated_weights_and_the_graph(demo: YOLOv7, images: torch.Tensor) -> None:

@@ -16,7 +16,7 @@ from yolov7.engine.faults import warn
 from yolov7.engine.frames import Forward, HostFrames
 from yolov7.errors import UserError
 from yolov7.formats import is_exported
-from yolov7.kernels.runtime import HAS_TRITON, PRECISIONS, unfit
+from yolov7.kernels.runtime import AMD, HAS_TRITON, PRECISIONS, unfit
 from yolov7.letterbox import round_up
 from yolov7.model import YOLOv7
 from yolov7.suppression import Suppression
@@ -195,6 +195,8 @@ def _open_exported(path: str | Path, runtime: Runtime) -> ExportedNetwork:
 def resolve_engine(name: str, device: torch.device) -> str:
     """The engine of an option: "auto" is graph on a GPU that it is made for, else eager.
 
+    On AMD's GPUs graph has to be asked for: its kernels compile for them; none has run there.
+
     Raises:
         UserError: An unknown engine, or one that the device has not got.
     """
@@ -214,5 +216,5 @@ def resolve_engine(name: str, device: torch.device) -> str:
     if name == "auto" and wrong:
         warn(f"engine graph is left for eager: {wrong}")
     if name == "auto":
-        return "graph" if cuda and HAS_TRITON and not (old or wrong) else "eager"
+        return "graph" if cuda and HAS_TRITON and not (old or wrong or AMD) else "eager"
     return name
