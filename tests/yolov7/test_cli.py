@@ -162,7 +162,14 @@ def test_info_shows_the_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     )
     assert sum(row["bytes"] for row in result["rows"]) == result["totals"]["bytes"]
     assert len(result["rows"]) == result["totals"]["launches"]
-    assert "73 launches" in capsys.readouterr().out
+    modelled = [row["modelled_seconds"] for row in result["rows"]]
+    assert all(low <= high for low, high in modelled)
+    least, most = result["totals"]["modelled_seconds"]
+    assert sum(low for low, _ in modelled) <= least <= most <= sum(high for _, high in modelled)
+    assert (least, most) == pytest.approx((0.51e-3, 0.75e-3), rel=0.01)  # as docs/kernels.md says
+    out = " ".join(capsys.readouterr().out.split())
+    assert "73 launches" in out
+    assert "511 to 745 us by the cost model, which no GPU has calibrated" in out
     assert main(["info", "yolov7", "--plan", "--form", "deploy"]) == 1
 
 
