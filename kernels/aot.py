@@ -117,6 +117,12 @@ def compile_spec(spec: CompileSpec, target: str, shape: str = "") -> Row:
     )
 
 
+def instructions(cubin: bytes) -> list[str]:
+    """The names of machine code's instructions, without their options, in order."""
+    found = _INSTRUCTION.findall(_disassemble(cubin))
+    return [name.split(".")[0] for name, _ in found]
+
+
 def _operand(operands: Sequence[str]) -> str:
     """Where warp-group matrix instructions find A: HGMMA D, A, B or HGMMA D, descriptor."""
     firsts = [text.split(",")[1].strip() for text in operands if "gdesc" in text]

@@ -19,6 +19,7 @@ operations, at 60 to 75 % of its speed, since A passes through registers.
 """
 
 from yolov7.kernels.conv.parts import (
+    ask_for_weights,
     begin,
     finish,
     layer_tiles,
@@ -216,6 +217,9 @@ def conv_gather_kernel(
     Each layer has its own copy of the loop: a 1x1 behind a max-pool, which waits for memory, runs
     beside a 3x3 of stride 2, which multiplies, in the shared memory that the latter takes alone.
     """
+    for g in tl.static_range(len(KERNELS)):
+        length = KERNELS[g] * KERNELS[g] * shapes[g].c_in
+        ask_for_weights(weight_ptrs[g], shapes[g].n_out * length, PDL)
     begin(PDL)
     tile = tl.program_id(0)
     for g in tl.static_range(len(KERNELS)):

@@ -63,6 +63,7 @@ def launch_conv(
         "PDL": config.launch_pdl,
     }
     product = {
+        "weight_ptrs": tuple(c.weight for c in calls),
         "PRECISION": rounding(calls[0].x, exact=layer.exact),
         "PROMOTE": long_fp8_sum(calls),
         **shared,
@@ -79,7 +80,6 @@ def launch_conv(
     else:
         args = {
             "x_ptrs": tuple(c.x for c in calls),
-            "weight_ptrs": tuple(c.weight for c in calls),
             "out_ptrs": tuple(c.out for c in calls),
             "KERNELS": tuple(c.layer.kernel for c in calls),
             "REDUCTION": layer.reduction,

@@ -51,6 +51,33 @@ def begin(PDL: tl.constexpr):
 
 
 @triton.jit
+def ask_for_weights(
+    weight_ptr,  # [n_out, length]
+    elements,
+    PDL: tl.constexpr,
+):
+    """Bring this program's share of a layer's weights from memory to the L2 cache.
+
+    They depend on no kernel, so this comes before the wait for the one before: programs that stand
+    ready spend it so. Of a network larger than that cache each launch would else begin by waiting
+    for its weights.
+    """
+    if PDL:
+        LINE: tl.constexpr = 1024 // weight_ptr.dtype.element_ty.primitive_bitwidth  # 128 bytes
+        share = 256 * LINE
+        for start in range(tl.program_id(0) * share, elements, tl.num_programs(0) * share):
+            offs = tl.minimum(start + tl.arange(0, 256) * LINE, elements - 1)
+            tl.inline_asm_elementwise(
+                "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
+                "=r,l",
+                [(weight_ptr + offs).to(tl.int64)],
+                dtype=tl.int32,
+                is_pure=False,
+                pack=1,
+            )
+
+
+@triton.jit
 def layer_tiles(shape, SPLIT_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """Tiles of one layer, each split's apart."""
     return tl.cdiv(shape.rows, BLOCK_M) * tl.cdiv(shape.n_out, BLOCK_N) * SPLIT_K

@@ -14,6 +14,7 @@ two bounds gives 151 us per image: 94 in 3x3 layers, bound by arithmetic (64x80x
 """
 
 from yolov7.kernels.conv.parts import (
+    ask_for_weights,
     begin,
     finish,
     layer_tiles,
@@ -125,6 +126,7 @@ def conv_tma_kernel(
     out_1,
     out_2,
     # Tensors, one of each per layer
+    weight_ptrs,
     scale_ptrs,
     bias_ptrs,
     residual_ptrs,
@@ -151,6 +153,8 @@ def conv_tma_kernel(
     x_descs = (x_desc_0, x_desc_1, x_desc_2)
     weight_descs = (weight_desc_0, weight_desc_1, weight_desc_2)
     outs = (out_0, out_1, out_2)
+    for g in tl.static_range(GROUPS):
+        ask_for_weights(weight_ptrs[g], shapes[g].n_out * KERNEL * KERNEL * shapes[g].c_in, PDL)
     begin(PDL)
     programs = tl.num_programs(0)
     first_tile = tl.program_id(0)

@@ -188,6 +188,24 @@ def test_split_group_spills_nothing(target: str) -> None:
 
 
 @pytest.mark.aot
+@pytest.mark.parametrize("stride", [1, 2], ids=["tma", "gather"])
+@pytest.mark.parametrize("target", ["sm_90", "sm_100", "sm_120"])
+def test_nothing_but_weights_is_asked_for_before_the_wait(target: str, stride: int) -> None:
+    """What the kernel before writes is read behind ACQBULK; CCTL is a prefetch."""
+    capability = aot.capability_of(target)
+    call = meta_call(layer_of(Record(512, 512, 3, stride, 20, 20), 1), torch.float16)
+    with recording(capability) as specs:
+        ConvLaunch([call]).prepare()()
+    code = aot.instructions(aot.compiled_kernel(specs[0], capability).asm["cubin"])
+    wait = code.index("ACQBULK")
+    touching = ("LDG", "STG", "LDGSTS", "UTMALDG", "UTMASTG", "ATOMG", "RED")
+    assert "CCTL" in code[:wait]
+    assert not {*code[:wait]} & {*touching}
+    assert {*code[wait:]} & {*touching}
+    assert "CCTL" not in code[wait:]
+
+
+@pytest.mark.aot
 @pytest.mark.skipif(bool(unfit((10, 0))), reason="this Triton leaves the fences out")
 @pytest.mark.parametrize("target", ["sm_90", "sm_100"])
 def test_matrix_instructions_wait_for_what_was_copied(target: str) -> None:
