@@ -324,6 +324,8 @@ def launch(kernel: Any, grid: tuple[int, ...], args: Mapping[str, Any], config: 
         args: tensors, tensor descriptors, numbers and constexprs by name.
         config: constexprs and compile options.
     """
+    if AMD:  # whose compiler knows no such option
+        config = {name: value for name, value in config.items() if name != "maxnreg"}
     if _recorder is not None:
         _recorder.specs.append(replace(_specialise(kernel, args, config), grid=grid, args={**args}))
     elif math.prod(grid) > 0:

@@ -98,14 +98,13 @@ def _gather_options(
 ) -> Iterator[dict[str, Any]]:
     """What else a config of the portable path says."""
     heavy = calls[0].exact or any(c.layer.pool or c.layer.upsample for c in calls)
-    amd = capability(calls[0].x.device) == (0, 0)  # whose compiler knows no such option
     deepest = 2 if calls[0].exact else 4 if _roomy(calls) else 3
     for stages in range(deepest, max(1, deepest - 2), -1):
         yield {
             "num_warps": _gather_warps(calls, block_m, block_n),
             "num_stages": stages,
             # Left alone, ptxas aims lower and spills a register or two.
-            "maxnreg": 0 if amd else 255 if heavy else 168 if block_m * block_n <= 64 * 64 else 0,
+            "maxnreg": 255 if heavy else 168 if block_m * block_n <= 64 * 64 else 0,
             "launch_pdl": capability(calls[0].x.device) >= (9, 0),
         }
 

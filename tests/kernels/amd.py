@@ -13,7 +13,7 @@ import torch
 torch.version.hip = "stands for one of PyTorch's builds for ROCm"
 
 from triton.backends.compiler import GPUTarget  # noqa: E402  # behind the above, as the next ones
-from triton.compiler import ASTSource  # noqa: E402
+from triton.compiler import ASTSource, make_backend  # noqa: E402
 
 from yolov7.kernels import aot  # noqa: E402
 from yolov7.kernels.runtime import recording, triton  # noqa: E402
@@ -29,6 +29,9 @@ def main(target: str) -> None:
         for spec in specs:
             source = ASTSource(spec.fn, spec.signature, spec.constexprs, spec.attrs)
             gpu = GPUTarget("hip", target, WARP[target])
+            known = vars(make_backend(gpu).parse_options({}))
+            if unknown := spec.options.keys() - known.keys():
+                raise ValueError(f"{spec.fn.__name__}: no options {unknown}")  # as a launch would
             made = triton.compile(source, target=gpu, options=spec.options)
             text = made.asm["amdgcn"]
             row = {
