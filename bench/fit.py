@@ -68,7 +68,7 @@ def report(path: Path, variant: str = "yolov7") -> dict[str, Any]:
     with recording(capability):
         rows, box = list(measured(read_entries(path), variant)), corners(torch.device("meta"))
     if not rows:
-        raise ValueError(f"{path}: no launch of {variant} in it")
+        raise ValueError(f"{path}: no launch of {variant} in it that this Triton was tuned with")
     middle = Corner(*(math.sqrt(min(v) * max(v)) for v in zip(*box, strict=True)))
     fitted = fit(rows, middle)
     table: list[dict[str, Any]] = []

@@ -53,7 +53,7 @@ CANDIDATES = 8
 """Configs of a launch that are tried: of YOLOv7's 82 launches at batch 1 and 32 that is 652 trials
 and 311 kernels to compile, where all would be 2982 and 942."""
 CHAIN = 8
-"""Launches that are timed together: the weights of most of YOLOv7's then pass the L2 cache."""
+"""Launches that are timed together, the first of which finds nothing in the L2 cache."""
 RUNS = 20
 """Of the fastest config, whose results must agree bit for bit."""
 EXACT_TOLERANCE = 1e-4
@@ -157,14 +157,21 @@ def chain(launch: Launch, config: ConvConfig) -> list[Callable[[], None]]:
     return [link.prepare(config) for link in links]
 
 
-def time_chain(runs: Sequence[Callable[[], None]], repeats: int = 20) -> float:
-    """Median seconds of a launch in a chain; the first has run, since no capture can compile."""
+def time_chain(runs: Sequence[Callable[[], None]], flush: Tensor, repeats: int = 20) -> float:
+    """Median seconds of a launch in a chain; the first has run, since no capture can compile.
+
+    Args:
+        runs: the launches of the chain.
+        flush: larger than the L2 cache, written before each replay: weights are then in memory.
+        repeats: of the chain.
+    """
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for run in runs:
             run()
     pairs = []
     for _ in range(repeats + 3):
+        flush.zero_()
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         graph.replay()
@@ -298,6 +305,7 @@ def tune_device(
     assert folder is not None
     path = user_configs() / folder / "conv.json"
     entries, trials = read_entries(path), Trials(path.with_name("trials.json"))
+    flush = torch.empty(256 * 2**20, dtype=torch.uint8, device=device)
     for described in launches_to_tune(*plans):
         if time.monotonic() > deadline:
             return
@@ -307,8 +315,9 @@ def tune_device(
         if known is not None and known.tried >= len(configs):
             continue
         compile_configs(described, configs, runtime.capability(device), os.cpu_count() or 1)
+        timer = partial(time_chain, flush=flush)
         attempt = partial(trials.note, launch)
-        best = tune_launch(launch, configs, time_chain, attempt=attempt, deadline=deadline)
+        best = tune_launch(launch, configs, timer, attempt=attempt, deadline=deadline)
         if best is not None:
             entries[best.key] = best
             write_entries(path, entries, runtime.capability(device), folder)

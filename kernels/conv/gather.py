@@ -9,10 +9,10 @@ tap and channel are carried along, for a division at every step costs as much as
 small tile. With 8 warps such a loop over divisions was miscompiled in PyTorch's template (pytorch
 issue 173068); here none is left, and the tuner checks a config before timing it.
 
-On Hopper, where A is multiplied out of shared memory, a tile is up to 128x128 by 8 warps: 124
-registers for a 3x3 of stride 2 in fp16, none spilled, and a third less traffic from the L2 cache
-than 64x128 by 4 warps; counted for sm_90, twice the tile takes 1352 instructions instead of 1392,
-and 2816 instead of 2928 beside a pooled branch. Elsewhere the accumulator needs those registers.
+On Hopper, where A is multiplied out of shared memory, a tile is up to 256x128 by 8 warps: 244
+registers for a 3x3 of stride 2 in fp16, none spilled, and half the traffic from the L2 cache of
+64x128 by 4 warps. Beside a pooled branch it is at most 128x128 there (168 registers). Elsewhere the
+accumulator needs those registers.
 
 Expected time on an H200: as for `yolov7.kernels.conv.tma`, from the same counted bytes and
 operations, at 60 to 75 % of its speed, since A passes through registers.

@@ -13,6 +13,7 @@ import pytest
 import torch
 import triton
 
+from tests.kernels.test_model import LARGE
 from yolov7.engine.graph.workload import workload
 from yolov7.kernels import aot, runtime
 from yolov7.kernels.aot import Row, compile_all, compile_spec, load_table, passed_limits, worse
@@ -128,16 +129,7 @@ def test_epilogue_is_short(activation: Activation, flatten: bool, most: float) -
     """Instructions of a thread for each element that it finishes, product and store included."""
     record = Record(256, 256, 1, 1, 80, 80, activation)
     call = meta_call(layer_of(record, 1), torch.float16)
-    config = ConvConfig(
-        tma=True,
-        block_m=128,
-        block_n=128,
-        block_k=64,
-        num_warps=8,
-        num_stages=4,
-        flatten=flatten,
-        launch_pdl=True,
-    )
+    config = replace(LARGE, flatten=flatten)
     wide, narrow = (compile_conv("sm_90", call, config=config, block_n=n) for n in (128, 64))
     elements = 128 * (128 - 64) / (32 * config.num_warps)
     assert (wide.instructions - narrow.instructions) / elements <= most

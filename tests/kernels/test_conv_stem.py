@@ -1,5 +1,6 @@
 """The first convolution against PyTorch's, in the interpreter or on a GPU."""
 
+import os
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from yolov7.kernels.conv import Stem, StemCall, StemLaunch, pack_weight, space_to_depth_weight
 from yolov7.kernels.layout import PitchedLayout
 
-# fp32 is multiplied as TF32 on a GPU, which rounds each factor by up to 2^-11; not interpreted.
+# fp32 is multiplied as TF32 on a GPU, which rounds each factor by up to 2^-11.
 TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 2e-2, torch.float32: 5e-3}
 
 
@@ -44,7 +45,9 @@ def test_stem(case: tuple[int, ...], dtype: torch.dtype, kernel_device: torch.de
     expected = call.reference()
     assert (out[stem.target.border(kernel_device)] == 0).all()
     error = (out.float() - expected).abs() / expected.abs().clamp_min(1)
-    assert error.max() <= TOLERANCE[dtype]
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"  # which multiplies fp32 as it is
+    exact = interpreted and dtype == torch.float32
+    assert error.max() <= (1e-5 if exact else TOLERANCE[dtype])
 
 
 @pytest.mark.interpreter

@@ -329,8 +329,9 @@ def test_timer_replays_a_captured_launch_between_events(monkeypatch: pytest.Monk
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     runs = 4 * [lambda: said.append("run")]
-    assert tune.time_chain(runs, repeats=2) == 2e-3 / 4
-    assert said == ["capture", *4 * ["run"], "end", *5 * ["event", "replay", "event"]]
+    flush = Mock(zero_=lambda: said.append("flush"))
+    assert tune.time_chain(runs, flush, repeats=2) == 2e-3 / 4
+    assert said == ["capture", *4 * ["run"], "end", *5 * ["flush", "event", "replay", "event"]]
 
 
 def test_a_chain_shares_maps_and_no_weights() -> None:

@@ -31,7 +31,8 @@ def peak_bytes(device: torch.device) -> int | None:
     if resource is None:
         return None
     unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return max(peak, held_bytes(device) or 0)  # Linux counts some pages late in the former
 
 
 def held_bytes(device: torch.device) -> int | None:
