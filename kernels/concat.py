@@ -17,7 +17,7 @@ from torch import Tensor
 
 from yolov7.kernels.conv.layer import overlap
 from yolov7.kernels.layout import PitchedLayout
-from yolov7.kernels.runtime import PRECISIONS, Config, launch, tl, triton, triton_op
+from yolov7.kernels.runtime import PRECISIONS, Config, begin, early, launch, tl, triton, triton_op
 
 MAX_PARTS = 8
 
@@ -38,8 +38,10 @@ def _concat_kernel(
     PARTS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Rows x channels of one part; the blocks of the parts follow one another."""
+    begin(PDL)
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     block = tl.program_id(1)
     first = 0
@@ -69,7 +71,8 @@ def launch_concat(parts: Sequence[Tensor], out: Tensor, config: Config) -> None:
         "PARTS": len(parts),
     }
     blocks = sum(triton.cdiv(c, config["BLOCK_C"]) for c in channels)
-    launch(_concat_kernel, (triton.cdiv(out.shape[0], config["BLOCK_M"]), blocks), args, config)
+    grid = (triton.cdiv(out.shape[0], config["BLOCK_M"]), blocks)
+    launch(_concat_kernel, grid, args, {**config, **early(out.device)})
 
 
 def concat_reference(parts: list[Tensor], out: Tensor) -> None:

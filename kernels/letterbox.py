@@ -9,11 +9,13 @@ f = fp32((d + 0.5) (1 / (new / old)) - 0.5), i = floor(f), with weights rint(204
 rint(2048 (f - i)); horizontally the weights of what lies outside are moved to the edge pixel,
 vertically the edge row is read twice. With S0, S1 the horizontal sums of two rows and b0, b1 their
 weights, the result is ((b0 (S0 >> 4) >> 16) + (b1 (S1 >> 4) >> 16) + 2) >> 2. That is integer
-arithmetic which hides behind the traffic, so there is no second, approximate mode.
+arithmetic which hides behind the traffic, so there is no second, approximate mode. f takes four
+operations of fp64 an axis, which some GPUs do at a 64th of their rate: the scale, whose divisions
+would take some forty more, comes from the host.
 
-Frames lie in one buffer of bytes; a table [B, 7] on the device says where, how large, and which box
-of the output they fill. Nothing is read back and nothing depends on the sizes, so a CUDA graph
-holds it and a replay takes other frames.
+Frames lie in one buffer of bytes; a table [B, 9] on the device (`frame_rows`) says where, how
+large, and which box of the output they fill. Nothing is read back and nothing depends on the sizes,
+so a CUDA graph holds it and a replay takes other frames.
 
 Expected on an H200 at 4.3 TB/s, 1080p -> 640 x 640 in fp16: 360 lines of the box read two rows of
 5760 bytes each, 4.1 MB, and 2.5 MB are written: 1.6 us an image. Twelve byte loads a pixel of the
@@ -21,27 +23,43 @@ box, 3 wavefronts each, are 2.1 million wavefronts on 132 processors, 1.2 us. So
 at batch 16.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from yolov7.kernels.runtime import FLOATS, Config, launch, tl, triton, triton_op
+from yolov7.kernels.runtime import FLOATS, Config, begin, early, launch, tl, triton, triton_op
 
 GREY = 114
 """Of what lies around a frame, all three channels."""
 CONFIG: Config = {"BLOCK_Y": 4, "BLOCK_X": 64, "num_warps": 4}
 
 
+def frame_rows(frames: Sequence[Sequence[int]]) -> Tensor:
+    """The table of `letterbox`, on the CPU.
+
+    Args:
+        frames: of each its offset in the buffer, height, width; top, left, height and width of the
+            scaled frame in the output.
+
+    Returns:
+        [B, 9] int64: the same and the bits of what OpenCV scales both axes by, in fp64.
+    """
+    rows = torch.tensor(frames, dtype=torch.int64).view(-1, 7)
+    scales = 1.0 / (rows[:, 5:7].double() / rows[:, 1:3].double())
+    return torch.cat((rows, scales.view(torch.int64)), 1)
+
+
 def letterbox_reference(pixels: Tensor, table: Tensor, out: Tensor) -> None:
     """Frame by frame in plain PyTorch; arguments as in the operation."""
     height, width = out.shape[2:]
-    for image, (offset, h, w, top, left, new_h, new_w) in enumerate(table.tolist()):
+    scales = table[:, 7:].view(torch.float64).tolist()
+    for image, (offset, h, w, top, left, new_h, new_w) in enumerate(table[:, :7].tolist()):
         frame = pixels[offset : offset + h * w * 3].view(h, w, 3).int()
-        x0, x1, a0, a1 = _axis_reference(new_w, w, frame.device, clamp=True)
-        y0, y1, b0, b1 = _axis_reference(new_h, h, frame.device, clamp=False)
+        y0, y1, b0, b1 = _axis_reference(new_h, h, scales[image][0], frame.device, clamp=False)
+        x0, x1, a0, a1 = _axis_reference(new_w, w, scales[image][1], frame.device, clamp=True)
         sums = frame[:, x0] * a0[:, None] + frame[:, x1] * a1[:, None]
         upper, lower = b0[:, None, None] * (sums[y0] >> 4), b1[:, None, None] * (sums[y1] >> 4)
         canvas = torch.full((height, width, 3), GREY, dtype=torch.int32, device=frame.device)
@@ -51,11 +69,11 @@ def letterbox_reference(pixels: Tensor, table: Tensor, out: Tensor) -> None:
 
 
 def _axis_reference(
-    new: int, old: int, device: torch.device, *, clamp: bool
+    new: int, old: int, scale: float, device: torch.device, *, clamp: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The two pixels read along an axis and their weights, [new] int each."""
     place = torch.arange(new, device=device, dtype=torch.float64)
-    place = ((place + 0.5) * (1.0 / (new / old)) - 0.5).float()
+    place = ((place + 0.5) * scale - 0.5).float()
     first = place.floor()
     part = place - first
     first = first.int()
@@ -72,10 +90,11 @@ def _weight(part):
 
 
 @triton.jit
-def _axis(place, new, old, CLAMP: tl.constexpr):
+def _axis(place, scale, old, CLAMP: tl.constexpr):
     """The two pixels read along an axis and their weights, int32 each."""
-    scale = 1.0 / (new.to(tl.float64) / old.to(tl.float64))
-    position = ((place.to(tl.float64) + 0.5) * scale - 0.5).to(tl.float32)
+    scale = scale.to(tl.float64, bitcast=True)
+    centre = (place.to(tl.float32) + 0.5).to(tl.float64)  # exact in either
+    position = (centre * scale - 0.5).to(tl.float32)
     whole = tl.floor(position)
     part = position - whole
     first = whole.to(tl.int32)
@@ -97,6 +116,8 @@ class Frame(NamedTuple):
     left: Any
     box_height: Any
     box_width: Any
+    scale_y: Any
+    scale_x: Any
 
 
 @triton.jit
@@ -109,6 +130,8 @@ def _read_frame(table_ptr):
         tl.load(table_ptr + 4),
         tl.load(table_ptr + 5),
         tl.load(table_ptr + 6),
+        tl.load(table_ptr + 7),
+        tl.load(table_ptr + 8),
     )
 
 
@@ -125,7 +148,7 @@ def _read_line(pixels_ptr, line, bytes_0, bytes_1, a0, a1, in_box, size):
 def _letterbox_kernel(
     # Tensors
     pixels_ptr,  # [bytes] uint8
-    table_ptr,  # [B, 7] int64
+    table_ptr,  # [B, 9] int64
     out_ptr,  # [B, 3, height, width] by its strides
     # Shapes
     size,  # bytes
@@ -140,17 +163,19 @@ def _letterbox_kernel(
     GREY: tl.constexpr,
     BLOCK_Y: tl.constexpr,
     BLOCK_X: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Fill one block of lines x columns of one image."""
+    begin(PDL)
     image = tl.program_id(2).to(tl.int64)
-    frame = _read_frame(table_ptr + image * 7)
+    frame = _read_frame(table_ptr + image * 9)
 
     # Each pixel is made of two by two of the frame's, or lies around it.
     offs_y = tl.program_id(1) * BLOCK_Y + tl.arange(0, BLOCK_Y)
     offs_x = tl.program_id(0) * BLOCK_X + tl.arange(0, BLOCK_X)
     top, left = frame.top.to(tl.int32), frame.left.to(tl.int32)
-    y0, y1, b0, b1 = _axis(offs_y - top, frame.box_height, frame.height, CLAMP=False)
-    x0, x1, a0, a1 = _axis(offs_x - left, frame.box_width, frame.width, CLAMP=True)
+    y0, y1, b0, b1 = _axis(offs_y - top, frame.scale_y, frame.height, CLAMP=False)
+    x0, x1, a0, a1 = _axis(offs_x - left, frame.scale_x, frame.width, CLAMP=True)
     in_y = (offs_y >= frame.top) & (offs_y < frame.top + frame.box_height)
     in_x = (offs_x >= frame.left) & (offs_x < frame.left + frame.box_width)
     in_box = in_y[:, None] & in_x[None, :]
@@ -190,7 +215,8 @@ def _letterbox_triton(pixels: Tensor, table: Tensor, out: Tensor) -> None:
         "stride_x": stride_x,
         "GREY": GREY,
     }
-    launch(_letterbox_kernel, grid, args, {**CONFIG, "enable_fp_fusion": False})
+    options = {**CONFIG, **early(out.device), "enable_fp_fusion": False}
+    launch(_letterbox_kernel, grid, args, options)
 
 
 _letterbox_op = triton_op(
@@ -203,8 +229,7 @@ def letterbox(pixels: Tensor, table: Tensor, out: Tensor) -> Tensor:
 
     Args:
         pixels: [n] uint8, the frames, each [h, w, 3] BGR without gaps.
-        table: [B, 7] int64 on the same device, a row per frame: offset in `pixels`, height, width;
-            top, left, height and width of the scaled frame in the output.
+        table: [B, 9] int64 on the same device, from `frame_rows`.
         out: [B, 3, H, W] fp32, fp16 or bf16 of any strides; all of it is written, RGB in 0..1.
 
     Returns:
@@ -215,8 +240,8 @@ def letterbox(pixels: Tensor, table: Tensor, out: Tensor) -> Tensor:
     """
     if pixels.ndim != 1 or pixels.dtype != torch.uint8:
         raise ValueError(f"pixels must be uint8 [n], got {pixels.dtype} {list(pixels.shape)}")
-    if table.ndim != 2 or table.shape[1] != 7 or table.dtype != torch.int64:
-        raise ValueError(f"table must be int64 [B, 7], got {table.dtype} {list(table.shape)}")
+    if table.ndim != 2 or table.shape[1] != 9 or table.dtype != torch.int64:
+        raise ValueError(f"table must be int64 [B, 9], got {table.dtype} {list(table.shape)}")
     if out.dtype not in FLOATS.values():
         raise ValueError(f"out is {out.dtype}, none of {', '.join(FLOATS)}")
     if not pixels.device == table.device == out.device:
@@ -232,7 +257,7 @@ def compile_cases(
 ) -> Iterator[tuple[str, Callable[[], object]]]:
     """Launches to compile ahead of time, see `yolov7.kernels.runtime.CompileSpec`."""
     pixels = torch.empty(batch * 1080 * 1920 * 3, dtype=torch.uint8, device="meta")
-    table = torch.empty((batch, 7), dtype=torch.int64, device="meta")
+    table = torch.empty((batch, 9), dtype=torch.int64, device="meta")
     image = torch.empty(
         (batch, 3, size, size), dtype=FLOATS.get(precision, torch.float16), device="meta"
     )

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from yolov7.kernels.conv.layer import overlap
 from yolov7.kernels.layout import PitchedLayout
-from yolov7.kernels.runtime import FLOATS, Config, launch, tl, triton, triton_op
+from yolov7.kernels.runtime import FLOATS, Config, begin, early, launch, tl, triton, triton_op
 
 SPP_SIZES = (1, 5, 9, 13)
 
@@ -79,8 +79,10 @@ def _spp_kernel(
     BLOCK_Y: tl.constexpr,
     BLOCK_X: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Lines x columns x channels of every pool; border pixels are written as zeros."""
+    begin(PDL)
     # The block's pixels, border included, and its channels.
     blocks_x = tl.cdiv(pitch, BLOCK_X)
     pid_y, pid_x = tl.program_id(0) // blocks_x, tl.program_id(0) % blocks_x
@@ -145,8 +147,10 @@ def _resize_kernel(
     UPSAMPLE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """BLOCK_M rows of the target: the maximum of 2x2 pixels, or a pixel repeated 2x2 times."""
+    begin(PDL)
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     x, line = offs_m % pitch, offs_m // pitch
@@ -193,7 +197,7 @@ def launch_spp(
         "COUNT": len(outs),
     }
     grid = (blocks_y * blocks_x, triton.cdiv(x.shape[1], config["BLOCK_C"]), layout.n)
-    launch(_spp_kernel, grid, args, config)
+    launch(_spp_kernel, grid, args, {**config, **early(x.device)})
 
 
 def launch_resize(
@@ -223,7 +227,7 @@ def launch_resize(
     grid = (
         triton.cdiv(target.rows, config["BLOCK_M"]), triton.cdiv(x.shape[1], config["BLOCK_C"])
     )  # fmt: skip
-    launch(_resize_kernel, grid, args, config)
+    launch(_resize_kernel, grid, args, {**config, **early(x.device)})
 
 
 def _spp_triton(x: Tensor, outs: list[Tensor], layout: list[int], sizes: list[int]) -> None:

@@ -42,8 +42,10 @@ __all__ = [
     "Config",
     "Rates",
     "TensorDescriptor",
+    "begin",
     "capability",
     "device_folder",
+    "early",
     "is_recording",
     "launch",
     "processors",
@@ -313,6 +315,26 @@ def device_folder(device: torch.device) -> str | None:
     if device.type != "cuda":
         return None
     return torch.cuda.get_device_name(device).replace(" ", "_")
+
+
+@triton.jit
+def begin(PDL: tl.constexpr):
+    """Wait for the kernel before, and let the one after be launched, under programmatic launch.
+
+    Its programs then stand ready when this kernel's last one ends: inside a CUDA graph at batch 1
+    the gap between kernels is as long as a layer.
+    """
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+def early(device: torch.device) -> Config:
+    """What has a kernel that calls `begin` launched before the one before has ended, if it can be.
+
+    GPUs before sm_90 do not know the option.
+    """
+    return {"PDL": 1, "launch_pdl": 1} if capability(device) >= (9, 0) else {"PDL": 0}
 
 
 def launch(kernel: Any, grid: tuple[int, ...], args: Mapping[str, Any], config: Config) -> None:

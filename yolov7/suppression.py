@@ -45,11 +45,13 @@ class Suppression:
             object.__setattr__(self, "classes", tuple(self.classes))  # pipelines are kept by it
 
     def on(self, device: torch.device) -> Callable[..., Detections]:
-        """`batched_nms` of rows on a device, with nothing left to say but ``segment_counts``."""
+        """`batched_nms` of rows on a device, with only the rest of its tensors to say."""
         ids = self.classes
         classes = None if ids is None else torch.tensor(ids, dtype=torch.int64, device=device)
 
-        def suppress(rows: Tensor, segment_counts: Tensor | None = None) -> Detections:
+        def suppress(
+            rows: Tensor, segment_counts: Tensor | None = None, frames: Tensor | None = None
+        ) -> Detections:
             return batched_nms(
                 rows,
                 conf=self.conf,
@@ -60,6 +62,7 @@ class Suppression:
                 max_det=self.max_det,
                 max_candidates=self.max_candidates,
                 segment_counts=segment_counts,
+                frames=frames,
             )
 
         return suppress

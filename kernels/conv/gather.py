@@ -20,7 +20,6 @@ operations, at 60 to 75 % of its speed, since A passes through registers.
 
 from yolov7.kernels.conv.parts import (
     ask_for_weights,
-    begin,
     finish,
     layer_tiles,
     multiply,
@@ -31,7 +30,7 @@ from yolov7.kernels.conv.parts import (
     store_rows,
     tap_shift,
 )
-from yolov7.kernels.runtime import tl, triton
+from yolov7.kernels.runtime import begin, tl, triton
 
 
 @triton.jit

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from yolov7.kernels.runtime import AMD, INTERPRET, tl, triton
+from yolov7.kernels.runtime import AMD, INTERPRET, begin, tl, triton
 
 INTERPRETED = tl.constexpr(INTERPRET)
 PLAIN = tl.constexpr(INTERPRET or AMD)  # without NVIDIA's assembly
@@ -36,18 +36,6 @@ class Scales(NamedTuple):
 
     residual: float
     out: float
-
-
-@triton.jit
-def begin(PDL: tl.constexpr):
-    """Wait for the kernel before, and let the one after be launched, under programmatic launch.
-
-    Its programs then stand ready when this kernel's last one ends: inside a CUDA graph at batch 1
-    the gap between kernels is as long as a layer.
-    """
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
 
 
 @triton.jit

@@ -29,9 +29,9 @@ from yolov7.kernels.conv.layer import (
     exact_conv2d,
     own_memory,
 )
-from yolov7.kernels.conv.parts import Geometry, Scales, begin, finish, multiply, store_rows
+from yolov7.kernels.conv.parts import Geometry, Scales, finish, multiply, store_rows
 from yolov7.kernels.layout import PitchedLayout
-from yolov7.kernels.runtime import DTYPE_NAMES, FLOATS, launch, rounding, tl, triton
+from yolov7.kernels.runtime import DTYPE_NAMES, FLOATS, begin, launch, rounding, tl, triton
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,6 @@ two bounds gives 151 us per image: 94 in 3x3 layers, bound by arithmetic (64x80x
 
 from yolov7.kernels.conv.parts import (
     ask_for_weights,
-    begin,
     finish,
     layer_tiles,
     multiply,
@@ -27,7 +26,7 @@ from yolov7.kernels.conv.parts import (
     tap_shift,
     to_output,
 )
-from yolov7.kernels.runtime import tl, triton
+from yolov7.kernels.runtime import begin, tl, triton
 
 
 @triton.jit

@@ -29,7 +29,16 @@ from torch import Tensor
 
 from yolov7.kernels.decode.kernels import Level, decode_kernel
 from yolov7.kernels.layout import PitchedLayout
-from yolov7.kernels.runtime import FLOATS, INTERPRET, Config, launch, rounding, triton, triton_op
+from yolov7.kernels.runtime import (
+    FLOATS,
+    INTERPRET,
+    Config,
+    early,
+    launch,
+    rounding,
+    triton,
+    triton_op,
+)
 
 SEGMENT = 64
 """Rows of a segment of the candidate form."""
@@ -129,7 +138,8 @@ def launch_decode(
         "PROMOTE": INTERPRET and features[0].dtype == torch.bfloat16,
         "BLOCK_M": SEGMENT,
     }
-    launch(decode_kernel, (tiles, count, layouts[0].n), args, config)
+    options = {**config, **early(rows.device)}
+    launch(decode_kernel, (tiles, count, layouts[0].n), args, options)
 
 
 def _config(x: Tensor, outputs: int, exact: bool) -> Config:

@@ -2,7 +2,7 @@
 
 from typing import Any, NamedTuple
 
-from yolov7.kernels.runtime import tl, triton
+from yolov7.kernels.runtime import begin, tl, triton
 
 
 class Level(NamedTuple):
@@ -152,8 +152,10 @@ def decode_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One segment of pixels, one anchor, one image a program; the levels one after the other."""
+    begin(PDL)
     tile = tl.program_id(0)
     index = tl.program_id(1)
     image = tl.program_id(2).to(tl.int64)

@@ -23,6 +23,7 @@ a batch. At conf 0.001, multi-label, half of all rows are read whole, twice: 2 x
 """
 
 import functools
+import itertools
 import struct
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -39,7 +40,14 @@ from yolov7.kernels.nms.select import (
     nms_scatter_kernel,
     nms_select_kernel,
 )
-from yolov7.kernels.runtime import Config, capability, launch, processors, triton, triton_op
+from yolov7.kernels.runtime import (
+    Config,
+    early,
+    launch,
+    processors,
+    triton,
+    triton_op,
+)
 
 __all__ = ["Detections", "batched_nms", "compile_cases", "nms_reference"]
 
@@ -49,6 +57,7 @@ SLACK = 4096
 CONFIG: Config = {
     "BLOCK": 64,
     "SCAN": 1024,
+    "SEGMENTS": 256,
     "ELEMENTS": 2048,
     "LOG_BINS": 12,
     "num_warps": 8,
@@ -77,15 +86,16 @@ def _scan(
     config: Config,
 ) -> Scan:
     rows = prediction.shape[1]
+    segments = rows if segment_counts is None else segment_counts.shape[1]
     conf_bits, one_bits = struct.unpack("<2i", struct.pack("<2f", conf + 0.0, 1.0))  # no -0.0
     bin_bits = max((one_bits - conf_bits).bit_length() - config["LOG_BINS"], 0)
     return Scan(
         prediction,
         segment_counts,
         classes,
-        N=rows,
+        segments=segments,
+        length=rows // max(segments, 1),
         K=0 if classes is None else classes.shape[0],
-        segment=1 if segment_counts is None else rows // max(segment_counts.shape[1], 1),
         conf=conf,
         conf_bits=conf_bits,
         shift=32 + bin_bits,
@@ -93,14 +103,16 @@ def _scan(
 
 
 def _sizes(
-    nc: int, classes: Tensor | None, multi_label: bool, splits: int, config: Config
+    nc: int, classes: Tensor | None, multi_label: bool, splits: int, segments: int, config: Config
 ) -> Sizes:
     block_c = triton.next_power_of_2(nc)
+    share = triton.cdiv(max(segments, 1), splits)
     return Sizes(
         nc,
         multi_label,
         config["LOG_BINS"],
         splits,
+        BLOCK_S=min(triton.next_power_of_2(share), config["SEGMENTS"]),
         BLOCK_R=min(max(config["ELEMENTS"] // block_c, 1), 256),
         BLOCK_C=block_c,
         BLOCK_K=1 if classes is None else triton.next_power_of_2(max(classes.shape[0], 1)),
@@ -112,6 +124,7 @@ def _launch_nms(
     prediction: Tensor,
     segment_counts: Tensor | None,
     classes: Tensor | None,
+    frames: Tensor | None,
     result: tuple[Tensor, Tensor, Tensor],
     work: dict[str, Tensor],
     # Scalars
@@ -126,13 +139,14 @@ def _launch_nms(
     batch, rows, width = prediction.shape
     nc, capacity = width - 5, work["keys"].shape[1]
     splits = work["histogram"].shape[1]
-    warps = {"num_warps": config["num_warps"]}
-    scan = {
-        "scan": _scan(prediction, segment_counts, classes, conf, config),
-        "SIZES": _sizes(nc, classes, multi_label, splits, config),
-    }
+    warps = {"num_warps": config["num_warps"], **early(prediction.device)}
+    where = _scan(prediction, segment_counts, classes, conf, config)
+    sizes = _sizes(nc, classes, multi_label, splits, where.segments, config)
+    scan = {"scan": where, "SIZES": sizes}
     grid = (splits, batch)
-    launch(nms_histogram_kernel, grid, {**scan, "histogram_ptr": work["histogram"]}, warps)
+    # Left alone, ptxas spills for an occupancy that so few programs cannot have.
+    roomy = {**warps, "maxnreg": 168}
+    launch(nms_histogram_kernel, grid, {**scan, "histogram_ptr": work["histogram"]}, roomy)
     choice = {"cursor_ptr": work["cursor"], "limits_ptr": work["limits"], "capacity": capacity}
     select = {
         **scan,
@@ -141,11 +155,8 @@ def _launch_nms(
         "overflow_ptr": overflow,
         "max_candidates": max_candidates,
     }
-    # Left alone, ptxas spills for an occupancy that one program an image cannot have; for sm_120 it
-    # needs more than elsewhere.
-    registers = 168 if capability(prediction.device) >= (12, 0) else 128
-    launch(nms_select_kernel, (batch,), select, {**warps, "maxnreg": registers})
-    launch(nms_scatter_kernel, grid, {**scan, **choice, "keys_ptr": work["keys"]}, warps)
+    launch(nms_select_kernel, (batch,), select, roomy)
+    launch(nms_scatter_kernel, grid, {**scan, **choice, "keys_ptr": work["keys"]}, roomy)
     greedy = {
         **choice,
         "prediction_ptr": prediction,
@@ -153,6 +164,7 @@ def _launch_nms(
         "group_ptr": work["group"],
         "kept_ptr": work["kept"],
         "boxes_ptr": boxes,
+        "frames_ptr": frames,
         "found_ptr": counts,
         "N": rows,
         "iou": iou,
@@ -180,6 +192,7 @@ def _nms_triton(
     prediction: Tensor,
     segment_counts: Tensor | None,
     classes: Tensor | None,
+    frames: Tensor | None,
     conf: float,
     iou: float,
     multi_label: bool,
@@ -189,10 +202,11 @@ def _nms_triton(
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, rows, width = prediction.shape
     possible = rows * (width - 5 if multi_label else 1)
-    splits = max(4 * processors(prediction.device) // max(batch, 1), 8)
+    # Histograms are added by one program, so there are not many.
+    splits = min(max(4 * processors(prediction.device) // max(batch, 1), 8), 16)
     bins = 1 << CONFIG["LOG_BINS"]
     shapes = {
-        "histogram": (torch.int32, (min(splits, 64, triton.cdiv(max(rows, 1), 64)), bins)),
+        "histogram": (torch.int32, (min(splits, triton.cdiv(max(rows, 1), 64)), bins)),
         "cursor": (torch.int32, (bins,)),
         "limits": (torch.int64, (2,)),
         "keys": (torch.int64, (min(possible, max_candidates + SLACK),)),
@@ -209,6 +223,7 @@ def _nms_triton(
         prediction,
         segment_counts,
         classes,
+        frames,
         result,
         work,
         conf,
@@ -240,6 +255,7 @@ def batched_nms(
     max_det: int = 300,
     max_candidates: int = 30000,
     segment_counts: Tensor | None = None,
+    frames: Tensor | None = None,
 ) -> Detections:
     """Keep the best boxes of every image of a batch.
 
@@ -255,6 +271,9 @@ def batched_nms(
         max_candidates: candidates per image that are looked at, the best ones; more are counted.
         segment_counts: [B, S] int32; the rows are S segments of N / S rows, of which only so many,
             the first, are valid (`decode` writes such predictions); all are if None.
+        frames: [B, 3, 4] fp32, of each image what its letterbox added left and above, its scale and
+            the frame's width and height, each for x1, y1, x2, y2: boxes are given in pixels of the
+            frame, clipped to it. None: as in the prediction.
 
     Returns:
         The boxes, highest score first, equal scores in the order of row and class.
@@ -283,14 +302,20 @@ def batched_nms(
                 f"segment_counts must be int32 [B, S] with N a multiple of S, got "
                 f"{segment_counts.dtype} {counts} for a prediction {shape}"
             )
-    for name, other in (("classes", classes), ("segment_counts", segment_counts)):
+    if frames is not None and (frames.shape, frames.dtype) != ((shape[0], 3, 4), torch.float32):
+        raise ValueError(
+            f"frames must be fp32 [{shape[0]}, 3, 4], got {frames.dtype} {list(frames.shape)}"
+        )
+    others = {"classes": classes, "segment_counts": segment_counts, "frames": frames}
+    for name, other in others.items():
         if other is not None and other.device != prediction.device:
             raise ValueError(f"{name} on {other.device}, prediction on {prediction.device}")
     multi_label = multi_label and shape[2] > 6
     classes = None if classes is None else classes.contiguous()
     segment_counts = None if segment_counts is None else segment_counts.contiguous()
+    frames = None if frames is None else frames.contiguous()
     arguments = (conf, iou, multi_label, agnostic, max_det, max_candidates)
-    return Detections(*nms_op(prediction, segment_counts, classes, *arguments))
+    return Detections(*nms_op(prediction, segment_counts, classes, frames, *arguments))
 
 
 _INTEGERS = (torch.int32, torch.int64)
@@ -300,8 +325,12 @@ def compile_cases(
     rows: int = 25200, nc: int = 80, batch: int = 32
 ) -> Iterator[tuple[str, Callable[[], object]]]:
     """Launches to compile ahead of time, see `yolov7.kernels.runtime.CompileSpec`."""
-    prediction = torch.empty(batch, rows, 5 + nc, device="meta")
-    for multi_label in (False, True):
+    segments = triton.cdiv(rows, 64)
+    prediction = torch.empty(batch, segments * 64, 5 + nc, device="meta")
+    counts = torch.empty((batch, segments), dtype=torch.int32, device="meta")
+    frames = torch.empty(batch, 3, 4, device="meta")
+    forms = {"": (None, None), " of candidates": (counts, frames)}
+    for (form, (given, table)), multi_label in itertools.product(forms.items(), (False, True)):
         limits = (0.25, 0.45, multi_label, False, 300, 30000)
-        name = f"{batch}x{rows}x{nc}{' multi-label' if multi_label else ''}"
-        yield name, functools.partial(_nms_triton, prediction, None, None, *limits)
+        name = f"{batch}x{segments * 64}x{nc}{form}{' multi-label' if multi_label else ''}"
+        yield name, functools.partial(_nms_triton, prediction, given, None, table, *limits)

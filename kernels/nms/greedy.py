@@ -8,7 +8,7 @@ box that completes `max_det`.
 """
 
 from yolov7.kernels.nms.select import Corners, corners
-from yolov7.kernels.runtime import tl, triton
+from yolov7.kernels.runtime import begin, tl, triton
 
 
 @triton.jit
@@ -140,6 +140,26 @@ def _clear_of_kept(box, kept_ptr, kept, iou, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _in_frame(box, frame_ptr):
+    """Boxes of a letterbox in pixels of its frame, rounded as PyTorch does."""
+    pad_x, pad_y = tl.load(frame_ptr), tl.load(frame_ptr + 1)
+    ratio_x, ratio_y = tl.load(frame_ptr + 4), tl.load(frame_ptr + 5)
+    width, height = tl.load(frame_ptr + 8), tl.load(frame_ptr + 9)
+    return Corners(
+        _in_range(box.x1, pad_x, ratio_x, width),
+        _in_range(box.y1, pad_y, ratio_y, height),
+        _in_range(box.x2, pad_x, ratio_x, width),
+        _in_range(box.y2, pad_y, ratio_y, height),
+    )
+
+
+@triton.jit
+def _in_range(place, pad, ratio, limit):
+    ratio = tl.broadcast_to(ratio, place.shape)
+    return tl.minimum(tl.maximum(tl.div_rn(place - pad, ratio), 0.0), limit)
+
+
+@triton.jit
 def _store_corners(ptrs, box, mask):
     tl.store(ptrs + 0, box.x1, mask=mask)
     tl.store(ptrs + 1, box.y1, mask=mask)
@@ -157,6 +177,7 @@ def nms_greedy_kernel(
     group_ptr,  # [B, BLOCK] int64, scratch
     kept_ptr,  # [B, max_det, 4] fp32, scratch: the kept boxes with their offsets
     boxes_ptr,  # [B, max_det, 6] fp32
+    frames_ptr,  # [B, 3, 4] fp32 or None
     found_ptr,  # [B] int32
     # Shapes
     N,
@@ -171,9 +192,11 @@ def nms_greedy_kernel(
     LOG_BINS: tl.constexpr,
     BLOCK: tl.constexpr,
     SCAN: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Walk one image's candidates, a group of BLOCK at a time, until max_det are kept."""
     BINS: tl.constexpr = 1 << LOG_BINS
+    begin(PDL)
     image = tl.program_id(0).to(tl.int64)
     keys_ptr += image * capacity
     group_ptr += image * BLOCK
@@ -222,6 +245,8 @@ def nms_greedy_kernel(
         mask = keep & (place < max_det)
         _store_corners(kept_ptr + place * 4, apart, mask)
         box_ptrs = boxes_ptr + place * 6
+        if frames_ptr is not None:
+            box = _in_frame(box, frames_ptr + image * 12)
         _store_corners(box_ptrs, box, mask)
         tl.store(box_ptrs + 4, (keys >> 32).to(tl.int32).to(tl.float32, bitcast=True), mask=mask)
         tl.store(box_ptrs + 5, label.to(tl.float32), mask=mask)

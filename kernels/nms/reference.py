@@ -10,6 +10,7 @@ def nms_reference(
     prediction: Tensor,
     segment_counts: Tensor | None,
     classes: Tensor | None,
+    frames: Tensor | None,
     conf: float,
     iou: float,
     multi_label: bool,
@@ -33,6 +34,9 @@ def nms_reference(
         found = found[order]
         offset = 0.0 if agnostic else CLASS_OFFSET
         kept = _suppress(found[:, :4] + found[:, 5:6] * offset, iou, max_det)
+        if frames is not None:
+            pad, ratio, limit = frames[image]
+            found[:, :4] = ((found[:, :4] - pad) / ratio).clamp_min(0).minimum(limit)
         boxes[image, : len(kept)] = found[kept]
         counts[image] = len(kept)
     return boxes, counts, overflow

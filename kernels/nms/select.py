@@ -3,6 +3,11 @@
 A candidate is one int64 key: the bits of its score (positive floats order as integers), then
 2^31 - 1 - (row * nc + class), so that the larger key is the better candidate and no two are equal.
 
+The rows lie in segments, of which only the first ones are valid: `decode` leaves a count for each.
+Without counts a row is a segment of its own and valid if its objectness exceeds `conf`. A program
+takes every SPLITS-th segment, many at a time, and finds their valid rows by a prefix sum of their
+counts, so that what it waits for is the rows that there are, not those that there could be.
+
 `nms_histogram_kernel` counts the keys above `conf` in bins of equal width over the bits of
 conf..1, each program in its own histogram, which it clears itself. `nms_select_kernel` sums them,
 finds the bin in which the `max_candidates`-th key lies, and with it the lowest key to take, and
@@ -14,18 +19,18 @@ and nothing that follows depends on it.
 
 from typing import Any, NamedTuple
 
-from yolov7.kernels.runtime import tl, triton
+from yolov7.kernels.runtime import begin, tl, triton
 
 
 class Scan(NamedTuple):
     """What all who look for candidates read; `Sizes` goes with it."""
 
     prediction_ptr: Any  # [B, N, 5 + NC]
-    counts_ptr: Any  # [B, N / segment] int32, or None: all rows are valid
+    counts_ptr: Any  # [B, segments] int32, or None: every row is a segment
     classes_ptr: Any  # [K], or None: all classes are asked for
-    N: int
+    segments: int
+    length: int  # rows of a segment
     K: int
-    segment: int
     conf: float
     conf_bits: int  # of its fp32
     shift: int  # log2 of the keys per bin
@@ -38,7 +43,8 @@ class Sizes(NamedTuple):
     MULTI_LABEL: bool
     LOG_BINS: int
     SPLITS: int  # programs, and histograms, of an image
-    BLOCK_R: int  # rows that a program takes at once
+    BLOCK_S: int  # segments that a program takes at once
+    BLOCK_R: int  # rows of them
     BLOCK_C: int
     BLOCK_K: int
 
@@ -63,15 +69,43 @@ def corners(row_ptrs, mask):
 
 
 @triton.jit
-def _open_rows(scan, image, rows, NC: tl.constexpr):
-    """Pointers to the rows [R] int32, their objectness, and whether it exceeds `conf`: [R] each."""
-    row_ptrs = scan.prediction_ptr + (image * scan.N + rows) * (5 + NC)
-    mask = rows < scan.N
+def _valid_rows(scan, image, first, STEP: tl.constexpr, SIZES: tl.constexpr):
+    """How many rows are valid up to and with each of BLOCK_S segments, every STEP-th of them."""
+    segments = first + STEP * tl.arange(0, SIZES.BLOCK_S)
+    held = segments < scan.segments
     if scan.counts_ptr is not None:
-        count_ptrs = scan.counts_ptr + image * (scan.N // scan.segment) + rows // scan.segment
-        mask &= rows % scan.segment < tl.load(count_ptrs, mask=mask, other=0)
+        counts = tl.load(scan.counts_ptr + image * scan.segments + segments, mask=held, other=0)
+        counts = tl.minimum(tl.maximum(counts, 0), scan.length)
+    else:
+        row_ptrs = scan.prediction_ptr + (image * scan.segments + segments) * (5 + SIZES.NC)
+        objectness = tl.load(row_ptrs + 4, mask=held, other=0.0).to(tl.float32)
+        counts = (held & (objectness > scan.conf)).to(tl.int32)
+    return tl.cumsum(counts, axis=0)
+
+
+@triton.jit
+def _block_of_keys(
+    scan,
+    image,
+    wanted,  # [BLOCK_C] bool
+    ends,  # [BLOCK_S], of `_valid_rows`
+    found,  # the last of them
+    first,
+    start,
+    STEP: tl.constexpr,
+    SIZES: tl.constexpr,
+):
+    """Keys [BLOCK_R, BLOCK_C] of the valid rows from number `start` on, -1 where there is none."""
+    place = start + tl.arange(0, SIZES.BLOCK_R)
+    passed = ends[None, :] <= place[:, None]
+    segment = tl.sum(passed.to(tl.int32), axis=1)
+    begin = tl.max(tl.where(passed, ends[None, :], 0), axis=1)
+    rows = (first + segment * STEP) * scan.length + place - begin
+    row_ptrs = scan.prediction_ptr + (image * scan.segments * scan.length + rows) * (5 + SIZES.NC)
+    mask = place < found
     objectness = tl.load(row_ptrs + 4, mask=mask, other=0.0).to(tl.float32)
-    return row_ptrs, objectness, mask & (objectness > scan.conf)
+    passing = mask & (objectness > scan.conf)
+    return _candidate_keys(row_ptrs, objectness, passing, wanted, rows, scan.conf, SIZES)
 
 
 @triton.jit
@@ -141,21 +175,24 @@ def nms_histogram_kernel(
     histogram_ptr,  # [B, SPLITS, 2^LOG_BINS] int32
     # Constexprs
     SIZES: tl.constexpr,
+    PDL: tl.constexpr,
 ):
-    """Count the candidates of every SPLITS-th block of rows by key, best bin first."""
+    """Count the candidates of every SPLITS-th segment by key, best bin first."""
     BINS: tl.constexpr = 1 << SIZES.LOG_BINS
-    BLOCK_R: tl.constexpr = SIZES.BLOCK_R
+    begin(PDL)
     pid_split = tl.program_id(0)
     image = tl.program_id(1).to(tl.int64)
     bins_ptr = histogram_ptr + (image * SIZES.SPLITS + pid_split) * BINS
     tl.store(bins_ptr + tl.arange(0, BINS), 0)
     tl.debug_barrier()  # the histogram is clear
     wanted = _wanted_classes(scan, SIZES)
-    for start in range(pid_split * BLOCK_R, scan.N, SIZES.SPLITS * BLOCK_R):
-        rows = start + tl.arange(0, BLOCK_R)
-        row_ptrs, objectness, passing = _open_rows(scan, image, rows, SIZES.NC)
-        if tl.max(passing.to(tl.int32), axis=0) > 0:
-            keys = _candidate_keys(row_ptrs, objectness, passing, wanted, rows, scan.conf, SIZES)
+    for first in range(pid_split, scan.segments, SIZES.SPLITS * SIZES.BLOCK_S):
+        ends = _valid_rows(scan, image, first, SIZES.SPLITS, SIZES)
+        found = tl.max(ends, axis=0)
+        for start in range(0, found, SIZES.BLOCK_R):
+            keys = _block_of_keys(
+                scan, image, wanted, ends, found, first, start, SIZES.SPLITS, SIZES
+            )
             bins = _first_bins(keys, scan, BINS)
             tl.atomic_add(bins_ptr + bins, 1, mask=keys >= 0, sem="relaxed")
 
@@ -176,18 +213,18 @@ def _count_window(
 ):
     """The histogram [2^LOG_BINS] of the keys in [low, high), 2^shift of them a bin."""
     BINS: tl.constexpr = 1 << SIZES.LOG_BINS
-    BLOCK_R: tl.constexpr = SIZES.BLOCK_R
     bins_ptrs = bins_ptr + tl.arange(0, BINS)
     tl.debug_barrier()
     tl.store(bins_ptrs, 0)
     tl.debug_barrier()  # everyone has read the old one, and the new one is clear
-    for start in range(0, scan.N, BLOCK_R):
-        rows = start + tl.arange(0, BLOCK_R)
-        row_ptrs, objectness, passing = _open_rows(scan, image, rows, SIZES.NC)
-        keys = _candidate_keys(row_ptrs, objectness, passing, wanted, rows, scan.conf, SIZES)
-        bins = BINS - 1 - ((keys - low) >> shift)
-        mask = (keys >= low) & (keys < high)
-        tl.atomic_add(bins_ptr + bins, 1, mask=mask, sem="relaxed")
+    for first in range(0, scan.segments, SIZES.BLOCK_S):
+        ends = _valid_rows(scan, image, first, 1, SIZES)
+        found = tl.max(ends, axis=0)
+        for start in range(0, found, SIZES.BLOCK_R):
+            keys = _block_of_keys(scan, image, wanted, ends, found, first, start, 1, SIZES)
+            bins = BINS - 1 - ((keys - low) >> shift)
+            mask = (keys >= low) & (keys < high)
+            tl.atomic_add(bins_ptr + bins, 1, mask=mask, sem="relaxed")
     tl.debug_barrier()
     return tl.load(bins_ptrs)
 
@@ -205,17 +242,20 @@ def nms_select_kernel(
     capacity,
     # Constexprs
     SIZES: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Choose the lowest key whose candidates and all better ones fit the buffer, per image."""
     LOG_BINS: tl.constexpr = SIZES.LOG_BINS
     BINS: tl.constexpr = 1 << LOG_BINS
+    begin(PDL)
     image = tl.program_id(0).to(tl.int64)
     offs_bin = tl.arange(0, BINS)
     bins_ptr = histogram_ptr + image * SIZES.SPLITS * BINS
 
     # The cursor of each bin is where its first candidate will lie.
     histogram = tl.zeros([BINS], dtype=tl.int32)
-    for split in range(SIZES.SPLITS):
+    SPLITS: tl.constexpr = SIZES.SPLITS
+    for split in tl.static_range(SPLITS):  # their loads do not wait for one another
         histogram += tl.load(bins_ptr + split * BINS + offs_bin)
     total = tl.sum(histogram, axis=0)
     tl.store(overflow_ptr + image, tl.maximum(total - max_candidates, 0))
@@ -264,19 +304,22 @@ def nms_scatter_kernel(
     capacity,
     # Constexprs
     SIZES: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Write the keys that were chosen, bin after bin, in any order within a bin."""
     BINS: tl.constexpr = 1 << SIZES.LOG_BINS
-    BLOCK_R: tl.constexpr = SIZES.BLOCK_R
+    begin(PDL)
     pid_split = tl.program_id(0)
     image = tl.program_id(1).to(tl.int64)
     lowest = tl.load(limits_ptr + image * 2)
     wanted = _wanted_classes(scan, SIZES)
-    for start in range(pid_split * BLOCK_R, scan.N, SIZES.SPLITS * BLOCK_R):
-        rows = start + tl.arange(0, BLOCK_R)
-        row_ptrs, objectness, passing = _open_rows(scan, image, rows, SIZES.NC)
-        if tl.max(passing.to(tl.int32), axis=0) > 0:
-            keys = _candidate_keys(row_ptrs, objectness, passing, wanted, rows, scan.conf, SIZES)
+    for first in range(pid_split, scan.segments, SIZES.SPLITS * SIZES.BLOCK_S):
+        ends = _valid_rows(scan, image, first, SIZES.SPLITS, SIZES)
+        found = tl.max(ends, axis=0)
+        for start in range(0, found, SIZES.BLOCK_R):
+            keys = _block_of_keys(
+                scan, image, wanted, ends, found, first, start, SIZES.SPLITS, SIZES
+            )
             bins = _first_bins(keys, scan, BINS)
             mask = (keys >= 0) & (keys >= lowest)
             slots = tl.atomic_add(cursor_ptr + image * BINS + bins, 1, mask=mask, sem="relaxed")

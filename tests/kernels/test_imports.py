@@ -99,9 +99,9 @@ EVERYTHING = """
     from yolov7.kernels.concat import concat
     concat([x, x], at.empty(32, dtype=x.dtype, device="cpu"))
 
-    from yolov7.kernels.letterbox import letterbox
+    from yolov7.kernels.letterbox import frame_rows, letterbox
     frame = torch.randint(256, (2 * 3 * 3,), dtype=torch.uint8)
-    letterbox(frame, torch.tensor([[0, 2, 3, 1, 0, 2, 6]]), images)
+    letterbox(frame, frame_rows([[0, 2, 3, 1, 0, 2, 6]]), images)
 
     from yolov7.kernels.decode import decode
     rows, counts = decode(

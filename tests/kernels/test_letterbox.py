@@ -1,3 +1,4 @@
+from collections import Counter
 from pathlib import Path
 
 import cv2
@@ -9,9 +10,9 @@ from torch import Tensor
 from tests.conftest import reference_folder
 from tests.kernels import COMPILED
 from yolov7.kernels import letterbox as kernel
-from yolov7.kernels.aot import compile_all, passed_limits
-from yolov7.kernels.letterbox import letterbox, letterbox_reference
-from yolov7.kernels.runtime import FLOATS
+from yolov7.kernels.aot import compile_all, compiled_kernel, instructions, passed_limits
+from yolov7.kernels.letterbox import frame_rows, letterbox, letterbox_reference
+from yolov7.kernels.runtime import FLOATS, recording
 
 CASES = sorted((reference_folder() / "letterbox").glob("*.npz"))
 SIZE = (40, 50)
@@ -43,7 +44,7 @@ def packed(frames: list[Tensor], device: torch.device | str = "cpu") -> tuple[Te
         [end, *frame.shape[:2], *box] for end, frame, box in zip(ends, frames, boxes, strict=False)
     ]
     pixels = torch.cat([frame.flatten() for frame in frames])
-    return pixels.to(device), torch.tensor(rows).to(device)
+    return pixels.to(device), frame_rows(rows).to(device)
 
 
 def expected(frames: list[Tensor]) -> Tensor:
@@ -107,7 +108,7 @@ def test_kernel_equals_stored_images(path: Path, kernel_device: torch.device) ->
             for side, ratio in zip(frame.shape[:2], case["ratio"][::-1].tolist(), strict=True)
         )
     size = (image.shape[0], image.shape[1])
-    table = torch.tensor([[0, *frame.shape[:2], top, left, height, width]], device=kernel_device)
+    table = frame_rows([[0, *frame.shape[:2], top, left, height, width]]).to(kernel_device)
     out = torch.full((1, 3, *size), torch.nan, device=kernel_device)
     letterbox(frame.flatten().to(kernel_device), table, out)
     assert torch.equal((out[0] * 255).round().cpu(), image.permute(2, 0, 1).flip(0).float())
@@ -116,7 +117,7 @@ def test_kernel_equals_stored_images(path: Path, kernel_device: torch.device) ->
 @pytest.mark.interpreter
 def test_kernel_stays_inside_the_frames(kernel_device: torch.device) -> None:
     pixels = torch.full((12,), 200, dtype=torch.uint8, device=kernel_device)
-    table = torch.tensor([[0, 100, 100, 0, 0, 4, 4]], device=kernel_device)  # there is no such
+    table = frame_rows([[0, 100, 100, 0, 0, 4, 4]]).to(kernel_device)  # there is no such
     out = torch.full((1, 3, 4, 4), torch.nan, device=kernel_device)
     assert letterbox(pixels, table, out).isfinite().all()
 
@@ -139,7 +140,7 @@ def test_compiles_as_one_graph() -> None:
     assert torch.equal(compiled(pixels, table, torch.empty(7, 3, *SIZE)), expected(frames))
 
 
-BYTES, TABLE = torch.zeros(12, dtype=torch.uint8), torch.zeros(2, 7, dtype=torch.int64)
+BYTES, TABLE = torch.zeros(12, dtype=torch.uint8), torch.zeros(2, 9, dtype=torch.int64)
 
 
 @pytest.mark.parametrize(
@@ -167,3 +168,26 @@ def test_compiles_within_the_limits(target: str) -> None:
     rows = list(compile_all(target, {}, only=["letterbox"]))
     assert {row.kernel for row in rows} == {"_letterbox_kernel"}
     assert not [f"{row.shape}: {limit}" for row in rows for limit in passed_limits(row)]
+
+
+@pytest.mark.aot
+def test_axes_take_few_operations_of_fp64() -> None:
+    """Twelve a thread, the axes' arithmetic being there three times: a division takes ten alone."""
+    for _, case in kernel.compile_cases():
+        with recording((8, 9)) as specs:
+            case()
+        names = Counter(instructions(compiled_kernel(specs[0], (8, 9)).asm["cubin"]))
+        assert 0 < sum(names[name] for name in ("DADD", "DMUL", "DFMA", "F2F", "I2F")) <= 12
+
+
+@pytest.mark.interpreter
+@pytest.mark.usefixtures("large_blocks")
+def test_places_are_opencv_s_in_large_frames(kernel_device: torch.device) -> None:
+    """Where fp32 leaves few bits of a place's fraction."""
+    frame = torch.arange(9001 * 3, dtype=torch.int64).mul(7919).remainder(256).byte()
+    frame = frame.view(1, 9001, 3)
+    table = frame_rows([[0, 1, 9001, 0, 0, 1, 1277]]).to(kernel_device)
+    out = torch.full((1, 3, 1, 1277), torch.nan, device=kernel_device)
+    letterbox(frame.flatten().to(kernel_device), table, out)
+    resized = cv2.resize(frame.numpy(), (1277, 1), interpolation=cv2.INTER_LINEAR)
+    assert torch.equal(out[0, :, 0].flip(0).cpu().T * 255, torch.from_numpy(resized[0]).float())

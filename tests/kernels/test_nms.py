@@ -18,6 +18,14 @@ from yolov7.kernels.aot import compile_all, passed_limits
 from yolov7.kernels.nms import Detections, batched_nms, nms_reference
 from yolov7.kernels.runtime import INTERPRET
 
+# Of two images what their letterboxes added left and above, their scale, the frame's size.
+FRAMES = torch.tensor(
+    [
+        [[7.0, 5, 7, 5], [0.7, 1.3, 0.7, 1.3], [230.0, 170, 230, 170]],
+        [[0.0] * 4, [1.0] * 4, [9e3] * 4],
+    ]
+)
+
 OPTIONS: dict[str, dict[str, Any]] = {
     "best class": {},
     "multi-label": {"multi_label": True, "conf": 0.01},
@@ -27,6 +35,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "one box": {"max_det": 1},
     "everything": {"conf": 0.0, "iou": 1.0, "multi_label": True},
     "nothing": {"conf": 1.0},
+    "in frames": {"frames": FRAMES},
     "negative zero": {"conf": -0.0, "max_det": 5},
 }
 
@@ -47,6 +56,7 @@ def reference(prediction: Tensor, **options: Any) -> Detections:
     arguments: dict[str, Any] = {
         "segment_counts": None,
         "classes": None,
+        "frames": None,
         "conf": 0.25,
         "iou": 0.45,
         "multi_label": False,
@@ -66,7 +76,8 @@ def assert_same(found: Detections, expected: Detections) -> None:
 @pytest.fixture(scope="module")
 def small_blocks() -> Iterator[None]:
     """Few bins, small groups and no slack: every loop runs on small inputs."""
-    config = {"BLOCK": 16, "SCAN": 32, "ELEMENTS": 64, "LOG_BINS": 4, "num_warps": 4}
+    config = {"BLOCK": 16, "SCAN": 32, "SEGMENTS": 8, "ELEMENTS": 64, "LOG_BINS": 4}
+    config["num_warps"] = 4
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(nms, "CONFIG", config)
         patch.setattr(nms, "SLACK", 0)
@@ -220,6 +231,22 @@ def test_kernel_reads_segments(kernel_device: torch.device) -> None:
 
 
 @pytest.mark.interpreter
+@pytest.mark.usefixtures("small_blocks", "poisoned_memory")
+@pytest.mark.parametrize("length", [1, 3, 16])
+def test_kernel_finds_the_rows_of_any_counts(length: int, kernel_device: torch.device) -> None:
+    # More segments than programs take at once, empty and full ones, and counts that are none.
+    prediction = predictions(2, 240, 3).to(kernel_device)
+    random = torch.Generator().manual_seed(length)
+    counts = torch.randint(-1, length + 2, (2, 240 // length), generator=random, dtype=torch.int32)
+    counts[:, 20 // length : 120 // length] = 0
+    counts = counts.to(kernel_device)
+    options: dict[str, Any] = {"conf": 0.1, "segment_counts": counts, "max_candidates": 60}
+    for multi_label in (False, True):
+        options["multi_label"] = multi_label
+        assert_same(batched_nms(prediction, **options), reference(prediction, **options))
+
+
+@pytest.mark.interpreter
 @pytest.mark.parametrize(
     "case", sorted((reference_folder() / "nms").glob("*.npz")), ids=lambda case: case.stem
 )
@@ -260,7 +287,18 @@ def test_empty(shape: tuple[int, int, int]) -> None:
 
 
 def test_operation() -> None:
-    arguments = (predictions(2, 30, 3), None, torch.tensor([1]), 0.2, 0.5, True, False, 20, 50)
+    arguments = (
+        predictions(2, 30, 3),
+        None,
+        torch.tensor([1]),
+        FRAMES,
+        0.2,
+        0.5,
+        True,
+        False,
+        20,
+        50,
+    )
     torch.library.opcheck(nms.nms_op, arguments)
 
 
@@ -278,6 +316,7 @@ def test_compiles_as_one_graph() -> None:
         ((1, 3, 85), {"conf": 1.5}, "conf and iou must lie in 0..1, got 1.5"),
         ((1, 3, 85), {"iou": -0.1}, "got 0.25 and -0.1"),
         ((1, 3, 85), {"max_det": 0}, "max_det=0"),
+        ((1, 3, 85), {"frames": FRAMES}, r"fp32 \[1, 3, 4\], got torch.float32 \[2, 3, 4\]"),
         ((1, 3, 85), {"classes": torch.zeros(2)}, r"integers \[k\], got torch.float32 \[2\]"),
         (
             (2, 9, 85),
@@ -291,10 +330,16 @@ def test_wrong_input(shape: tuple[int, ...], options: dict[str, Any], message: s
         batched_nms(torch.zeros(shape), **options)
 
 
-@pytest.mark.parametrize("name", ["classes", "segment_counts"])
-def test_wrong_device(name: str) -> None:
-    shape = (1, 3) if name == "segment_counts" else (3,)
-    options: dict[str, Any] = {name: torch.zeros(shape, dtype=torch.int32, device="meta")}
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [
+        ("classes", torch.zeros(3, dtype=torch.int32)),
+        ("segment_counts", torch.zeros(1, 3, dtype=torch.int32)),
+        ("frames", torch.zeros(1, 3, 4)),
+    ],
+)
+def test_wrong_device(name: str, other: Tensor) -> None:
+    options: dict[str, Any] = {name: other.to("meta")}
     with pytest.raises(ValueError, match=f"{name} on meta, prediction on cpu"):
         batched_nms(torch.zeros(1, 3, 85), **options)
 

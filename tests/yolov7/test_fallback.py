@@ -189,7 +189,7 @@ def test_an_empty_frame_proves_nothing(
     for way in ways:
         way.submit([way.prepare(black, where)], [where]).wait()
 
-    def nothing(rows: Tensor, *_: object) -> Detections:
+    def nothing(rows: Tensor, *_: object, **__: object) -> Detections:
         found = Suppression().on(torch.device("cpu"))(rows)
         return found._replace(counts=found.counts * 0)
 
@@ -299,8 +299,8 @@ def test_suppression_that_fails_or_is_wrong_is_left_to_the_cpu(images: list[Imag
     right = Suppression().on(torch.device("cpu"))
     expected = detect(open_network(Runtime(device="cpu")), images, Suppression())
 
-    def moved(decoded: Tensor) -> Detections:
-        found = right(decoded)
+    def moved(decoded: Tensor, **frames: Tensor) -> Detections:
+        found = right(decoded, **frames)
         return found._replace(boxes=found.boxes + 1)
 
     for body, reason in ((broken, "ptxas"), (moved, "other boxes than on the CPU")):

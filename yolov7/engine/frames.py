@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from yolov7.boxes import frame_table, in_frames
+from yolov7.boxes import frame_table
 from yolov7.engine.faults import require_living_device, warn
 from yolov7.errors import first_line
+from yolov7.kernels.letterbox import frame_rows
 from yolov7.kernels.letterbox import letterbox as letterbox_on_device
 from yolov7.kernels.nms import Detections
 from yolov7.kernels.runtime import HAS_TRITON
@@ -199,11 +200,9 @@ class HostFrames:
         """Detect."""
         decoded, ms = self.decode(prepared, where)
         start = self._now()
-        boxes, counts, overflow = self.suppress(decoded)
-        corners = in_frames(boxes[..., :4], frame_table(where))
-        boxes = torch.cat((corners, boxes[..., 4:]), -1)
+        found = self.suppress(decoded, frame_table(where))
         ms["nms"] = self._now() - start
-        return Done(Found(boxes, counts, overflow, ms))
+        return Done(Found(*found, ms))
 
     def decode(
         self, prepared: Sequence[Pixels], where: Sequence[Geometry]
@@ -215,18 +214,25 @@ class HostFrames:
         decoded = self.network(x)[: len(where)]
         return decoded, {"pre": ready - start, "network": self._now() - ready}
 
-    def suppress(self, decoded: Tensor) -> Detections:
-        """What is kept of decoded boxes [B, N, 5 + classes], on the CPU."""
+    def suppress(self, decoded: Tensor, frames: Tensor | None = None) -> Detections:
+        """What is kept of decoded boxes [B, N, 5 + classes], on the CPU.
+
+        Args:
+            decoded: In pixels of the letterboxes.
+            frames: `frame_table` of the frames in whose pixels boxes are wanted, on the CPU.
+        """
         if self._kernels:
             try:
-                found = Detections(*(part.cpu() for part in self._suppress_there(decoded)))
-                if self._proven or same_boxes(found, self._suppress(decoded.cpu())):
+                there = None if frames is None else frames.to(decoded.device)
+                kept = self._suppress_there(decoded, frames=there)
+                found = Detections(*(part.cpu() for part in kept))
+                if self._proven or same_boxes(found, self._suppress(decoded.cpu(), frames=frames)):
                     self._proven = self._proven or bool(found.counts.any())  # none proves none
                     return found
                 self._leave_kernels("the first batch got other boxes than on the CPU")
             except Exception as error:  # whatever a compiler or a driver throws
                 self._leave_kernels(first_line(error))
-        return self._suppress(decoded.cpu())
+        return self._suppress(decoded.cpu(), frames=frames)
 
     def stages(
         self, images: Sequence[Image], where: Sequence[Geometry]
@@ -291,7 +297,7 @@ class HostFrames:
 def letterbox_tables(
     images: Sequence[Pixels], where: Sequence[Geometry], batch: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """What the letterbox kernel and `in_frames` have to know, on the CPU.
+    """What the letterbox kernel and suppression have to know, on the CPU.
 
     Args:
         images: [h, w, 3] each, which lie one behind the other.
@@ -299,8 +305,7 @@ def letterbox_tables(
         batch: Rows, if more than images: the first one is repeated.
 
     Returns:
-        [B, 7] int64: offset, height and width of the image; top, left, height and width of its
-        place in the letterbox. And the table [B, 3, 4] of the frames.
+        `frame_rows` [B, 9] and `frame_table` [B, 3, 4].
     """
     rows, offset = [], 0
     for image, geometry in zip(images, where, strict=True):
@@ -309,7 +314,7 @@ def letterbox_tables(
         rows.append([offset, height, width, top, left, *geometry.size])
         offset += height * width * channels
     missing = max(batch - len(images), 0)
-    return torch.tensor(rows + rows[:1] * missing), frame_table([*where, *[where[0]] * missing])
+    return frame_rows(rows + rows[:1] * missing), frame_table([*where, *[where[0]] * missing])
 
 
 def milliseconds(device: torch.device) -> float:

@@ -12,12 +12,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from yolov7.boxes import in_frames
 from yolov7.engine.faults import lost
 from yolov7.engine.frames import Done, Found, Pending, Pixels, letterbox_tables
 from yolov7.engine.graph.planned import PlannedNetwork
 from yolov7.errors import first_line
-from yolov7.kernels.letterbox import letterbox
+from yolov7.kernels.letterbox import frame_rows, letterbox
 from yolov7.kernels.nms import Detections
 from yolov7.letterbox import Geometry, Image
 from yolov7.suppression import Suppression
@@ -73,7 +72,7 @@ class FramePipeline:
         device, batch = network.device, network.plan.batch
         self._cuda = device.type == "cuda"
         self._pixels = torch.zeros(capacity, dtype=torch.uint8, device=device)
-        self._table = torch.tensor([[0, 1, 1, 0, 0, 1, 1]] * batch, device=device)
+        self._table = frame_rows([[0, 1, 1, 0, 0, 1, 1]] * batch).to(device)
         self._frames = torch.ones(batch, 3, 4, device=device)
         self._suppression = suppression.on(device)
         self._graph: torch.cuda.CUDAGraph | None = None
@@ -97,8 +96,8 @@ class FramePipeline:
 
     def expected(self, decoded: Tensor) -> Detections:
         """What the references on the CPU keep of the decoded boxes of the latest batch."""
-        found = self.suppression.on(torch.device("cpu"))(decoded.cpu())
-        return _placed(found, self._frames.cpu())
+        suppress = self.suppression.on(torch.device("cpu"))
+        return suppress(decoded.cpu(), frames=self._frames.cpu())
 
     def _letterbox(self) -> None:
         letterbox(self._pixels, self._table, self.network.images)
@@ -108,7 +107,7 @@ class FramePipeline:
 
     def _suppress(self) -> None:
         rows, segment_counts = self._candidates
-        self.output = _placed(self._suppression(rows, segment_counts), self._frames)
+        self.output = self._suppression(rows, segment_counts, self._frames)
 
     def _run(self) -> None:
         """The whole way, on whatever device the tensors are."""
@@ -195,12 +194,6 @@ class FramePipeline:
             found = Detections(*(part.to("cpu", non_blocking=True) for part in parts))
             done = self._stream.record_event(torch.cuda.Event(enable_timing=True))
         return UnderWay(found, start, done)
-
-
-def _placed(found: Detections, table: Tensor) -> Detections:
-    """Detections in pixels of the frames."""
-    corners = in_frames(found.boxes[..., :4], table)
-    return found._replace(boxes=torch.cat([corners, found.boxes[..., 4:]], -1))
 
 
 def byte_count(pixels: Pixels) -> int:
