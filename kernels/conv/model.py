@@ -99,7 +99,8 @@ def timed(calls: Sequence[ConvCall], config: ConvConfig) -> Callable[[Corner], f
     through = max(multiplying, through / SHARED, gathering)
 
     # Programs that a processor holds.
-    registers = config.maxnreg or min(255, m * n // (32 * warps) + (60 if config.tma else 100))
+    summed = m * n // (32 * warps)  # registers of a thread, counted on sm_90 beside the others
+    registers = config.maxnreg or min(255, summed + 60 if config.tma else 2 * summed)
     by_registers = REGISTERS // (32 * warps * registers)
     by_memory = shared_bytes(device) // max(1, config.num_stages * (m + n) * k * size)
     held = max(1, min(by_registers, by_memory, config.occupancy if config.tma else 4))

@@ -19,7 +19,7 @@ _TMA_TILES = (
     *((128, 64), (64, 64), (128, 32), (64, 32)),
 )
 _GATHER_TILES = (
-    *((128, 256), (256, 128), (128, 128)),  # where A stays in shared memory
+    *((128, 256), (256, 128), (128, 128), (256, 64)),  # where A stays in shared memory
     *((64, 128), (128, 64), (64, 64), (64, 32)),
 )
 
@@ -72,7 +72,7 @@ def _tiles(calls: Sequence[ConvCall], tma: bool) -> list[tuple[int, int]]:
     width = max(16, triton.next_power_of_2(max(c.layer.out_channels for c in calls)))
     if calls[0].exact:  # multiplied one by one: operands live in registers
         return [(64, min(32, width))]
-    sizes = _TMA_TILES if tma else _GATHER_TILES[0 if major == 9 else 3 :]
+    sizes = _TMA_TILES if tma else _GATHER_TILES[0 if major == 9 else 4 :]
     fitting = [(m, n) for m, n in sizes if n <= width] or [(64, width)]
     largest = _largest_tile(calls, major)
     fitting = [(m, n) for m, n in fitting if m * n <= largest]

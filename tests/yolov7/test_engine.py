@@ -92,6 +92,21 @@ def test_every_launch_runs_on_the_networks_device(monkeypatch: pytest.MonkeyPatc
 
 
 @torch.no_grad()
+def test_what_fails_beside_others_is_compiled_again_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = planned(small_model("yolov7-tiny"), (1, 64, 64))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
+    outcomes = iter(["beside", "", "", "beside", "beside", "alone"])
+
+    def compiles() -> None:
+        if failure := next(outcomes):
+            raise RuntimeError(failure)
+
+    network._launches = [(step, [compiles]) for step, _ in network._launches[:2]]
+    network._compile()
+    with pytest.raises(RuntimeError, match="alone"):
+        network._compile()
+
+
 def test_candidates_are_the_dense_rows_above_the_threshold() -> None:
     model = load_model().fuse()
     network = planned(model, (1, 64, 96))

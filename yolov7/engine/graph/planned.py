@@ -4,6 +4,7 @@ On CUDA, and in Triton's interpreter, a step is a launch of a kernel; on a CPU i
 plain PyTorch references over the same buffers, slices and groups.
 """
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
@@ -95,10 +96,24 @@ class PlannedNetwork:
             self._compile()
 
     def _compile(self) -> None:
-        """Run every launch once, many at a time: kernels that are new here compile in parallel."""
+        """Run every launch once, many at a time: kernels that are new here compile in parallel.
+
+        Rarely, and for no reason that was found, what compiles alone does not beside others; what
+        failed runs again, and then says why.
+        """
+
+        def runs(launches: Sequence[Callable[[], object]]) -> bool:
+            try:
+                self._run_step(launches)
+            except Exception:  # whatever a compiler or a driver throws
+                return False
+            return True
+
+        steps = [launches for _, launches in self._launches]
         with ThreadPoolExecutor() as pool:
-            for _ in pool.map(self._run_step, [launches for _, launches in self._launches]):
-                pass
+            done = list(pool.map(runs, steps))
+        for launches in itertools.compress(steps, (not ok for ok in done)):
+            self._run_step(launches)
         torch.cuda.synchronize(self.device)
 
     def _on_device(self) -> AbstractContextManager[object]:
