@@ -14,12 +14,13 @@ arguments only, so a CUDA graph can hold it; `select` and `greedy` describe them
 not depend on the order in which programs run, and equals the reference's bit for bit: division is
 rounded to nearest and nothing is fused.
 
-Expected on an H200 at 4.3 TB/s, 25 200 rows x 80 classes, batch 32, fp32. The objectness column is
-read twice, a 32-byte sector a row: 2 x 26 MB = 12 us; at conf 0.25 some 500 rows an image are read
-whole. Walking 500 candidates with 100 kept is 8 groups x 3 x 64 x 64 IoUs of 40 operations on one
-processor of 128 lanes, 8 x 2.3 us, 32 images side by side; with launches and latencies about 60 us
-a batch. At conf 0.001, multi-label, half of all rows are read whole, twice: 2 x 137 MB = 65 us, and
-5000 candidates walked until 300 are kept are 80 groups x 6 x 64 x 64 IoUs, 0.36 ms.
+Expected on an H200 at 4.3 TB/s, 25 200 rows x 80 classes, batch 32, fp32. Without counts the
+objectness column is read twice, a 32-byte sector a row: 2 x 26 MB = 12 us; at conf 0.25 some 500
+rows an image are read whole. Walking 500 candidates with 100 kept is 8 groups x 3 x 64 x 64 IoUs of
+40 operations on one processor of 128 lanes, 8 x 2.3 us, 32 images side by side; with launches and
+latencies about 60 us a batch. At conf 0.001, multi-label, half of all rows are read whole, twice:
+2 x 137 MB = 65 us, and 5000 candidates walked until 300 are kept are 80 groups x 6 x 64 x 64 IoUs,
+0.36 ms.
 """
 
 import functools
