@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bench.comparison import Comparison, close
 from yolov7.benchmark.clock import Run, Work, captured
-from yolov7.engine.frames import letterbox_tables, to_input
+from yolov7.engine.frames import apart, letterbox_tables, to_input
 from yolov7.kernels.letterbox import letterbox
 from yolov7.letterbox import GREY, Geometry, letterbox_geometry
 from yolov7.letterbox import letterbox as letterbox_cpu
@@ -51,7 +51,7 @@ def bench_letterbox(batch: int, compete: Comparison, device: torch.device, smoke
     ours: Run = partial(on_cpu, frames, size)
     if device.type != "cpu":
         pixels = torch.cat([frame.flatten() for frame in tensors])
-        table = letterbox_tables(tensors, [geometry] * batch)[0].to(device)
+        table, _ = apart(letterbox_tables(tensors, [geometry] * batch).to(device))
         out = torch.empty(batch, 3, size, size, dtype=dtype, device=device)
         ours = captured(partial(letterbox, pixels, table, out), device)
     box = geometry.size

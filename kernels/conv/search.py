@@ -98,6 +98,7 @@ def _gather_options(
 ) -> Iterator[dict[str, Any]]:
     """What else a config of the portable path says."""
     heavy = calls[0].exact or any(c.layer.pool or c.layer.upsample for c in calls)
+    heavy |= _masks_bytes(calls)
     deepest = 2 if calls[0].exact else 4 if _roomy(calls) else 3
     for stages in range(deepest, max(1, deepest - 2), -1):
         yield {
@@ -160,7 +161,14 @@ def _gather_warps(calls: Sequence[ConvCall], block_m: int, block_n: int) -> int:
     """More threads where a tile, or what is pooled in it, takes many registers."""
     wide = block_m * block_n > 64 * 64 and not _roomy(calls)
     heavy = any(c.layer.pool and (wide or c.x.element_size() == 1) for c in calls)
+    heavy |= _masks_bytes(calls) and not _roomy(calls)
     return 8 if heavy or block_m * block_n >= 128 * 128 else 4
+
+
+def _masks_bytes(calls: Sequence[ConvCall]) -> bool:
+    """Whether int8 is masked on load, byte by byte: no block fits the channels."""
+    block_k = _block_k(calls, tma=False)
+    return any(c.x.dtype == torch.int8 and c.layer.in_channels % block_k for c in calls)
 
 
 def _pools_bytes(calls: Sequence[ConvCall]) -> bool:

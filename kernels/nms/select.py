@@ -99,8 +99,8 @@ def _block_of_keys(
     place = start + tl.arange(0, SIZES.BLOCK_R)
     passed = ends[None, :] <= place[:, None]
     segment = tl.sum(passed.to(tl.int32), axis=1)
-    begin = tl.max(tl.where(passed, ends[None, :], 0), axis=1)
-    rows = (first + segment * STEP) * scan.length + place - begin
+    before = tl.max(tl.where(passed, ends[None, :], 0), axis=1)
+    rows = (first + segment * STEP) * scan.length + place - before
     row_ptrs = scan.prediction_ptr + (image * scan.segments * scan.length + rows) * (5 + SIZES.NC)
     mask = place < found
     objectness = tl.load(row_ptrs + 4, mask=mask, other=0.0).to(tl.float32)

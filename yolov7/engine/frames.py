@@ -274,7 +274,7 @@ class HostFrames:
 
     def _input_there(self, frames: Sequence[Tensor], where: Sequence[Geometry]) -> Tensor:
         """The network's input of frames that are on its device, letterboxed there."""
-        table, _ = letterbox_tables(frames, where)
+        table, _ = apart(letterbox_tables(frames, where))
         pixels = torch.cat([frame.flatten() for frame in frames])
         x = torch.zeros(
             (self._batch or len(frames), 3, *where[0].shape),
@@ -294,9 +294,7 @@ class HostFrames:
         return milliseconds(self.network.device)
 
 
-def letterbox_tables(
-    images: Sequence[Pixels], where: Sequence[Geometry], batch: int = 0
-) -> tuple[Tensor, Tensor]:
+def letterbox_tables(images: Sequence[Pixels], where: Sequence[Geometry], batch: int = 0) -> Tensor:
     """What the letterbox kernel and suppression have to know, on the CPU.
 
     Args:
@@ -305,7 +303,7 @@ def letterbox_tables(
         batch: Rows, if more than images: the first one is repeated.
 
     Returns:
-        `frame_rows` [B, 9] and `frame_table` [B, 3, 4].
+        `frame_table` [B, 3, 4] and `frame_rows` [B, 9] as bits in one int64 [15 B], for one upload.
     """
     rows, offset = [], 0
     for image, geometry in zip(images, where, strict=True):
@@ -314,7 +312,18 @@ def letterbox_tables(
         rows.append([offset, height, width, top, left, *geometry.size])
         offset += height * width * channels
     missing = max(batch - len(images), 0)
-    return frame_rows(rows + rows[:1] * missing), frame_table([*where, *[where[0]] * missing])
+    table = frame_table([*where, *[where[0]] * missing])
+    return torch.cat(
+        (table.view(torch.int64).flatten(), frame_rows(rows + rows[:1] * missing).flatten())
+    )
+
+
+def apart(tables: Tensor) -> tuple[Tensor, Tensor]:
+    """`frame_rows` [B, 9] and `frame_table` [B, 3, 4] of `letterbox_tables`, in its memory."""
+    batch = len(tables) // 15
+    return tables[6 * batch :].view(batch, 9), tables[: 6 * batch].view(torch.float32).view(
+        -1, 3, 4
+    )
 
 
 def milliseconds(device: torch.device) -> float:

@@ -9,16 +9,17 @@ one after the other through their references.
 import time
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from yolov7.engine.faults import lost
-from yolov7.engine.frames import Done, Found, Pending, Pixels, letterbox_tables
+from yolov7.engine.frames import Done, Found, Pending, Pixels, apart, letterbox_tables
 from yolov7.engine.graph.planned import PlannedNetwork
 from yolov7.errors import first_line
-from yolov7.kernels.letterbox import frame_rows, letterbox
+from yolov7.kernels.letterbox import letterbox
 from yolov7.kernels.nms import Detections
-from yolov7.letterbox import Geometry, Image
+from yolov7.letterbox import Geometry, Image, letterbox_geometry
 from yolov7.suppression import Suppression
 
 STAGES = 2  # batches of frames in flight
@@ -72,8 +73,10 @@ class FramePipeline:
         device, batch = network.device, network.plan.batch
         self._cuda = device.type == "cuda"
         self._pixels = torch.zeros(capacity, dtype=torch.uint8, device=device)
-        self._table = frame_rows([[0, 1, 1, 0, 0, 1, 1]] * batch).to(device)
-        self._frames = torch.ones(batch, 3, 4, device=device)
+        pixel, height, width = np.zeros((1, 1, 3), np.uint8), *network.images.shape[2:]
+        where = letterbox_geometry((1, 1), (height, width))
+        self._tables = letterbox_tables([pixel], [where], batch).to(device)
+        self._table, self._frames = apart(self._tables)
         self._suppression = suppression.on(device)
         self._graph: torch.cuda.CUDAGraph | None = None
         if self._cuda:
@@ -154,13 +157,12 @@ class FramePipeline:
         for frame in tensors:
             self._pixels[offset : offset + frame.numel()].copy_(frame.flatten())
             offset += frame.numel()
-        self._table.copy_(tables[0])
-        self._frames.copy_(tables[1])
+        self._tables.copy_(tables)
         self._run()
         boxes, counts, overflow = (part[:count] for part in self.output)
         return Done(Found(boxes, counts, overflow, {"whole": 1e3 * (time.perf_counter() - start)}))
 
-    def _replay(self, frames: Sequence[Tensor], tables: tuple[Tensor, Tensor]) -> UnderWay:
+    def _replay(self, frames: Sequence[Tensor], tables: Tensor) -> UnderWay:
         assert self._graph is not None
         index, self._next = self._next, (self._next + 1) % STAGES
         stage, pinned, free = self._stages[index], self._pinned[index], self._free[index]
@@ -178,15 +180,13 @@ class FramePipeline:
                     source = pinned[offset:end].copy_(source)
                 stage[offset:end].copy_(source, non_blocking=True)
                 offset = end
-            table, places = (t.pin_memory().to(stage.device, non_blocking=True) for t in tables)
-            for upload in (table, places):  # the next batch must not be given their memory
-                upload.record_stream(self._stream)
+            tables = tables.pin_memory().to(stage.device, non_blocking=True)
+            tables.record_stream(self._stream)  # the next batch must not be given its memory
             uploaded = self._uploads.record_event()
         with torch.cuda.stream(self._stream):
             self._stream.wait_event(uploaded)
             self._pixels[:offset].copy_(stage[:offset])
-            self._table.copy_(table)
-            self._frames.copy_(places)
+            self._tables.copy_(tables)
             free.record(self._stream)
             self._graph.replay()
             self.output = self._captured
