@@ -74,8 +74,9 @@ def _tiles(calls: Sequence[ConvCall], tma: bool) -> list[tuple[int, int]]:
         return [(64, min(32, width))]
     sizes = _TMA_TILES if tma else _GATHER_TILES[0 if major == 9 else 4 :]
     fitting = [(m, n) for m, n in sizes if n <= width] or [(64, width)]
-    largest = _largest_tile(calls, major)
-    fitting = [(m, n) for m, n in fitting if m * n <= largest]
+    largest = _largest_tile(calls, major, tma)
+    pooled = any(c.layer.pool for c in calls)
+    fitting = [(m, n) for m, n in fitting if m * n <= largest and (m <= 128 or not pooled)]
     if tma:
         block_k, room = _block_k(calls, tma), _shared(calls)
         deep = [(m, n) for m, n in fitting if _depth(calls, m, n, block_k, room) >= 3]
@@ -83,12 +84,14 @@ def _tiles(calls: Sequence[ConvCall], tma: bool) -> list[tuple[int, int]]:
     return fitting
 
 
-def _largest_tile(calls: Sequence[ConvCall], major: int) -> int:
+def _largest_tile(calls: Sequence[ConvCall], major: int, tma: bool) -> int:
     """Elements of the largest tile that spills no register."""
     if max(c.out.element_size() for c in calls) == 4 or (len(calls) > 1 and major < 9):
         return 64 * 64
     plain = all(map(_plain_store, calls))
-    if major == 9 and plain and not long_fp8_sum(calls) and not any(c.layer.pool for c in calls):
+    pooled = any(c.layer.pool for c in calls)
+    masked = not tma and _masked(calls)
+    if major == 9 and plain and not (pooled or masked or long_fp8_sum(calls)):
         return 128 * 256
     return 128 * 128 if plain or calls[0].x.element_size() > 1 else 64 * 128
 
@@ -98,7 +101,7 @@ def _gather_options(
 ) -> Iterator[dict[str, Any]]:
     """What else a config of the portable path says."""
     heavy = calls[0].exact or any(c.layer.pool or c.layer.upsample for c in calls)
-    heavy |= _masks_bytes(calls)
+    heavy |= _masked(calls)
     deepest = 2 if calls[0].exact else 4 if _roomy(calls) else 3
     for stages in range(deepest, max(1, deepest - 2), -1):
         yield {
@@ -158,17 +161,22 @@ def _plain_store(call: ConvCall) -> bool:
 
 
 def _gather_warps(calls: Sequence[ConvCall], block_m: int, block_n: int) -> int:
-    """More threads where a tile, or what is pooled in it, takes many registers."""
-    wide = block_m * block_n > 64 * 64 and not _roomy(calls)
-    heavy = any(c.layer.pool and (wide or c.x.element_size() == 1) for c in calls)
-    heavy |= _masks_bytes(calls) and not _roomy(calls)
+    """More threads where a tile, its masks, or what is pooled in it, takes many registers."""
+    large, masked = block_m * block_n > 64 * 64, _masked(calls)
+    heavy = masked and (large or calls[0].x.dtype == torch.int8)
+    if any(c.layer.pool for c in calls):
+        narrow = calls[0].x.element_size() == 1
+        heavy |= narrow or masked or block_m >= 128 or (large and not _roomy(calls))
     return 8 if heavy or block_m * block_n >= 128 * 128 else 4
 
 
-def _masks_bytes(calls: Sequence[ConvCall]) -> bool:
-    """Whether int8 is masked on load, byte by byte: no block fits the channels."""
+def _masked(calls: Sequence[ConvCall]) -> bool:
+    """Whether the last block along the sum reaches beyond the channels, so that loads are masked.
+
+    That takes registers, of int8 one for each byte.
+    """
     block_k = _block_k(calls, tma=False)
-    return any(c.x.dtype == torch.int8 and c.layer.in_channels % block_k for c in calls)
+    return any(c.layer.in_channels % block_k for c in calls)
 
 
 def _pools_bytes(calls: Sequence[ConvCall]) -> bool:

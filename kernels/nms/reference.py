@@ -33,12 +33,12 @@ def nms_reference(
         order = found[:, 4].argsort(descending=True, stable=True)[:max_candidates]
         found = found[order]
         offset = 0.0 if agnostic else CLASS_OFFSET
-        kept = _suppress(found[:, :4] + found[:, 5:6] * offset, iou, max_det)
+        found = found[_suppress(found[:, :4] + found[:, 5:6] * offset, iou, max_det)]
         if frames is not None:
             pad, ratio, limit = frames[image]
             found[:, :4] = ((found[:, :4] - pad) / ratio).clamp_min(0).minimum(limit)
-        boxes[image, : len(kept)] = found[kept]
-        counts[image] = len(kept)
+        boxes[image, : len(found)] = found
+        counts[image] = len(found)
     return boxes, counts, overflow
 
 

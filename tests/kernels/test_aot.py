@@ -21,6 +21,7 @@ from yolov7.kernels.architectures import ARCHITECTURES
 from yolov7.kernels.conv import ConvCall, ConvConfig, ConvLaunch, StemLaunch
 from yolov7.kernels.conv.cases import SAMPLES, Record, layer_of, meta_call, stem_call
 from yolov7.kernels.conv.layer import Activation
+from yolov7.kernels.conv.search import search_space
 from yolov7.kernels.runtime import FLOATS, PRECISIONS, CompileSpec, recording, unfit
 from yolov7.variants import VARIANTS
 
@@ -184,6 +185,25 @@ def test_split_group_spills_nothing(target: str) -> None:
     records = (Record(256, 128, 3, 1, 40, 40), Record(128, 256, 3, 1, 80, 80))
     row = compile_conv(target, *(meta_call(layer_of(r, 1), torch.float16) for r in records))
     assert passed_limits(row) == []
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("pooled", [False, True])
+@pytest.mark.parametrize(("target", "precision"), [("sm_80", "int8"), ("sm_90", "fp16")])
+def test_channels_that_no_block_fits_spill_nothing(
+    target: str, precision: str, pooled: bool
+) -> None:
+    """Masks of loads take registers, too; so do the four of a pool, of two layers with them."""
+    channels = 160 if pooled else 40
+    layers = [layer_of(Record(channels, 160, 3, 2, 80, 80), 1)]
+    if pooled:
+        layers.append(layer_of(Record(channels, 160, 1, 1, 80, 80), 1, pool=True))
+    calls = [meta_call(layer, PRECISIONS[precision]) for layer in layers]
+    with recording(aot.capability_of(target)):
+        found = {(c.block_m, c.block_n): c for c in search_space(calls) if c.split_k == 1}
+    assert len(found) > 1
+    rows = [compile_conv(target, *calls, config=config) for config in found.values()]
+    assert [limit for row in rows for limit in passed_limits(row)] == []
 
 
 @pytest.mark.aot
