@@ -59,10 +59,11 @@ def planted(tree: Path, source: str, old: str, new: str) -> Path:
     return tree
 
 
-SLOWER = """
+CALL = "Detections(*nms_op(prediction, segment_counts, classes, frames, *arguments))"
+SLOWER = f"""
     import time
     started = time.perf_counter()
-    result = Detections(*nms_op(prediction, segment_counts, classes, *arguments))
+    result = {CALL}
     spent = time.perf_counter() - started
     while time.perf_counter() - started < 1.2 * spent:
         pass
@@ -72,8 +73,8 @@ SLOWER = """
 
 def test_operation_slowed_by_a_fifth_is_worse(tmp_path: Path) -> None:
     """And what the base does not have is inconclusive."""
-    old = "    return Detections(*nms_op(prediction, segment_counts, classes, *arguments))\n"
-    slow = planted(tmp_path / "head", "kernels/nms/__init__.py", old, SLOWER)
+    source = "kernels/nms/__init__.py"
+    slow = planted(tmp_path / "head", source, f"    return {CALL}\n", SLOWER)
     old = "from yolov7.kernels.letterbox import letterbox\n"
     base = planted(tmp_path / "base", "bench/bench_letterbox.py", old, "import no_such_module\n")
     suites = ["bench/bench_nms.py::bench_nms[batch 1, conf 0.25]", "bench/bench_letterbox.py"]

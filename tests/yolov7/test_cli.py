@@ -169,7 +169,7 @@ def test_info_shows_the_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert (least, most) == pytest.approx((0.51e-3, 0.75e-3), rel=0.01)  # as docs/kernels.md says
     out = " ".join(capsys.readouterr().out.split())
     assert "73 launches" in out
-    assert "511 to 745 us by the cost model, which no GPU has calibrated" in out
+    assert "510 to 744 us by the cost model, which no GPU has calibrated" in out
     assert main(["info", "yolov7", "--plan", "--form", "deploy"]) == 1
 
 
