@@ -312,18 +312,15 @@ def letterbox_tables(images: Sequence[Pixels], where: Sequence[Geometry], batch:
         rows.append([offset, height, width, top, left, *geometry.size])
         offset += height * width * channels
     missing = max(batch - len(images), 0)
-    table = frame_table([*where, *[where[0]] * missing])
-    return torch.cat(
-        (table.view(torch.int64).flatten(), frame_rows(rows + rows[:1] * missing).flatten())
-    )
+    table = frame_table([*where, *[where[0]] * missing]).view(torch.int64)
+    return torch.cat((table.flatten(), frame_rows(rows + rows[:1] * missing).flatten()))
 
 
 def apart(tables: Tensor) -> tuple[Tensor, Tensor]:
     """`frame_rows` [B, 9] and `frame_table` [B, 3, 4] of `letterbox_tables`, in its memory."""
     batch = len(tables) // 15
-    return tables[6 * batch :].view(batch, 9), tables[: 6 * batch].view(torch.float32).view(
-        -1, 3, 4
-    )
+    frames, rows = tables[: 6 * batch], tables[6 * batch :]
+    return rows.view(batch, 9), frames.view(torch.float32).view(batch, 3, 4)
 
 
 def milliseconds(device: torch.device) -> float:
