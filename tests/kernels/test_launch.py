@@ -54,7 +54,7 @@ class Launched(ctypes.Structure):
     )
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")  # Triton binds the first library that it loads
 def stub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ctypes.CDLL]:
     """The stub, loaded under the name of the driver's library: Triton's own code finds it there."""
     compiler = shutil.which("cc")
